@@ -1,0 +1,27 @@
+"""How a forward is to run: one static, frozen value (decision 2 of the architecture)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lmx.core.precision import Precision
+
+Rules = tuple[tuple[str, tuple[str, ...]], ...]
+Remat = Literal["none", "dots", "full"]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What does not change the mathematics of a forward, only how it is carried out.
+
+    Attributes:
+      rules: which mesh axes shard each logical axis (`lmx.parallel.rules`), or None to constrain nothing.
+      precision: types of parameters and activations.
+      attention: the attention implementation; `"auto"` picks (`lmx.kernels.attention`).
+      remat: what the backward pass recomputes rather than keeps: `"none"` keeps all, `"dots"` keeps only products with
+        weights, `"full"` keeps only each layer's input.
+    """
+
+    rules: Rules | None = None
+    precision: Precision = Precision()
+    attention: str = "auto"
+    remat: Remat = "none"

@@ -1,0 +1,132 @@
+"""The parameter table: each parameter is described once, and everything else about it is derived.
+
+A model is a function `specs(config) -> tree of ParamSpec` and a function `forward(params, config, ...)`. Initial values,
+abstract shapes, shardings and counts come from the specs.
+"""
+
+import math
+import zlib
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lmx.core.tree import Tree, map_named, named_leaves
+
+
+class Init(Protocol):
+    """How a parameter starts: a function of its key, its shape and how many leading dimensions a product contracts."""
+
+    def __call__(self, key: Array, shape: tuple[int, ...], inputs: int) -> Array: ...
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Normal with a given standard deviation."""
+
+    stddev: float
+
+    def __call__(self, key: Array, shape: tuple[int, ...], inputs: int) -> Array:
+        return self.stddev * jax.random.normal(key, shape, jnp.float32)
+
+
+@dataclass(frozen=True)
+class FanIn:
+    """Normal with variance `gain / (product of the contracted dimensions)` (LeCun et al., 1998)."""
+
+    gain: float = 1.0
+
+    def __call__(self, key: Array, shape: tuple[int, ...], inputs: int) -> Array:
+        return math.sqrt(self.gain / math.prod(shape[:inputs])) * jax.random.normal(key, shape, jnp.float32)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Every number the same."""
+
+    value: float
+
+    def __call__(self, key: Array, shape: tuple[int, ...], inputs: int) -> Array:
+        return jnp.full(shape, self.value, jnp.float32)
+
+
+ZEROS, ONES = Constant(0.0), Constant(1.0)
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One parameter: its shape, the logical name of each dimension, what a product contracts, how it starts.
+
+    Attributes:
+      shape: sizes, the leading `layers` dimension included once stacked.
+      axes: a logical name for each dimension (`"embed"`, `"heads"`, `"mlp"`, `"vocab"`, `"layers"`, ...) or None.
+      inputs: how many dimensions a product contracts; they come first (after `layers`).
+      init: initial values of one layer.
+      layers: the absolute index of each layer of the leading `layers` dimension; empty when there is none.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    inputs: int = 0
+    init: Init = ZEROS
+    layers: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if len(self.shape) != len(self.axes):
+            raise ValueError(f"a parameter of shape {self.shape} needs {len(self.shape)} axis names, not {self.axes}")
+
+
+def is_spec(x) -> bool:
+    return isinstance(x, ParamSpec)
+
+
+def stacked(specs: Tree, layers: tuple[int, ...]) -> Tree:
+    """The specs of one layer, as those of several layers with the given absolute indices on a leading `layers` dimension."""
+
+    def stack(spec: ParamSpec) -> ParamSpec:
+        return replace(spec, shape=(len(layers), *spec.shape), axes=("layers", *spec.axes), layers=layers)
+
+    return jax.tree.map(stack, specs, is_leaf=is_spec)
+
+
+def initial_values(key: Array, specs: Tree, dtype=jnp.float32) -> Tree:
+    """Initial values of every parameter.
+
+    A leaf's key is derived from its name, and a layer's from its absolute index beside it (positions in the tree's tuples do
+    not count): adding a parameter, a layer or another grouping of layers changes no other value, nor does the mesh.
+    """
+
+    def value(name: str, spec: ParamSpec) -> Array:
+        words = [word for word in name.split("/") if not word.isdigit()]
+        leaf_key = jax.random.fold_in(key, zlib.crc32("/".join(words).encode()))
+        if not spec.layers:
+            return spec.init(leaf_key, spec.shape, spec.inputs).astype(dtype)
+        keys = jax.vmap(lambda layer: jax.random.fold_in(leaf_key, layer))(jnp.array(spec.layers))
+        return jax.vmap(lambda k: spec.init(k, spec.shape[1:], spec.inputs))(keys).astype(dtype)
+
+    return map_named(value, specs, is_leaf=is_spec)
+
+
+def abstract(specs: Tree, dtype=jnp.float32, shardings: Tree | None = None) -> Tree:
+    """The parameters as `jax.ShapeDtypeStruct`, with shardings when given: to plan, compile and restore without memory."""
+    if shardings is None:
+        return jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype), specs, is_leaf=is_spec)
+    return jax.tree.map(lambda spec, s: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=s), specs, shardings, is_leaf=is_spec)
+
+
+def count(specs: Tree) -> int:
+    """Numbers in all parameters."""
+    return sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs, is_leaf=is_spec))
+
+
+def table(specs: Tree) -> str:
+    """The parameter table as text: name, shape with axis names, numbers, initial values."""
+    rows = []
+    for name, spec in named_leaves(specs, is_leaf=is_spec).items():
+        shape = " ".join(f"{axis or '-'}={size}" for axis, size in zip(spec.axes, spec.shape, strict=True))
+        rows.append((name, shape, f"{math.prod(spec.shape):,}", str(spec.init)))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [f"{n:{widths[0]}}  {s:{widths[1]}}  {c:>{widths[2]}}  {i}" for n, s, c, i in rows]
+    return "\n".join([*lines, f"{count(specs):,} parameters"])

@@ -1,0 +1,42 @@
+"""The one door to attention over plain arrays: it picks an implementation."""
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from lmx.kernels import reference
+from lmx.kernels.masks import Mask
+
+IMPLEMENTATIONS = ("auto", "reference")
+
+
+def attention(
+    q: Float[Array, "batch queries heads head_dim"],
+    k: Float[Array, "batch keys kv_heads head_dim"],
+    v: Float[Array, "batch keys kv_heads head_dim"],
+    mask: Mask,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    slopes: Float[Array, "heads"] | None = None,
+    keep: Float[Array, "batch heads queries keys"] | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "batch queries heads head_dim"]:
+    """Attention of each query over the keys its mask allows; `heads` is a multiple of `kv_heads`, consecutive heads sharing one.
+
+    Args:
+      scale: what scores are multiplied by; `head_dim ** -0.5` when None.
+      softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
+      slopes: ALiBi's slope of each head; a score falls by `slope * distance`.
+      keep: what attention weights are multiplied by (dropout: 0 or 1 / (1 - rate)).
+      implementation: one of `IMPLEMENTATIONS`.
+
+    Raises:
+      ValueError: an unknown implementation, or heads that do not share evenly.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads evenly")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return reference.attention(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes, keep=keep)

@@ -1,0 +1,57 @@
+"""The mask language: which keys a query may attend to, as one small value that every attention implementation takes."""
+
+from typing import Literal
+
+import flax.struct
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Int
+
+
+@flax.struct.dataclass
+class Mask:
+    """Which keys a query may attend to. Every condition that is given must hold.
+
+    Attributes:
+      causal: a query sees no key after itself. Static.
+      window: a query sees only the last `window` keys up to and including itself. Static.
+      order: what "after" compares. `"index"`: places in the arrays, the keys' first place being the queries' (implementations may
+        then skip blocks). `"positions"`: `query_positions` and `key_positions`. Static.
+      query_segments, key_segments: int `[batch, queries]` and `[batch, keys]`; a query sees its own segment alone, and nothing
+        belongs to segment 0 (padding, or an unused slot of a cache).
+      query_positions, key_positions: int places of tokens in their own text; ALiBi needs them too.
+    """
+
+    causal: bool = flax.struct.field(pytree_node=False, default=True)
+    window: int | None = flax.struct.field(pytree_node=False, default=None)
+    order: Literal["index", "positions"] = flax.struct.field(pytree_node=False, default="index")
+    query_segments: Int[Array, "batch queries"] | None = None
+    key_segments: Int[Array, "batch keys"] | None = None
+    query_positions: Int[Array, "batch queries"] | None = None
+    key_positions: Int[Array, "batch keys"] | None = None
+
+    def __post_init__(self):
+        if self.window is not None and not self.causal:
+            raise ValueError("a window counts back from the query, so it needs a causal mask")
+
+    def dense(self, queries: int, keys: int) -> Bool[Array, "batch|1 queries keys"]:
+        """The mask as an array: True where the query may attend."""
+        if self.order == "positions":
+            behind = self.query_positions[:, :, None] - self.key_positions[:, None, :]
+        else:
+            behind = (jnp.arange(queries)[:, None] - jnp.arange(keys)[None, :])[None]
+        allowed = jnp.ones(behind.shape, bool)
+        if self.causal:
+            allowed &= behind >= 0
+        if self.window is not None:
+            allowed &= behind < self.window
+        if self.query_segments is not None:
+            segments = self.query_segments[:, :, None]
+            allowed = allowed & (segments == self.key_segments[:, None, :]) & (segments != 0)
+        return allowed
+
+    def distances(self, queries: int, keys: int) -> Int[Array, "batch|1 queries keys"]:
+        """How far each key lies behind the query, by positions where they are given and by index otherwise."""
+        if self.query_positions is None:
+            return (jnp.arange(queries)[:, None] - jnp.arange(keys)[None, :])[None]
+        return self.query_positions[:, :, None] - self.key_positions[:, None, :]

@@ -1,0 +1,44 @@
+"""Attention as the textbook has it (Vaswani et al., 2017): every score is formed. Every other implementation is held against it."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from lmx.kernels.masks import Mask
+
+
+def attention(
+    q: Float[Array, "batch queries heads head_dim"],
+    k: Float[Array, "batch keys kv_heads head_dim"],
+    v: Float[Array, "batch keys kv_heads head_dim"],
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    slopes: Float[Array, "heads"] | None = None,
+    keep: Float[Array, "batch heads queries keys"] | None = None,
+) -> Float[Array, "batch queries heads head_dim"]:
+    """Scaled dot-product attention with grouped heads; see `lmx.kernels.attention` for the arguments.
+
+    Scores, softmax and the weighted sum's accumulation are fp32. A query that may see nothing gets zeros, never NaN. `keep` multiplies
+    the attention weights (dropout).
+    """
+    batch, queries, heads, head_dim = q.shape
+    keys, kv_heads = k.shape[1:3]
+    grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
+    scores = scale * jnp.einsum("bqhgd,bkhd->bhgqk", grouped, k, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if slopes is not None:
+        distance = mask.distances(queries, keys)[:, None, None]
+        scores -= slopes.reshape(1, kv_heads, -1, 1, 1) * distance
+    allowed = mask.dense(queries, keys)[:, None, None]
+    scores = jnp.where(allowed, scores, -jnp.inf)
+    largest = jnp.maximum(jax.lax.stop_gradient(scores.max(-1, keepdims=True)), jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - largest)
+    weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    if keep is not None:
+        weights = weights * keep.reshape(weights.shape)
+    mixed = jnp.einsum("bhgqk,bkhd->bqhgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return mixed.reshape(q.shape).astype(q.dtype)

@@ -1,0 +1,106 @@
+"""The attention layer: projections, positions, the cache, and the kernel between them."""
+
+
+import flax.struct
+import jax
+from jax import Array
+from jaxtyping import Float
+
+from lmx.core.execution import Execution
+from lmx.core.params import ONES, ParamSpec
+from lmx.core.tree import Tree
+from lmx.core.weights import linear
+from lmx.kernels.attention import attention as attention_kernel
+from lmx.kernels.masks import Mask
+from lmx.models import dropout as drop
+from lmx.models.config import Transformer
+from lmx.models.dropout import Dropout
+from lmx.models.linears import linear_specs
+from lmx.models.norms import norm
+from lmx.models.positions import alibi_slopes, rotate
+from lmx.parallel.rules import constrain
+
+
+@flax.struct.dataclass
+class Context:
+    """What the attention layers of one forward share.
+
+    Attributes:
+      mask, local_mask: the masks of global layers and of layers with the config's window.
+      rope: cosines and sines of the positions, when the config rotates.
+      slot: where in the cache the new keys go (int scalar), when there is a cache.
+      dropout: None when nothing is dropped.
+    """
+
+    mask: Mask
+    local_mask: Mask
+    rope: tuple[Array, Array] | None = None
+    slot: Array | None = None
+    dropout: Dropout | None = None
+
+
+def specs(config: Transformer) -> Tree:
+    """Parameters of one attention layer."""
+    embed, heads, kv_heads, dim = config.embed, config.heads, config.key_heads, config.head_size
+    projections = {
+        "query": linear_specs((embed,), (heads, dim), ("embed",), ("heads", "head_dim"), config),
+        "key": linear_specs((embed,), (kv_heads, dim), ("embed",), ("kv_heads", "head_dim"), config),
+        "value": linear_specs((embed,), (kv_heads, dim), ("embed",), ("kv_heads", "head_dim"), config),
+        "output": linear_specs((heads, dim), (embed,), ("heads", "head_dim"), ("embed",), config, residual=True),
+    }
+    if config.qk_norm:
+        for name in ("query_norm", "key_norm"):
+            projections[name] = {"scale": ParamSpec((dim,), ("head_dim",), init=ONES)}
+    return projections
+
+
+def attention(
+    x: Float[Array, "batch length embed"],
+    params: Tree,
+    config: Transformer,
+    context: Context,
+    execution: Execution,
+    *,
+    local: bool,
+    layer: Array | int,
+    cache: Tree | None = None,
+) -> tuple[Float[Array, "batch length embed"], Tree | None]:
+    """Self-attention of one layer; with a cache, new keys and values are written to it first and the whole of it is attended to.
+
+    Args:
+      local: whether the config's window applies to this layer.
+      layer: the layer's index, to tell dropout sites apart.
+      cache: `{"key", "value"}` of `[batch, kv_heads, slots, head_dim]`.
+    """
+
+    def project(name: str) -> Array:
+        return linear(x, params[name]["weight"], params[name].get("bias"))
+
+    query = constrain(project("query"), ("batch", None, "heads", None), execution.rules)
+    key = constrain(project("key"), ("batch", None, "kv_heads", None), execution.rules)
+    value = constrain(project("value"), ("batch", None, "kv_heads", None), execution.rules)
+    if config.qk_norm:
+        query = norm(query, params["query_norm"], "rmsnorm", config.norm_epsilon)
+        key = norm(key, params["key_norm"], "rmsnorm", config.norm_epsilon)
+    if context.rope is not None:
+        query, key = rotate(query, context.rope), rotate(key, context.rope)
+    if cache is not None:
+        new = {"key": key, "value": value}
+        at = (0, 0, context.slot, 0)
+        cache = {n: jax.lax.dynamic_update_slice(cache[n], new[n].swapaxes(1, 2).astype(cache[n].dtype), at) for n in new}
+        key, value = (cache[n].swapaxes(1, 2).astype(x.dtype) for n in ("key", "value"))
+    keep = None
+    if context.dropout is not None:
+        keep = drop.keep(context.dropout, "attention/weights", layer, (config.heads, query.shape[1], key.shape[1]))
+    mixed = attention_kernel(
+        query,
+        key,
+        value,
+        context.local_mask if local else context.mask,
+        softcap=config.attention_softcap,
+        slopes=alibi_slopes(config.heads) if config.positions == "alibi" else None,
+        keep=keep,
+        implementation=execution.attention,
+    )
+    mixed = constrain(mixed, ("batch", None, "heads", None), execution.rules)
+    return linear(mixed, params["output"]["weight"], params["output"].get("bias"), inputs=2), cache

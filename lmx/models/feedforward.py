@@ -1,0 +1,45 @@
+"""The feed-forward layer, plain or gated (Shazeer, 2020)."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from lmx.core.execution import Execution
+from lmx.core.tree import Tree
+from lmx.core.weights import linear
+from lmx.models.config import Transformer
+from lmx.models.linears import linear_specs
+from lmx.parallel.rules import constrain
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
+    "silu": jax.nn.silu,
+}
+
+
+def specs(config: Transformer) -> Tree:
+    """Parameters of one feed-forward layer; `gate` only where it is gated."""
+    names = ("gate", "up") if config.gated else ("up",)
+    into = {name: linear_specs((config.embed,), (config.hidden,), ("embed",), ("mlp",), config) for name in names}
+    return into | {"down": linear_specs((config.hidden,), (config.embed,), ("mlp",), ("embed",), config, residual=True)}
+
+
+def feedforward(
+    x: Float[Array, "batch length embed"], params: Tree, config: Transformer, execution: Execution
+) -> Float[Array, "batch length embed"]:
+    """`down(activation(up(x)))`, or gated `down(activation(gate(x)) * up(x))` (GLU variants)."""
+    activation = ACTIVATIONS[config.activation]
+
+    def project(name: str) -> Array:
+        y = linear(x, params[name]["weight"], params[name].get("bias"))
+        return constrain(y, ("batch", None, "mlp"), execution.rules)
+
+    hidden = activation(project("gate")) * project("up") if config.gated else activation(project("up"))
+    return linear(hidden, params["down"]["weight"], params["down"].get("bias"))

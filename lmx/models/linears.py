@@ -1,0 +1,25 @@
+"""The parameters of a linear layer, as every layer declares them."""
+
+import math
+
+from lmx.core.params import ZEROS, Normal, ParamSpec
+from lmx.core.tree import Tree
+from lmx.models.config import Transformer
+
+
+def linear_specs(
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    input_axes: tuple[str, ...],
+    output_axes: tuple[str, ...],
+    config: Transformer,
+    *,
+    residual: bool = False,
+) -> Tree:
+    """`{"weight": [*inputs, *outputs]}`, and `{"bias": [*outputs]}` where the config has biases.
+
+    A projection into the residual stream starts smaller, by the square root of how many there are (GPT-2, Radford et al., 2019).
+    """
+    stddev = config.init_std / math.sqrt(2 * config.layers) if residual else config.init_std
+    weight = ParamSpec((*inputs, *outputs), (*input_axes, *output_axes), len(inputs), Normal(stddev))
+    return {"weight": weight} | ({"bias": ParamSpec(outputs, output_axes, init=ZEROS)} if config.bias else {})

@@ -1,0 +1,124 @@
+"""The stack of layers: a tuple of groups, each a pattern of layers repeated.
+
+A group's parameters (and its cache) are held in one of two forms, which `unstack` and `stack` convert exactly:
+
+- stacked: a dict from the place in the pattern, `{"0": tree, "1": tree}`, each leaf with a leading `layers` dimension over the
+  repeats. It is run by `jax.lax.scan`, so that compile time does not grow with depth: the form of training and of disk.
+- a tuple with one tree a layer, run one after another: the form of decoding, where a scan would copy each layer's weights.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from lmx.core.execution import Execution
+from lmx.core.params import stacked
+from lmx.core.tree import Tree
+from lmx.models import block
+from lmx.models.attention import Context
+from lmx.models.config import LayerKind, Transformer
+
+
+@dataclass(frozen=True)
+class Group:
+    """`pattern` repeated `repeats` times, its first layer being layer `first` of the stack."""
+
+    pattern: tuple[LayerKind, ...]
+    repeats: int
+    first: int
+
+    def layer(self, repeat: Array | int, place: int) -> Array | int:
+        """The absolute index of a layer."""
+        return self.first + repeat * len(self.pattern) + place
+
+
+def groups(config: Transformer) -> tuple[Group, ...]:
+    """The config's pattern as often as it fits into the depth, and the rest of it: 26 layers of period 6 are 4 x 6 + 1 x 2."""
+    period = len(config.pattern)
+    whole, rest = divmod(config.layers, period)
+    found = [Group(config.pattern, whole, 0)] if whole else []
+    return tuple(found + ([Group(config.pattern[:rest], 1, whole * period)] if rest else []))
+
+
+def specs(config: Transformer) -> Tree:
+    """Parameters of the whole stack, in stacked form."""
+
+    def of(group: Group) -> Tree:
+        places = range(len(group.pattern))
+        return {str(p): stacked(block.specs(config), tuple(group.layer(r, p) for r in range(group.repeats))) for p in places}
+
+    return tuple(of(group) for group in groups(config))
+
+
+def unstack(tree: Tree) -> Tree:
+    """Stacked groups as tuples of layers. Leaves may be of any kind that has a leading `layers` dimension."""
+
+    def of(group: Tree) -> Tree:
+        repeats = jax.tree.leaves(group)[0].shape[0]
+        places = [group[str(p)] for p in range(len(group))]
+        return tuple(jax.tree.map(lambda a, r=r: a[r], place) for r in range(repeats) for place in places)
+
+    return tuple(of(group) for group in tree)
+
+
+def stack(tree: Tree, config: Transformer) -> Tree:
+    """The inverse of `unstack`. Layers of one place in the pattern must have the same shapes."""
+
+    def of(layers: Tree, group: Group) -> Tree:
+        period = len(group.pattern)
+        return {str(p): jax.tree.map(lambda *a: jnp.stack(a), *layers[p::period]) for p in range(period)}
+
+    return tuple(of(layers, group) for layers, group in zip(tree, groups(config), strict=True))
+
+
+def run_layers(
+    x: Float[Array, "batch length embed"],
+    params: Tree,
+    config: Transformer,
+    context: Context,
+    execution: Execution,
+    cache: Tree | None = None,
+) -> tuple[Float[Array, "batch length embed"], Tree | None]:
+    """Runs every layer, whichever form each group is in; gives the output and the cache in the form it came in."""
+    caches = []
+    for g, (group, layers) in enumerate(zip(groups(config), params, strict=True)):
+        before = None if cache is None else cache[g]
+        run = _scan if isinstance(layers, dict) else _unrolled
+        x, after = run(x, layers, before, group, config, context, execution)
+        caches.append(after)
+    return x, None if cache is None else tuple(caches)
+
+
+def _unrolled(x, layers, cache, group, config, context, execution):
+    new = []
+    for i, params in enumerate(layers):
+        repeat, place = divmod(i, len(group.pattern))
+        local = group.pattern[place] == "local"
+        kept = None if cache is None else cache[i]
+        x, after = block.block(x, params, config, context, execution, local=local, layer=group.layer(repeat, place), cache=kept)
+        new.append(after)
+    return x, None if cache is None else tuple(new)
+
+
+def _scan(x, layers, cache, group, config, context, execution):
+    def repeat(x, inputs):
+        index, params, kept = inputs
+        new = {}
+        for p, kind in enumerate(group.pattern):
+            before = None if kept is None else kept[str(p)]
+            x, new[str(p)] = block.block(
+                x, params[str(p)], config, context, execution, local=kind == "local", layer=group.layer(index, p), cache=before
+            )
+        return x, None if kept is None else new
+
+    return jax.lax.scan(_remat(repeat, execution), x, (jnp.arange(group.repeats), layers, cache))
+
+
+def _remat(function, execution: Execution):
+    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    if execution.remat == "none":
+        return function
+    return jax.checkpoint(function, policy=policies[execution.remat], prevent_cse=False)

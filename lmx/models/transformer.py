@@ -1,0 +1,140 @@
+"""The transformer decoder as pure functions: a parameter table and one forward."""
+
+import math
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from lmx.core.execution import Execution
+from lmx.core.params import Normal, ParamSpec
+from lmx.core.tree import Tree
+from lmx.core.weights import lookup
+from lmx.kernels.masks import Mask
+from lmx.models import dropout as drop
+from lmx.models import norms, stack
+from lmx.models.attention import Context
+from lmx.models.config import Transformer
+from lmx.models.dropout import Dropout
+from lmx.models.positions import rope_table, sinusoids
+from lmx.parallel.rules import constrain
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of the tokens so far, in a fixed number of slots shared by all rows.
+
+    Attributes:
+      layers: for each group of the stack, in the form of its parameters, `{"key", "value"}` of `[batch, kv_heads, slots, head_dim]`.
+      positions: each slot's position in its own text, `[batch, slots]`.
+      segments: 1 where a slot is used and 0 where it is empty or holds padding, `[batch, slots]`.
+      used: the next free slot.
+    """
+
+    layers: Tree
+    positions: Int[Array, "batch slots"]
+    segments: Int[Array, "batch slots"]
+    used: Int[Array, ""]
+
+
+@flax.struct.dataclass
+class Output:
+    """What a forward gives: hidden states after the final norm, in the compute type, and the cache if there was one."""
+
+    hidden: Float[Array, "batch length embed"]
+    cache: Cache | None = None
+
+
+def specs(config: Transformer) -> Tree:
+    """The parameter table."""
+    tree = {"embed": ParamSpec((config.vocab, config.embed), ("vocab", "embed"), init=Normal(config.init_std)), "layers": stack.specs(config)}
+    if config.positions == "learned":
+        tree["positions"] = ParamSpec((config.context, config.embed), (None, "embed"), init=Normal(config.init_std))
+    if config.norm_placement != "post":
+        tree["norm"] = norms.specs(config.norm, config.embed, "embed", bias=config.bias)
+    if not config.tied:
+        tree["head"] = ParamSpec((config.embed, config.vocab), ("embed", "vocab"), 1, Normal(config.init_std))
+    return tree
+
+
+def empty_cache(config: Transformer, batch: int, slots: int, dtype=jnp.float32, *, unrolled: bool = True) -> Cache:
+    """A cache with every slot free, for parameters as tuples of layers (`unrolled`) or stacked."""
+    shape = (batch, config.key_heads, slots, config.head_size)
+
+    def pair(*lead: int) -> Tree:
+        return {name: jnp.zeros((*lead, *shape), dtype) for name in ("key", "value")}
+
+    def of(group: stack.Group) -> Tree:
+        if unrolled:
+            return tuple(pair() for _ in range(group.repeats * len(group.pattern)))
+        return {str(p): pair(group.repeats) for p in range(len(group.pattern))}
+
+    empty = jnp.zeros((batch, slots), jnp.int32)
+    return Cache(tuple(of(group) for group in stack.groups(config)), empty, empty, jnp.int32(0))
+
+
+def forward(
+    params: Tree,
+    config: Transformer,
+    tokens: Int[Array, "batch length"],
+    *,
+    positions: Int[Array, "batch length"] | None = None,
+    segments: Int[Array, "batch length"] | None = None,
+    cache: Cache | None = None,
+    dropout: Dropout | None = None,
+    execution: Execution = Execution(),
+) -> Output:
+    """Hidden states of tokens. Training, scoring, prefill and decoding are this one function.
+
+    Args:
+      params: as `specs` says, each group of layers stacked or as a tuple of layers (`lmx.models.stack`).
+      positions: each token's place in its own text; 0, 1, 2, ... when None (after the cache's used slots when there is one).
+      segments: which text of a packed row each token belongs to, from 1; 0 is padding. All one text when None.
+      cache: keys and values of earlier tokens. New ones are written to its next slots; the caller keeps count of what fits.
+      dropout: None, or what is dropped from where.
+    """
+    batch, length = tokens.shape
+    dtype = jnp.dtype(execution.precision.compute)
+    if positions is None:
+        start = 0 if cache is None else cache.used
+        positions = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), (batch, length))
+    context, cache = _context(config, positions, segments, cache, dropout)
+
+    x = lookup(tokens, params["embed"], dtype)
+    if config.embed_scale:
+        x = x * jnp.asarray(math.sqrt(config.embed), dtype)
+    if config.positions == "learned":
+        x = x + lookup(positions, params["positions"], dtype)
+    elif config.positions == "sinusoidal":
+        x = x + sinusoids(positions, config.embed).astype(dtype)
+    x = drop.apply(constrain(x, ("batch", None, None), execution.rules), dropout, "embed", 0)
+
+    x, layers = stack.run_layers(x, params["layers"], config, context, execution, None if cache is None else cache.layers)
+    if "norm" in params:
+        x = norms.norm(x, params["norm"], config.norm, config.norm_epsilon)
+    return Output(x, None if cache is None else cache.replace(layers=layers, used=cache.used + length))
+
+
+def _context(config, positions, segments, cache, dropout) -> tuple[Context, Cache | None]:
+    """What the layers share; and the cache with the new tokens' positions and segments written to its slots."""
+    if cache is None:
+        mask = Mask(query_positions=positions, key_positions=positions, query_segments=segments, key_segments=segments)
+    else:
+        segments = jnp.ones_like(positions) if segments is None else segments
+        positions_then, segments_then = (
+            jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), (0, cache.used))
+            for slots, new in ((cache.positions, positions), (cache.segments, segments))
+        )
+        cache = cache.replace(positions=positions_then, segments=segments_then)
+        mask = Mask(
+            order="positions",
+            query_positions=positions,
+            key_positions=cache.positions,
+            query_segments=segments,
+            key_segments=cache.segments,
+        )
+    rope = rope_table(positions, config.head_size, config.rope_theta) if config.positions == "rope" else None
+    local = mask.replace(window=config.window)
+    return Context(mask, local, rope, None if cache is None else cache.used, dropout), cache

@@ -1,0 +1,88 @@
+"""How a run is laid out over devices: a value, its checks, and the mesh made from it."""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from lmx.core.execution import Remat
+
+AXES = ("data", "fsdp", "tensor")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of parallelism. Loss, gradients and updates do not depend on it. Their product is the number of devices used."""
+
+    data: int = 1
+    """Replicas: each takes its share of the batch and holds everything."""
+    fsdp: int = 1
+    """Devices that share the batch, and split parameters, gradients and optimizer state among them."""
+    tensor: int = 1
+    """Devices that split each layer's heads, feed-forward and vocabulary among them."""
+    remat: Remat = "none"
+    """What the backward pass recomputes instead of keeping: none, dots (keeps products with weights), full (keeps layer inputs)."""
+    ordered: bool = False
+    """Debugging: sums gradients over a fixed number of virtual shards in a fixed order, so that the state is bit-equal for any
+    layout.data (fsdp and tensor must be 1). Slower."""
+
+    @property
+    def devices(self) -> int:
+        """How many devices the layout uses."""
+        return self.data * self.fsdp * self.tensor
+
+    @property
+    def shards(self) -> int:
+        """Into how many parts the batch is split."""
+        return self.data * self.fsdp
+
+
+def check(layout: Layout, sizes: dict[str, dict[str, int]], rows: int, available: int) -> None:
+    """Refuses a layout that does not fit, before anything is compiled.
+
+    Args:
+      sizes: for each axis of the mesh (`"fsdp"`, `"tensor"`), the sizes it must divide, by the name of their knob.
+      rows: rows of one microbatch.
+      available: devices at hand.
+
+    Raises:
+      ValueError: one line that names the value, what was expected and the knob.
+    """
+    for axis in AXES:
+        if getattr(layout, axis) < 1:
+            raise ValueError(f"layout.{axis}={getattr(layout, axis)} must be at least 1")
+    if layout.devices > available:
+        degrees = " x ".join(f"{axis} {getattr(layout, axis)}" for axis in AXES)
+        raise ValueError(
+            f"the layout needs {layout.devices} devices ({degrees}) but {available} are here; lower layout.*, or simulate more on a "
+            f"CPU with JAX_NUM_CPU_DEVICES={layout.devices}"
+        )
+    for axis, knobs in sizes.items():
+        degree = getattr(layout, axis)
+        for knob, size in knobs.items():
+            if size % degree:
+                raise ValueError(f"{knob}={size} is not divisible by layout.{axis}={degree}; use {_one_of(divisors(size))} for layout.{axis}")
+    if rows % layout.shards:
+        raise ValueError(
+            f"a microbatch of {rows} rows (batch / microbatches) is not divisible by layout.data x layout.fsdp = {layout.shards}; "
+            f"use a batch that is a multiple of {layout.shards} x microbatches, or {_one_of(divisors(rows))} shards"
+        )
+    if layout.ordered and layout.devices != layout.data:
+        raise ValueError("layout.ordered sums over data replicas alone; set layout.fsdp and layout.tensor to 1, or drop layout.ordered")
+
+
+def make_mesh(layout: Layout, devices: list | None = None) -> Mesh:
+    """The mesh of a layout over the first devices, or given ones. Axes of size 1 are kept, so the same code runs everywhere."""
+    devices = jax.devices() if devices is None else devices
+    shape = tuple(getattr(layout, axis) for axis in AXES)
+    return Mesh(np.asarray(devices[: layout.devices]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _one_of(numbers: list[int]) -> str:
+    head = numbers[:8]
+    return f"{', '.join(map(str, head[:-1]))} or {head[-1]}" if len(head) > 1 else str(head[0])

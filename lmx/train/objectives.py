@@ -1,0 +1,41 @@
+"""What is to be predicted: losses as sums with weights.
+
+An objective has two parts, so that a pipeline can run its stages between them: `inputs(microbatch)`, what the forward reads, and
+`loss(params, hidden, microbatch)`, a sum. Sums of microbatches add up to exactly the batch's, whatever the grouping.
+"""
+
+from dataclasses import dataclass
+
+from jax import Array
+from jaxtyping import Float
+
+from lmx.core.execution import Execution
+from lmx.core.tree import Tree
+from lmx.models.config import Transformer
+from lmx.models.losses import cross_entropy
+
+Batch = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """Predict each next token."""
+
+    z_loss: float = 0.0
+    """Weight of log(Z)^2, which keeps logits from drifting (PaLM uses 1e-4)."""
+
+    def weight(self, batch: Batch) -> Float[Array, ""]:
+        """The weight sum of a batch, known from the data before anything is computed."""
+        return batch["weights"].sum()
+
+    def inputs(self, microbatch: Batch) -> dict[str, Array]:
+        """Arguments of `transformer.forward`."""
+        return {name: microbatch[name] for name in ("tokens", "positions", "segments")}
+
+    def loss(
+        self, params: Tree, config: Transformer, hidden: Float[Array, "batch length embed"], microbatch: Batch, execution: Execution
+    ) -> tuple[Float[Array, ""], Tree]:
+        """The loss summed over supervised tokens (nats), and metrics as sums."""
+        return cross_entropy(
+            params, config, hidden, microbatch["targets"], microbatch["weights"], z_loss=self.z_loss, execution=execution
+        )

@@ -1,0 +1,155 @@
+"""Optimizers as recipes: a frozen config each, from which an optax transformation is built."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+import optax
+from optax import contrib
+
+from lmx.core.params import ParamSpec, is_spec
+from lmx.core.tree import Tree
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate over the steps of a run: up, perhaps along, and down."""
+
+    kind: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """After the warm-up: down a cosine, flat and then down a line (warmup-stable-decay), down a line, or flat."""
+    warmup: int = 100
+    """Steps over which the rate rises from 0."""
+    final: float = 0.1
+    """The last rate, as a share of the peak (cosine, wsd, linear)."""
+    decay: float = 0.2
+    """Share of the run's steps in which wsd falls."""
+
+    def rate(self, peak: float, steps: int) -> Callable:
+        """The learning rate as a function of the step, for a run of `steps`."""
+        rest = max(steps - self.warmup, 1)
+        fall = max(round(self.decay * steps), 1)
+        after = {
+            "constant": optax.constant_schedule(peak),
+            "linear": optax.linear_schedule(peak, self.final * peak, rest),
+            "cosine": optax.cosine_decay_schedule(peak, rest, self.final),
+            "wsd": optax.linear_schedule(peak, self.final * peak, fall, max(rest - fall, 0)),
+        }[self.kind]
+        return optax.join_schedules([optax.linear_schedule(0.0, peak, self.warmup), after], [self.warmup]) if self.warmup else after
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all optimizers share."""
+
+    learning_rate: float = 1e-3
+    """The peak learning rate."""
+    schedule: Schedule = field(default_factory=Schedule)
+    """How it changes over the run."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, of weights only: not of biases, norm scales or position tables."""
+    clip: float = 1.0
+    """Gradients are scaled down to this global norm. 0: never."""
+
+
+@dataclass(frozen=True)
+class AdamW(Recipe):
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019)."""
+
+    b1: float = 0.9
+    """Decay of the mean of gradients."""
+    b2: float = 0.95
+    """Decay of the mean of squared gradients."""
+    epsilon: float = 1e-8
+    """Added to the root of the latter."""
+
+    def update(self, rate: Callable, specs: Tree) -> optax.GradientTransformation:
+        return optax.adamw(rate, self.b1, self.b2, self.epsilon, weight_decay=self.weight_decay, mask=decayed(specs))
+
+
+@dataclass(frozen=True)
+class Adafactor(Recipe):
+    """Adafactor (Shazeer and Stern, 2018): second moments as row and column means, no first moment."""
+
+    def update(self, rate: Callable, specs: Tree) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(self.weight_decay, decayed(specs)),
+            optax.scale_by_learning_rate(rate),
+        )
+
+
+@dataclass(frozen=True)
+class Lion(Recipe):
+    """Lion (Chen et al., 2023): the sign of a momentum; learning rates about a third to a tenth of Adam's."""
+
+    learning_rate: float = 2e-4
+    """The peak learning rate."""
+    b1: float = 0.9
+    """Weight of the momentum in the update."""
+    b2: float = 0.99
+    """Decay of the momentum."""
+
+    def update(self, rate: Callable, specs: Tree) -> optax.GradientTransformation:
+        return optax.lion(rate, self.b1, self.b2, weight_decay=self.weight_decay, mask=decayed(specs))
+
+
+@dataclass(frozen=True)
+class Muon(Recipe):
+    """Muon (Jordan et al., 2024): orthogonalised momentum for the layers' weight matrices, AdamW for everything else."""
+
+    b1: float = 0.9
+    """AdamW's decay of the mean of gradients."""
+    b2: float = 0.95
+    """AdamW's decay of the mean of squared gradients."""
+    momentum: float = 0.95
+    """Decay of Muon's momentum (Nesterov's form)."""
+
+    def update(self, rate: Callable, specs: Tree) -> optax.GradientTransformation:
+        muon = contrib.muon(
+            rate,
+            beta=self.momentum,
+            adam_b1=self.b1,
+            adam_b2=self.b2,
+            muon_weight_dimension_numbers=jax.tree.map(_matrix, specs, is_leaf=is_spec),
+            consistent_rms=0.2,
+        )
+        # optax's Muon cannot mask its decay (its two parts see different trees), so decay comes after it, at the same rate.
+        return optax.chain(muon, optax.add_decayed_weights(lambda step: -self.weight_decay * rate(step), decayed(specs)))
+
+
+@dataclass(frozen=True)
+class SGD(Recipe):
+    """Stochastic gradient descent with momentum."""
+
+    learning_rate: float = 0.1
+    """The peak learning rate."""
+    weight_decay: float = 0.0
+    """Weight decay, added to the gradient of weights."""
+    momentum: float = 0.9
+    """Decay of the momentum. 0: plain descent."""
+
+    def update(self, rate: Callable, specs: Tree) -> optax.GradientTransformation:
+        return optax.chain(optax.add_decayed_weights(self.weight_decay, decayed(specs)), optax.sgd(rate, self.momentum or None))
+
+
+Optimizer = AdamW | Adafactor | Lion | Muon | SGD
+
+
+def build(recipe: Optimizer, steps: int, specs: Tree) -> tuple[optax.GradientTransformation, Callable]:
+    """The transformation of gradients (clipping left to the step, which reports the norm anyway), and the learning rate by step."""
+    rate = recipe.schedule.rate(recipe.learning_rate, steps)
+    return recipe.update(rate, specs), rate
+
+
+def decayed(specs: Tree) -> Tree:
+    """Which parameters weight decay applies to: tables and matrices, told from vectors by their dimensions beside `layers`."""
+    return jax.tree.map(lambda spec: spec.inputs > 0 or "vocab" in spec.axes, specs, is_leaf=is_spec)
+
+
+def _matrix(spec: ParamSpec) -> contrib.MuonDimensionNumbers | None:
+    """A layer's weight as a matrix: what it contracts against the rest. None: not Muon's."""
+    if not spec.inputs or not spec.layers:
+        return None
+    return contrib.MuonDimensionNumbers(tuple(range(1, 1 + spec.inputs)), tuple(range(1 + spec.inputs, len(spec.shape))))

@@ -1,0 +1,52 @@
+"""What training carries from step to step, where it lives, and how it starts."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lmx.core.params import abstract, initial_values
+from lmx.core.precision import LossScale, Precision, initial_loss_scale
+from lmx.core.tree import Tree
+from lmx.parallel.rules import RULES, like_parameters, shardings
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step changes.
+
+    Attributes:
+      step: optimizer steps taken (skipped ones included); int32 scalar.
+      key: the run's random key; never changes, every use folds in the step.
+      params: trainable parameters, in the master type.
+      frozen: parameters that are not trained: another tree, without gradients or optimizer state.
+      optimizer: the optimizer's state.
+      loss_scale: of fp16, else None.
+    """
+
+    step: Array
+    key: Array
+    params: Tree
+    frozen: Tree
+    optimizer: Tree
+    loss_scale: LossScale | None = None
+
+
+def state_shardings(specs: Tree, transform: optax.GradientTransformation, precision: Precision, mesh: Mesh) -> TrainState:
+    """A sharding for each leaf of the state: parameters and what is shaped like them by the rules, the rest replicated."""
+    whole = NamedSharding(mesh, P())
+    values = abstract(specs, precision.params)
+    scale = jax.tree.map(lambda _: whole, jax.eval_shape(initial_loss_scale)) if precision.scaled else None
+    optimizer = like_parameters(jax.eval_shape(transform.init, values), specs, mesh, RULES)
+    return TrainState(whole, whole, shardings(specs, mesh, RULES), {}, optimizer, scale)
+
+
+def initial_state(seed: int, specs: Tree, transform: optax.GradientTransformation, precision: Precision) -> TrainState:
+    """The state before the first step. To be run under `jax.jit` with `state_shardings`; the same on every mesh."""
+    key = jax.random.key(seed)
+    params = initial_values(jax.random.fold_in(key, 0), specs, precision.params)
+    scale = initial_loss_scale() if precision.scaled else None
+    return TrainState(jnp.int32(0), key, params, {}, transform.init(params), scale)

@@ -1,0 +1,110 @@
+"""One optimizer step, the same under any layout."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from lmx.core.execution import Execution
+from lmx.core.precision import all_finite, update_loss_scale
+from lmx.core.tree import Tree
+from lmx.models.config import Transformer
+from lmx.models.dropout import Dropout
+from lmx.models.transformer import forward
+from lmx.train.objectives import Batch, CausalLM
+from lmx.train.state import TrainState
+
+Sums = tuple[Array, Tree]
+"""A loss sum and the sums of metrics."""
+
+ValueAndGrad = Callable[[Tree, Batch, Array, Array], tuple[Sums, Tree]]
+"""`(params, batch of [microbatches, rows, ...], key, seed) -> (sums over the batch, gradient of seed * loss sum)`. A pipeline
+schedule replaces it by its own."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, and how its forward runs: a model, an objective, an execution."""
+
+    model: Transformer
+    objective: CausalLM
+    execution: Execution
+
+    def sums(self, params: Tree, microbatch: Batch, key: Array | None) -> Sums:
+        """Loss and metric sums of one microbatch. `key` has seed and step folded in; None: no dropout (evaluation)."""
+        dropout = None
+        if key is not None and self.model.dropout:
+            dropout = Dropout(key, microbatch["example_id"], self.model.dropout)
+        output = forward(params, self.model, dropout=dropout, execution=self.execution, **self.objective.inputs(microbatch))
+        return self.objective.loss(params, self.model, output.hidden, microbatch, self.execution)
+
+
+def accumulate(task: Task) -> ValueAndGrad:
+    """The plain `ValueAndGrad`: microbatches one after another, gradients and sums added up in the gradients' own type."""
+
+    def value_and_grad(params: Tree, batch: Batch, key: Array, seed: Array) -> tuple[Sums, Tree]:
+        def of(microbatch: Batch) -> tuple[Sums, Tree]:
+            def seeded(params):
+                loss, metrics = task.sums(params, microbatch, key)
+                return seed * loss, (loss, metrics)
+
+            (_, sums), gradient = jax.value_and_grad(seeded, has_aux=True)(params)
+            return sums, gradient
+
+        if jax.tree.leaves(batch)[0].shape[0] == 1:
+            return of(jax.tree.map(lambda a: a[0], batch))
+        zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(of, jax.tree.map(lambda a: a[0], batch)))
+        return jax.lax.scan(lambda total, microbatch: (jax.tree.map(jnp.add, total, of(microbatch)), None), zero, batch)[0]
+
+    return value_and_grad
+
+
+def make_step(
+    task: Task, value_and_grad: ValueAndGrad, transform: optax.GradientTransformation, clip: float
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """The function from a state and a batch of `[microbatches, rows, ...]` to the next state and the step's metrics.
+
+    The backward pass starts from `scale / (weight sum of the whole batch)`, so that gradients are those of the weighted mean and
+    fp16 does not overflow where it need not. Metrics are means over supervised tokens, in nats, beside `grad_norm` (before clipping)
+    and `tokens` (supervised). Under fp16 a step whose gradients are not finite changes nothing but the loss scale.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
+        weight = task.objective.weight(batch)
+        scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.scale
+        (loss, sums), gradients = value_and_grad(state.params, batch, key, scale / weight)
+        if state.loss_scale is not None:
+            gradients = jax.tree.map(lambda g: g / scale, gradients)
+        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
+        if clip:
+            shrink = jnp.minimum(1.0, clip / norm)
+            gradients = jax.tree.map(lambda g: (g * shrink).astype(g.dtype), gradients)
+
+        def move(state: TrainState) -> TrainState:
+            updates, optimizer = transform.update(gradients, state.optimizer, state.params)
+            return state.replace(params=optax.apply_updates(state.params, updates), optimizer=optimizer)
+
+        metrics = {"loss": loss / weight, "grad_norm": norm, "tokens": weight} | {n: s / weight for n, s in sums.items()}
+        if state.loss_scale is None:
+            return move(state).replace(step=state.step + 1), metrics
+        finite = all_finite(gradients)
+        loss_scale = update_loss_scale(state.loss_scale, finite)
+        state = jax.lax.cond(finite, move, lambda state: state, state)
+        metrics |= {"loss_scale": loss_scale.scale, "skipped": loss_scale.skipped}
+        return state.replace(step=state.step + 1, loss_scale=loss_scale), metrics
+
+    return step
+
+
+def make_evaluation(task: Task) -> Callable[[Tree, Batch], dict[str, Array]]:
+    """The function from parameters and a batch of `[rows, ...]` to sums: `weight`, `loss` and the objective's metrics."""
+
+    def evaluate(params: Tree, batch: Batch) -> dict[str, Array]:
+        loss, sums = task.sums(params, batch, None)
+        return {"loss": loss, "weight": task.objective.weight(batch)} | sums
+
+    return evaluate
