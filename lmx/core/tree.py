@@ -49,4 +49,7 @@ def disagreement(tree: Tree, reference: Tree) -> dict[str, float]:
             raise ValueError(f"{name} has shape {ours[name].shape}, the reference {theirs[name].shape}")
     largest = max((np.abs(b).max(initial=0.0) for b in theirs.values()), default=0.0)
     floor = max(1e-3 * largest, np.finfo(np.float64).tiny)
-    return {name: float(np.abs(a - theirs[name]).max(initial=0.0) / max(np.abs(theirs[name]).max(initial=0.0), floor)) for name, a in ours.items()}
+    return {
+        name: float(np.abs(a - theirs[name]).max(initial=0.0) / max(np.abs(theirs[name]).max(initial=0.0), floor))
+        for name, a in ours.items()
+    }

@@ -4,13 +4,15 @@ import bz2
 import glob
 import gzip
 import hashlib
+import importlib
 import json
 import lzma
 import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, BinaryIO
 
 from lmx.data.documents import Document
 
@@ -18,7 +20,7 @@ TEXT = (".txt", ".md")
 JSON_LINES = (".jsonl",)
 JSON = (".json",)
 RECORDS = (".array_record",)
-COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": None}
+COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 EXPECTED = "expected .txt, .md, .jsonl or .json (each may end in .gz, .xz, .bz2 or .zst too), or .array_record"
 
 # A TFDS split ("train", "train[:10%]", "train+test") starts with a letter, a version ("1.0.0") with a digit: so `ag_news_subset:1.0.0` is all name.
@@ -67,9 +69,13 @@ def source_files(source: str, *, name: str = "source") -> list[Path]:
     else:
         files = sorted(p for p in map(Path, glob.glob(source, recursive=True)) if p.is_file())
         if not files and glob.has_magic(source):
-            raise FileNotFoundError(f"{name}={source!r} matches no file; check the pattern (** goes into folders) and the working directory")
+            raise FileNotFoundError(
+                f"{name}={source!r} matches no file; check the pattern (** goes into folders) and the working directory"
+            )
         if not files:
-            raise FileNotFoundError(f"{name}={source!r} does not exist; give a file, a folder, a glob or tfds:NAME (working directory: {Path.cwd()})")
+            raise FileNotFoundError(
+                f"{name}={source!r} does not exist; give a file, a folder, a glob or tfds:NAME (working directory: {Path.cwd()})"
+            )
     for p in files:
         if not _kind(p):
             raise ValueError(f"{name}: {p} is of an unknown kind {''.join(p.suffixes[-2:]) or '(no suffix)'!r}; {EXPECTED}")
@@ -135,6 +141,9 @@ def _stem(relative: str, path: Path) -> str:
 
 def _file(path: Path, relative: str, field: str, name: str) -> Iterator[Document]:
     kind = _kind(path)
+    damage = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)
+    if path.suffix.lower() == ".zst":
+        damage += (_zstd(path, name).ZstdError,)
     try:
         if kind in RECORDS:
             yield from _array_record(path, relative, field, name)
@@ -148,23 +157,29 @@ def _file(path: Path, relative: str, field: str, name: str) -> Iterator[Document
         else:
             with _open(path, name) as file:
                 yield Document(_stem(relative, path), _utf8(file.read(), f"{name}: {path}"), str(path))
-    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+    except damage as error:
         raise ValueError(f"{name}: {path} is damaged ({error}); unpack it by hand to see how far it is whole") from error
     except OSError as error:
         raise ValueError(f"{name}: {path} cannot be read ({error.strerror or error}); check the file and its permissions") from error
 
 
-def _open(path: Path, name: str):
+def _open(path: Path, name: str) -> BinaryIO:
     suffix = path.suffix.lower()
     if suffix not in COMPRESSED:
         return path.open("rb")
-    if suffix != ".zst":
-        return COMPRESSED[suffix](path, "rb")
-    try:
-        import zstandard
-    except ImportError as error:
-        raise ValueError(f"{name}: {path} needs the zstandard package, which is not installed; pip install 'lmx[zstd]'") from error
-    return zstandard.open(path, "rb")
+    if suffix == ".zst":
+        return _zstd(path, name).open(path, "rb")
+    return {".gz": gzip, ".xz": lzma, ".bz2": bz2}[suffix].open(path, "rb")
+
+
+def _zstd(path: Path, name: str) -> ModuleType:
+    """Python 3.14's module or its backport. (The older `zstandard` package takes a file that was cut off for a whole one.)"""
+    for module in ("compression.zstd", "backports.zstd"):
+        try:
+            return importlib.import_module(module)
+        except ImportError:
+            continue
+    raise ValueError(f"{name}: {path} needs the backports.zstd package, which is not installed; pip install 'lmx[zstd]'")
 
 
 def _json_lines(path: Path, relative: str, field: str, name: str) -> Iterator[Document]:
@@ -180,10 +195,11 @@ def _json_lines(path: Path, relative: str, field: str, name: str) -> Iterator[Do
 def _array_record(path: Path, relative: str, field: str, name: str) -> Iterator[Document]:
     from array_record.python.array_record_module import ArrayRecordReader
 
-    # A trusted file's size is asked before its records: the reader logs, and does not say, what a truncated one lacks.
     try:
         reader = ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
         count = reader.num_records()
+        if not count:
+            reader.close()  # only this says that the file was cut off; until then it seems to have no records
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{name}: {path} is not a whole ArrayRecord file ({_line(error)}); write it again") from error
     as_json = None
@@ -220,7 +236,9 @@ def _tfds_builder(source: str, name: str):
             builder = tfds.builder(dataset, file_format="array_record")
             builder.download_and_prepare()
     except Exception as error:  # TFDS raises many types, and each is about the name or the directory given
-        raise ValueError(f"{name}={source!r}: TFDS cannot open it ({_line(error)}); give a name from the TFDS catalogue or a prepared directory") from error
+        raise ValueError(
+            f"{name}={source!r}: TFDS cannot open it ({_line(error)}); give a name from the TFDS catalogue or a prepared directory"
+        ) from error
     return builder, split or "train"
 
 
@@ -230,27 +248,34 @@ def _tfds(source: str, field: str, name: str) -> Iterator[Document]:
         data = builder.as_data_source(split=split)
     except Exception as error:  # as above: an unknown split, or files that are no ArrayRecord
         known = ", ".join(builder.info.splits)
-        raise ValueError(f"{name}={source!r}: no split {split!r} to read ({_line(error)}); it has {known}, and must be stored as array_record") from error
+        raise ValueError(
+            f"{name}={source!r}: no split {split!r} to read ({_line(error)}); it has {known}, and must be stored as array_record"
+        ) from error
+    return _tfds_records(data, builder.info.name, split, source, field, name)
 
-    def read():
-        for number in range(len(data)):
-            record = {key: _utf8(value, f"{where} {number}") if isinstance(value, bytes) else value for key, value in data[number].items()}
-            yield _from_record(record, f"{where} {number}", f"{builder.info.name}/{split}:{number}", source, field)
 
+def _tfds_records(data: Any, dataset: str, split: str, source: str, field: str, name: str) -> Iterator[Document]:
     where = f"{name}={source!r}, record"
-    return read()
+    for number in range(len(data)):
+        record = data[number]
+        if isinstance(record, Mapping):  # TFDS gives text as bytes
+            text = {key: _utf8(record[key], f"{where} {number}, {key}") for key in (field, "id") if isinstance(record.get(key), bytes)}
+            record = {**record, **text}
+        yield _from_record(record, f"{where} {number}", f"{dataset}/{split}:{number}", source, field)
 
 
 def _from_record(record: Any, where: str, id: str, source: str, field: str) -> Document:
+    problem = ""
     if not isinstance(record, Mapping):
-        raise ValueError(f"{where} is {type(record).__name__} {str(record)[:40]!r}, expected an object with the field {field!r}")
-    if field not in record:
-        raise ValueError(f"{where} has no field {field!r}; it has {', '.join(map(repr, record)) or 'none'}; set data.field")
-    text = record[field]
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: the field {field!r} is {type(text).__name__}, expected text; set data.field")
+        problem = f"is {type(record).__name__} {str(record)[:40]!r}, expected an object with the field {field!r}"
+    elif field not in record:
+        problem = f"has no field {field!r}, only {', '.join(map(repr, record)) or 'none'}; set data.field"
+    elif not isinstance(record[field], str):
+        problem = f"has {type(record[field]).__name__} in its field {field!r}, expected text; set data.field"
+    if problem:
+        raise ValueError(f"{where} {problem}")
     rest = {key: value for key, value in record.items() if key not in (field, "id")}
-    return Document(str(record.get("id", id)), text, source, rest)
+    return Document(str(record.get("id", id)), record[field], source, rest)
 
 
 def _utf8(data: bytes, where: str, offset: int = 0) -> str:
@@ -258,7 +283,9 @@ def _utf8(data: bytes, where: str, offset: int = 0) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         byte = offset + error.start
-        raise ValueError(f"{where} is not UTF-8: byte {data[error.start]:#04x} at offset {byte}; convert it (iconv -t utf-8) or leave it out") from error
+        raise ValueError(
+            f"{where} is not UTF-8: byte {data[error.start]:#04x} at offset {byte}; convert it (iconv -t utf-8) or leave it out"
+        ) from error
 
 
 def _json(data: bytes, where: str, offset: int = 0) -> Any:

@@ -3,12 +3,17 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
+from uuid import uuid4
 
 SPACE = "\u2581"  # how SentencePiece writes a space
+USUAL = {
+    "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]"),
+    "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]"),
+    "pad": ("<pad>", "[PAD]", "<|pad|>"),
+}
 SENTENCE_BYTES = 4000  # SentencePiece leaves out longer sentences (its limit is 4192)
 
 
@@ -78,9 +83,13 @@ class SentencePiece:
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:
-            raise ValueError(f"tokenizer={str(path)!r} is not a SentencePiece model; expected a file from train_sentencepiece or a spiece.model") from error
+            raise ValueError(
+                f"tokenizer={str(path)!r} is not a SentencePiece model; expected a file from train_sentencepiece or a spiece.model"
+            ) from error
         self.vocab = self._model.vocab_size()
-        self.bos_id, self.eos_id, self.pad_id = (i if i >= 0 else None for i in (self._model.bos_id(), self._model.eos_id(), self._model.pad_id()))
+        self.bos_id, self.eos_id, self.pad_id = (
+            i if i >= 0 else None for i in (self._model.bos_id(), self._model.eos_id(), self._model.pad_id())
+        )
         self.fingerprint = hashlib.sha256(b"sentencepiece" + data).hexdigest()
         byte_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         probe = " \n a  b\t\n"
@@ -112,15 +121,9 @@ class HuggingFace:
     """A `tokenizer.json` (or the folder that has one), as the `tokenizers` library runs it, without its padding and truncation.
 
     `tokenizer.json` does not say which of its special tokens begin, end or pad: that comes from `tokenizer_config.json` or
-    `special_tokens_map.json` beside it, else from the names below if the vocabulary has exactly such a special token, else there is none.
+    `special_tokens_map.json` beside it, else from the usual names if the vocabulary has exactly such a special token, else there is none.
     As everywhere with this library, a special token written out in the text becomes that token. Raises ValueError when the file is none.
     """
-
-    USUAL = {
-        "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]"),
-        "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]"),
-        "pad": ("<pad>", "[PAD]", "<|pad|>"),
-    }
 
     def __init__(self, path: str | Path):
         import tokenizers
@@ -150,7 +153,7 @@ class HuggingFace:
                         raise ValueError(f"{file} names the {role} token {named!r}, which tokenizer.json has not; correct one of the two")
                     return id
         special = {token.content: id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
-        return next((special[token] for token in self.USUAL[role] if token in special), None)
+        return next((special[token] for token in USUAL[role] if token in special), None)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -236,12 +239,14 @@ def train_sentencepiece(
         )
     except RuntimeError as error:
         reason = str(error).rsplit("] ", 1)[-1].strip()
-        raise ValueError(f"tokenizer '{algorithm}:{vocab}' cannot be trained on this text ({reason}); choose another vocabulary size") from error
+        raise ValueError(
+            f"tokenizer '{algorithm}:{vocab}' cannot be trained on this text ({reason}); choose another vocabulary size"
+        ) from error
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(model.data)
-    os.replace(file.name, path)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    temporary.write_bytes(model.data)
+    os.replace(temporary, path)
     return SentencePiece(path)
 
 
@@ -279,7 +284,9 @@ def _read(path: str | Path, what: str) -> bytes:
 def _check_ids(ids: Sequence[int], vocab: int) -> None:
     for id in ids:
         if not 0 <= id < vocab:
-            raise ValueError(f"token id {id} is outside the vocabulary 0..{vocab - 1}; the ids come from another tokenizer, or a padded vocabulary")
+            raise ValueError(
+                f"token id {id} is outside the vocabulary 0..{vocab - 1}; the ids come from another tokenizer, or a padded vocabulary"
+            )
 
 
 def _printable(piece: str) -> str:

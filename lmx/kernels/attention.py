@@ -1,13 +1,13 @@
 """The one door to attention over plain arrays: it picks an implementation."""
 
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from lmx.kernels import reference
+from lmx.kernels import reference, single
 from lmx.kernels.masks import Mask
 
-IMPLEMENTATIONS = ("auto", "reference")
+IMPLEMENTATIONS = ("auto", "reference", "single")
+"""`reference` forms every score; `single` is for one query a row (decoding). `auto` takes `single` where it applies."""
 
 
 def attention(
@@ -32,11 +32,17 @@ def attention(
       implementation: one of `IMPLEMENTATIONS`.
 
     Raises:
-      ValueError: an unknown implementation, or heads that do not share evenly.
+      ValueError: an unknown implementation, one that cannot do what is asked, or heads that do not share evenly.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads evenly")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if implementation == "auto":
+        implementation = "single" if q.shape[1] == 1 and keep is None else "reference"
+    if implementation == "single":
+        if q.shape[1] != 1 or keep is not None:
+            raise ValueError(f"attention='single' takes one query without dropout, not {q.shape[1]}; use auto")
+        return single.attention(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes)
     return reference.attention(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes, keep=keep)

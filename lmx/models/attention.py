@@ -1,6 +1,5 @@
 """The attention layer: projections, positions, the cache, and the kernel between them."""
 
-
 import flax.struct
 import jax
 from jax import Array

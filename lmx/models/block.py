@@ -39,9 +39,7 @@ def block(
         return norms.norm(y, params[name], config.norm, config.norm_epsilon) if name in params else y
 
     def attend(y: Array) -> tuple[Array, Tree | None]:
-        y, new = attention.attention(
-            y, params["attention"], config, context, execution, local=local, layer=layer, cache=cache
-        )
+        y, new = attention.attention(y, params["attention"], config, context, execution, local=local, layer=layer, cache=cache)
         return dropout.apply(y, context.dropout, "attention", layer), new
 
     def feed(y: Array) -> Array:

@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from lmx.core.execution import Execution
-from lmx.core.params import Normal, ParamSpec
+from lmx.core.params import Normal, ParamSpec, is_spec
 from lmx.core.tree import Tree
 from lmx.core.weights import lookup
 from lmx.kernels.masks import Mask
@@ -49,7 +49,10 @@ class Output:
 
 def specs(config: Transformer) -> Tree:
     """The parameter table."""
-    tree = {"embed": ParamSpec((config.vocab, config.embed), ("vocab", "embed"), init=Normal(config.init_std)), "layers": stack.specs(config)}
+    tree = {
+        "embed": ParamSpec((config.vocab, config.embed), ("vocab", "embed"), init=Normal(config.init_std)),
+        "layers": stack.specs(config),
+    }
     if config.positions == "learned":
         tree["positions"] = ParamSpec((config.context, config.embed), (None, "embed"), init=Normal(config.init_std))
     if config.norm_placement != "post":
@@ -138,3 +141,11 @@ def _context(config, positions, segments, cache, dropout) -> tuple[Context, Cach
     rope = rope_table(positions, config.head_size, config.rope_theta) if config.positions == "rope" else None
     local = mask.replace(window=config.window)
     return Context(mask, local, rope, None if cache is None else cache.used, dropout), cache
+
+
+def flops_per_token(config: Transformer, length: int) -> float:
+    """FLOPs of training on one token, forward and backward, as MFU counts them (PaLM, appendix B): 6 for each weight that multiplies,
+    and 12 x layers x heads x head_dim x length for attention's scores and sums, masked halves included; nothing recomputed."""
+    leaves = jax.tree.leaves(specs(config), is_leaf=is_spec)
+    weights = sum(math.prod(spec.shape) for spec in leaves if spec.inputs) + (config.vocab * config.embed if config.tied else 0)
+    return 6.0 * weights + 12.0 * config.layers * config.heads * config.head_size * length

@@ -23,9 +23,9 @@ class Layout:
     """Devices that split each layer's heads, feed-forward and vocabulary among them."""
     remat: Remat = "none"
     """What the backward pass recomputes instead of keeping: none, dots (keeps products with weights), full (keeps layer inputs)."""
-    ordered: bool = False
-    """Debugging: sums gradients over a fixed number of virtual shards in a fixed order, so that the state is bit-equal for any
-    layout.data (fsdp and tensor must be 1). Slower."""
+    ordered: int = 0
+    """Debugging: the number of virtual shards whose gradients are computed apart and summed in a fixed order, so that the state is
+    bit-equal for any layout.data (fsdp and tensor must be 1). Slower, and takes that many times the gradients' memory. 0: off."""
 
     @property
     def devices(self) -> int:
@@ -62,14 +62,22 @@ def check(layout: Layout, sizes: dict[str, dict[str, int]], rows: int, available
         degree = getattr(layout, axis)
         for knob, size in knobs.items():
             if size % degree:
-                raise ValueError(f"{knob}={size} is not divisible by layout.{axis}={degree}; use {_one_of(divisors(size))} for layout.{axis}")
+                raise ValueError(
+                    f"{knob}={size} is not divisible by layout.{axis}={degree}; use {_one_of(divisors(size))} for layout.{axis}"
+                )
     if rows % layout.shards:
         raise ValueError(
             f"a microbatch of {rows} rows (batch / microbatches) is not divisible by layout.data x layout.fsdp = {layout.shards}; "
             f"use a batch that is a multiple of {layout.shards} x microbatches, or {_one_of(divisors(rows))} shards"
         )
-    if layout.ordered and layout.devices != layout.data:
-        raise ValueError("layout.ordered sums over data replicas alone; set layout.fsdp and layout.tensor to 1, or drop layout.ordered")
+    if layout.ordered:
+        if layout.devices != layout.data:
+            raise ValueError("layout.ordered sums over data replicas alone; set layout.fsdp and layout.tensor to 1, or drop layout.ordered")
+        for name, whole, part in (("layout.ordered", layout.ordered, layout.data), ("a microbatch's rows", rows, layout.ordered)):
+            if whole % part:
+                raise ValueError(
+                    f"{name}={whole} is not divisible by {part}; layout.ordered must be a multiple of layout.data and divide the rows"
+                )
 
 
 def make_mesh(layout: Layout, devices: list | None = None) -> Mesh:

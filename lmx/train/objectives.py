@@ -36,6 +36,4 @@ class CausalLM:
         self, params: Tree, config: Transformer, hidden: Float[Array, "batch length embed"], microbatch: Batch, execution: Execution
     ) -> tuple[Float[Array, ""], Tree]:
         """The loss summed over supervised tokens (nats), and metrics as sums."""
-        return cross_entropy(
-            params, config, hidden, microbatch["targets"], microbatch["weights"], z_loss=self.z_loss, execution=execution
-        )
+        return cross_entropy(params, config, hidden, microbatch["targets"], microbatch["weights"], z_loss=self.z_loss, execution=execution)

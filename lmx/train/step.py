@@ -63,9 +63,10 @@ def accumulate(task: Task) -> ValueAndGrad:
 
 
 def make_step(
-    task: Task, value_and_grad: ValueAndGrad, transform: optax.GradientTransformation, clip: float
+    task: Task, value_and_grad: ValueAndGrad, transform: optax.GradientTransformation, rate: Callable, clip: float
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """The function from a state and a batch of `[microbatches, rows, ...]` to the next state and the step's metrics.
+    """The function from a state and a batch of `[microbatches, rows, ...]` to the next state and the step's metrics. `rate` gives the
+    learning rate by step (to report: the transformation knows it too); gradients are scaled down to norm `clip` (0: never).
 
     The backward pass starts from `scale / (weight sum of the whole batch)`, so that gradients are those of the weighted mean and
     fp16 does not overflow where it need not. Metrics are means over supervised tokens, in nats, beside `grad_norm` (before clipping)
@@ -88,7 +89,8 @@ def make_step(
             updates, optimizer = transform.update(gradients, state.optimizer, state.params)
             return state.replace(params=optax.apply_updates(state.params, updates), optimizer=optimizer)
 
-        metrics = {"loss": loss / weight, "grad_norm": norm, "tokens": weight} | {n: s / weight for n, s in sums.items()}
+        metrics = {n: s / weight for n, s in sums.items()}
+        metrics |= {"loss": loss / weight, "grad_norm": norm, "learning_rate": rate(state.step), "tokens": weight}
         if state.loss_scale is None:
             return move(state).replace(step=state.step + 1), metrics
         finite = all_finite(gradients)

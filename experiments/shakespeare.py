@@ -1,0 +1,29 @@
+"""A small decoder learns to write plays: the first thing to run.
+
+python -m experiments.shakespeare
+"""
+
+from lmx.data.recipe import Data
+from lmx.models.config import Transformer
+from lmx.train.experiment import Evaluation, Experiment, Samples
+from lmx.train.loop import main
+from lmx.train.optimizers import AdamW, Schedule
+
+experiment = Experiment(
+    name="shakespeare",
+    data=Data(
+        train="experiments/data/shakespeare/train.jsonl.xz",
+        validation="experiments/data/shakespeare/validation.jsonl.xz",
+        tokenizer="bpe:1024",
+        length=128,
+    ),
+    model=Transformer(layers=4, embed=192, heads=6, context=512),
+    optimizer=AdamW(learning_rate=2e-3, schedule=Schedule(warmup=50)),
+    batch=16,
+    steps=1000,
+    evaluation=Evaluation(every=250),
+    samples=Samples(prompt="ROMEO.\n", tokens=150),
+)
+
+if __name__ == "__main__":
+    main(experiment)

@@ -1,0 +1,46 @@
+"""Text to batches: sources, tokenizers, the token store, packing and the pipeline.
+
+Importing this room reads only NumPy; Grain, TFDS and the tokenizer libraries are imported by the functions that use them.
+"""
+
+from lmx.data.documents import Document
+from lmx.data.explain import Explanation, explain
+from lmx.data.packing import Packing, Plan, permutation, plan
+from lmx.data.pipeline import Batch, Batches, BatchIterator, batch_hash, iterate, require_supervised
+from lmx.data.recipe import Data, Prepared, check, prepare, prepare_tokenizer
+from lmx.data.sources import documents, source_hash
+from lmx.data.store import TokenStore, build_store, cached_store, open_store
+from lmx.data.tokenizers import ByteTokenizer, HuggingFace, SentencePiece, Tokenizer, load_tokenizer, train_sentencepiece
+
+__all__ = [
+    "Batch",
+    "BatchIterator",
+    "Batches",
+    "ByteTokenizer",
+    "Data",
+    "Document",
+    "Explanation",
+    "HuggingFace",
+    "Packing",
+    "Plan",
+    "Prepared",
+    "SentencePiece",
+    "TokenStore",
+    "Tokenizer",
+    "batch_hash",
+    "build_store",
+    "cached_store",
+    "check",
+    "documents",
+    "explain",
+    "iterate",
+    "load_tokenizer",
+    "open_store",
+    "permutation",
+    "plan",
+    "prepare",
+    "prepare_tokenizer",
+    "require_supervised",
+    "source_hash",
+    "train_sentencepiece",
+]

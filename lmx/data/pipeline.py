@@ -1,0 +1,242 @@
+"""Batches as a pure function of (seed, k), and a Grain pipeline over them that starts anywhere at once.
+
+Everything is counted in global examples. Epochs of N examples follow each other without a seam: example j is number j mod N in the order of epoch
+j // N, batch k is examples k * rows to (k + 1) * rows. So the cursor of a run is one number, which means the same for any batch size, any number
+of processes and any mesh.
+"""
+
+import hashlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from lmx.data.packing import Packing, Plan, permutation, plan
+from lmx.data.store import TokenStore
+
+Batch = dict[str, np.ndarray]
+"""`tokens`, `targets`, `segments`, `positions` int32 `[rows, length]`; `weights` float32 `[rows, length]`; `example_id` uint32 `[rows]`.
+
+`segments` are 1, 2, .. for the spans of a row and 0 on padding; `positions` start at 0 in each span; `weights` are 1 where `targets` is to be
+predicted and 0 on padding, where tokens and targets are 0. `example_id` is the global example."""
+
+EXAMPLES = 2**32  # what example_id can count
+
+
+class Batches:
+    """The batches of a run, by number: `batches[k]` is the same whenever, wherever and by whomever it is asked for.
+
+    A class, for it keeps the plans of the last two epochs. Threads may share it.
+
+    - `rows`, `length`: the shape of a global batch.
+    - `shuffle`: a permutation of all examples for each epoch; with `"concatenate"` documents too change their order, so that cuts fall elsewhere.
+      Without it examples come in the order of the store, the same in each epoch.
+    - `epochs`: None goes on for ever. Else `len` counts the batches that hold them, and the rows of the last that have no example left are padding
+      (weights 0): for evaluation, `shuffle=False, epochs=1` visits each target exactly once.
+
+    Raises ValueError for a bad argument, or a store in which nothing can be predicted.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        *,
+        rows: int,
+        length: int,
+        seed: int,
+        packing: Packing = "concatenate",
+        shuffle: bool = True,
+        epochs: int | None = None,
+    ):
+        if rows < 1:
+            raise ValueError(f"rows={rows} is not positive; use the number of examples in a global batch")
+        if epochs is not None and epochs < 1:
+            raise ValueError(f"epochs={epochs} is not positive; use None to go on for ever")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed={seed} is outside 0..2**64-1")
+        self.store, self.rows_per_batch, self.length, self.seed = store, rows, length, seed
+        self.packing, self.shuffle, self.epochs = packing, shuffle, epochs
+        self._lengths = store.lengths
+        self._plans: dict[int, Plan] = {}
+        self._orders: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+        self.examples_per_epoch = len(self._epoch(0)[0])
+        self.total = EXAMPLES if epochs is None else epochs * self.examples_per_epoch
+        """Examples in all; for a run without end, as many as `example_id` can name."""
+        if self.total > EXAMPLES:
+            raise ValueError(
+                f"epochs={epochs} of {self.examples_per_epoch} examples are more than example_id can count (2**32); use fewer epochs"
+            )
+
+    def __len__(self) -> int:
+        return (self.total + self.rows_per_batch - 1) // self.rows_per_batch
+
+    def __getitem__(self, k: int) -> Batch:
+        """Global batch k. Raises IndexError outside 0..len-1."""
+        return self.rows(k, range(self.rows_per_batch))
+
+    def rows(self, k: int, which: Sequence[int] | slice) -> Batch:
+        """Only some rows of global batch k, in the order given: what one process needs. Raises IndexError for a row or a batch that is not there."""
+        if not 0 <= k < len(self):
+            raise IndexError(f"batch {k} of {len(self)}")
+        which = np.arange(self.rows_per_batch)[which if isinstance(which, slice) else np.asarray(which, np.int64)]
+        return self.examples(k * self.rows_per_batch + which)
+
+    def examples(self, ids: np.ndarray) -> Batch:
+        """Global examples by number, int64 `[rows]`, as a batch. Those past the end of a finite run are padding.
+
+        Raises ValueError, with its number, for an example with nothing to predict.
+        """
+        ids = np.asarray(ids, np.int64)
+        shape = (len(ids), self.length)
+        batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segments", "positions")}
+        batch |= {"weights": np.zeros(shape, np.float32), "example_id": ids.astype(np.uint32)}
+        epochs, within = np.divmod(ids, self.examples_per_epoch)
+        real = ids < self.total
+        for epoch in np.unique(epochs[real]):
+            rows = np.flatnonzero(real & (epochs == epoch))
+            spans, order = self._epoch(int(epoch))
+            self._fill(batch, rows, spans, within[rows] if order is None else order[within[rows]])
+        empty = real & ~batch["weights"].any(axis=1)
+        if empty.any():
+            raise ValueError(
+                f"example {ids[empty][0]} (batch {ids[empty][0] // self.rows_per_batch}) has nothing to predict: every weight is 0"
+            )
+        return batch
+
+    def _fill(self, batch: Batch, rows: np.ndarray, spans: Plan, examples: np.ndarray) -> None:
+        """Write examples of an epoch's plan into rows of a batch, all spans and tokens at once."""
+        first = spans.first[examples]
+        count = spans.first[examples + 1] - first
+        nth = _ranges(count)
+        span = np.repeat(first, count) + nth
+        pairs = spans.stop[span] - spans.start[span] - 1
+        before = np.cumsum(pairs) - pairs
+        row_begin = before[np.cumsum(count) - count]
+        position = _ranges(pairs)
+        column = np.repeat(before - np.repeat(row_begin, count), pairs) + position
+        row = np.repeat(np.repeat(rows, count), pairs)
+        at = np.repeat(self.store.offsets[spans.document[span]] + spans.start[span], pairs) + position
+        batch["tokens"][row, column] = self.store.tokens[at]
+        batch["targets"][row, column] = self.store.tokens[at + 1]
+        batch["segments"][row, column] = np.repeat(nth + 1, pairs)
+        batch["positions"][row, column] = position
+        batch["weights"][row, column] = 1
+
+    def _epoch(self, epoch: int) -> tuple[Plan, np.ndarray | None]:
+        """An epoch's plan and the order of its examples."""
+        # Where the order of documents makes no difference from epoch to epoch, one plan serves all.
+        key = epoch if self.shuffle and self.packing == "concatenate" else 0
+        with self._lock:
+            if key not in self._plans:
+                order = permutation(len(self._lengths), self.seed, key, stream=1) if self.shuffle else None
+                self._plans[key] = plan(self._lengths, self.length, packing=self.packing, order=order)
+                self._forget(self._plans)
+            spans = self._plans[key]
+            if self.shuffle and epoch not in self._orders:
+                self._orders[epoch] = permutation(len(spans), self.seed, epoch)
+                self._forget(self._orders)
+            return spans, self._orders.get(epoch)
+
+    @staticmethod
+    def _forget(epochs: dict[int, Any]) -> None:
+        """Keep two: prefetching threads read the end of one epoch and the beginning of the next by turns."""
+        while len(epochs) > 2:
+            del epochs[next(iter(epochs))]
+
+
+def _ranges(counts: np.ndarray) -> np.ndarray:
+    """`[0..counts[0]), [0..counts[1]), ..` in one array."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+class _Window:
+    """Batches from a global example on, as Grain wants a source: `len` and `[j]`."""
+
+    def __init__(self, batches: Batches, start: int, which: np.ndarray):
+        self._batches, self._start, self._which = batches, start, which
+
+    def __len__(self) -> int:
+        return max(0, -(-(self._batches.total - self._start) // self._batches.rows_per_batch))
+
+    def __getitem__(self, j: int) -> Batch:
+        return self._batches.examples(self._start + j * self._batches.rows_per_batch + self._which)
+
+
+class BatchIterator(Iterator[Batch]):
+    """Batches one after another, read ahead by Grain's threads. Made by `iterate`; `close` (or leaving a `with`) stops the threads."""
+
+    def __init__(self, batches: Batches, start_example: int, which: np.ndarray, prefetch: int):
+        self._batches, self._which, self._prefetch = batches, which, prefetch
+        self._reader = None
+        self.set_state({"example": start_example})
+
+    def __next__(self) -> Batch:
+        if self._reader is None:
+            raise ValueError("this iterator is closed; set_state opens it again")
+        batch = next(self._reader)
+        self._example += self._batches.rows_per_batch
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """`{"example": n}`: the global example that the next batch begins with. Batches read ahead but not yet returned do not count."""
+        return {"example": self._example}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Go on from a state, in a time that does not depend on where it is. It may come from a run with another batch size.
+
+        Raises ValueError when the state is none.
+        """
+        import grain
+
+        example = state.get("example")
+        if not isinstance(example, int) or isinstance(example, bool) or example < 0:
+            raise ValueError(f"data position {dict(state)!r} is not understood; expected {{'example': n}} with n >= 0")
+        self.close()
+        self._example = example
+        # Grain's own state counts batches; a window that begins at the cursor makes it count from there, so that only examples are ever saved.
+        source = grain.MapDataset.source(_Window(self._batches, example, self._which))
+        options = grain.ReadOptions(num_threads=min(2, self._prefetch), prefetch_buffer_size=self._prefetch)
+        self._reader = iter(source.to_iter_dataset(options))
+
+    def close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def iterate(batches: Batches, *, start_example: int = 0, rows: Sequence[int] | slice | None = None, prefetch: int = 4) -> BatchIterator:
+    """Batches from a global example on, in order: the first holds examples `start_example` to `start_example + rows_per_batch`.
+
+    `rows` are those of each batch to build (all if None); `prefetch` is how many batches are read ahead by up to two threads, 0 for none.
+    A run that changed its batch size goes on with the cursor it had. Raises ValueError for a bad argument, IndexError for a row that is not there.
+    """
+    if prefetch < 0:
+        raise ValueError(f"prefetch={prefetch} is negative; use 0 to read no batch ahead")
+    which = np.arange(batches.rows_per_batch)
+    if rows is not None:
+        which = which[rows if isinstance(rows, slice) else np.asarray(rows, np.int64)]
+    return BatchIterator(batches, start_example, which, prefetch)
+
+
+def require_supervised(batch: Batch, what: str = "the batch") -> None:
+    """Raise ValueError, naming it, when a batch has no target with a weight: its loss would be 0 / 0."""
+    if not np.any(batch["weights"]):
+        raise ValueError(f"{what} has nothing to predict: every weight is 0; check what is masked, and data.length")
+
+
+def batch_hash(batch: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 (hex) of a batch: names, types, shapes and contents."""
+    digest = hashlib.sha256()
+    for name in sorted(batch):
+        array = np.ascontiguousarray(batch[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,104 @@
+"""What a run reads, as a config, and how that becomes a tokenizer and token stores."""
+
+import hashlib
+import importlib.metadata
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lmx.data.packing import Packing
+from lmx.data.sources import documents, source_files, source_hash
+from lmx.data.store import TokenStore, cached_store
+from lmx.data.tokenizers import SentencePiece, Tokenizer, load_tokenizer, train_sentencepiece
+
+TRAINED = ("bpe", "unigram")
+SEED = 0  # of the sample of lines that a tokenizer is trained on: no knob, for no run should differ in it
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads and how it is packed."""
+
+    train: str
+    """Text to train on: a file (.txt, .md, .jsonl, .json, also .gz/.xz/.bz2/.zst, .array_record), a folder or glob of them, tfds:NAME[:split]
+    or tfds:DIRECTORY[:split]."""
+
+    validation: str = ""
+    """Held-out text, given like train. Empty: nothing is held out and nothing evaluated."""
+
+    field: str = "text"
+    """The field of JSON and TFDS records that holds the text."""
+
+    tokenizer: str = "bytes"
+    """bytes; bpe:VOCAB or unigram:VOCAB (a SentencePiece model trained on the training text and cached); or the path of a *.model, a
+    tokenizer.json or a folder with one."""
+
+    length: int = 256
+    """Tokens that a packed example predicts: the context a model is trained at."""
+
+    packing: Packing = "concatenate"
+    """concatenate: all text in a row, cut into full examples. first_fit: documents stay whole, examples end with padding."""
+
+    cache: str = ".cache/lmx"
+    """Folder for tokenised text and trained tokenizers, found again by the hash of what they were made from. It may be deleted at any time."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run's text, ready to be batched."""
+
+    tokenizer: Tokenizer
+    train: TokenStore
+    validation: TokenStore | None
+
+
+def check(data: Data) -> None:
+    """Raise ValueError or FileNotFoundError, in one line, for what can be seen to be wrong without reading the text."""
+    if data.length < 1:
+        raise ValueError(f"data.length={data.length} is not positive; use the number of tokens in a packed example, 256 say")
+    if data.packing not in ("concatenate", "first_fit"):
+        raise ValueError(f"data.packing={data.packing!r} is not known; use 'concatenate' or 'first_fit'")
+    for name, source in (("data.train", data.train), ("data.validation", data.validation)):
+        if not source.startswith("tfds:") and (source or name == "data.train"):
+            source_files(source, name=name)
+    if not _trained(data.tokenizer):
+        load_tokenizer(data.tokenizer)
+
+
+def prepare(data: Data) -> Prepared:
+    """Load or train the tokenizer and tokenise the text, each from the cache if it has been done before.
+
+    Raises what `check`, `documents`, `train_sentencepiece` and `cached_store` raise, the first before any work.
+    """
+    check(data)
+    tokenizer = prepare_tokenizer(data)
+    train = cached_store(data.train, tokenizer, cache=data.cache, field=data.field, name="data.train")
+    held_out = data.validation and cached_store(data.validation, tokenizer, cache=data.cache, field=data.field, name="data.validation")
+    return Prepared(tokenizer, train, held_out or None)
+
+
+def prepare_tokenizer(data: Data) -> Tokenizer:
+    """The tokenizer that a config names, trained on its training text (or found in its cache) if it says so. Raises as `prepare` does."""
+    trained = _trained(data.tokenizer)
+    if not trained:
+        return load_tokenizer(data.tokenizer)
+    algorithm, vocab = trained
+    version = importlib.metadata.version("sentencepiece")
+    parts = [source_hash(data.train, name="data.train"), data.field, algorithm, vocab, SEED, version]
+    path = Path(data.cache) / "tokenizers" / f"{algorithm}-{vocab}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}.model"
+    if path.exists():
+        return SentencePiece(path)
+    texts = (document.text for document in documents(data.train, field=data.field, name="data.train"))
+    return train_sentencepiece(texts, path, vocab=vocab, algorithm=algorithm, seed=SEED)
+
+
+def _trained(tokenizer: str) -> tuple[Literal["bpe", "unigram"], int] | None:
+    """`"bpe:2048"` -> `("bpe", 2048)`; None for a tokenizer that is loaded. Raises ValueError for half of one."""
+    algorithm, colon, vocab = tokenizer.partition(":")
+    if algorithm not in TRAINED:
+        return None
+    # 256 bytes, three special tokens, two kinds of line end and at least one character
+    if not colon or not vocab.isdecimal() or not 262 <= int(vocab) <= 1 << 20:
+        raise ValueError(f"data.tokenizer={tokenizer!r} is not understood; give the vocabulary, 262 to 1048576, as in '{algorithm}:2048'")
+    return algorithm, int(vocab)

@@ -1,0 +1,126 @@
+"""Text from a model: prompts in, continuations out, in one compiled loop over a dense cache."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lmx.core.execution import Execution
+from lmx.core.tree import Tree
+from lmx.data.tokenizers import Tokenizer
+from lmx.infer.sampling import Sampling, sample
+from lmx.models import stack
+from lmx.models.config import Transformer
+from lmx.models.losses import logits
+from lmx.models.transformer import empty_cache, forward
+
+
+def generate(
+    model: Transformer,
+    params: Tree,
+    prompts: Sequence[Sequence[int]] | Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_ids: Sequence[int] = (),
+    tokenizer: Tokenizer | None = None,
+    execution: Execution = Execution(),
+) -> list[list[int]] | list[str]:
+    """Continues each prompt by at most `max_new_tokens`.
+
+    Args:
+      params: stacked, or with layers as tuples (what it runs on: a caller who generates often converts once, `decoding_params`).
+      prompts: lists of token ids, or strings with a tokenizer.
+      stop_ids: tokens that end a continuation; they are not part of it.
+      seed: row i's draws depend on (seed, i) alone, not on the rest of the batch.
+
+    Returns:
+      each prompt's new ids, or its new text when the prompts are strings.
+
+    Raises:
+      ValueError: an empty prompt, a token outside the vocabulary, more tokens than the model has positions for.
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    texts = bool(prompts) and isinstance(prompts[0], str)
+    if texts and tokenizer is None:
+        raise ValueError("prompts are strings, so generate needs a tokenizer")
+    ids = [list(tokenizer.encode(p)) if texts else list(p) for p in prompts]
+    _check(model, ids, max_new_tokens)
+    if not ids:
+        return []
+    length = -(-max(map(len, ids)) // 16) * 16
+    tokens, segments = np.zeros((len(ids), length), np.int32), np.zeros((len(ids), length), np.int32)
+    for row, prompt in enumerate(ids):
+        tokens[row, length - len(prompt) :], segments[row, length - len(prompt) :] = prompt, 1
+    new, counts = jax.device_get(
+        _run(model, max_new_tokens, sampling, tuple(stop_ids), execution, decoding_params(params), tokens, segments, jax.random.key(seed))
+    )
+    found = [row[:count].tolist() for row, count in zip(new, counts, strict=True)]
+    return [tokenizer.decode(row) for row in found] if texts else found
+
+
+def decoding_params(params: Tree) -> Tree:
+    """Parameters in the form that decoding runs on: each group of layers as a tuple. Does nothing to those that are."""
+    if any(isinstance(group, dict) for group in params["layers"]):
+        return jax.jit(lambda p: p | {"layers": stack.unstack(p["layers"])})(params)
+    return params
+
+
+def _check(model: Transformer, ids: list[list[int]], max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    for i, prompt in enumerate(ids):
+        if not prompt:
+            raise ValueError(f"prompt {i} is empty; begin it with at least one token")
+        if min(prompt) < 0 or max(prompt) >= model.vocab:
+            raise ValueError(f"prompt {i} has token {max(prompt, key=abs)}, outside the model's vocabulary of {model.vocab}")
+        if len(prompt) + max_new_tokens > model.context:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens and max_new_tokens={max_new_tokens}: longer than model.context={model.context}"
+            )
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _run(model, max_new_tokens, sampling, stop_ids, execution, params, tokens, segments, key) -> tuple[Array, Array]:
+    rows, length = tokens.shape
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
+    slots = -(-(length + max_new_tokens) // 16) * 16
+    cache = empty_cache(model, rows, slots, jnp.dtype(execution.precision.compute))
+    padding = length - segments.sum(-1, keepdims=True)
+
+    def pick(hidden: Array, count: Array) -> Array:
+        draws = jax.vmap(lambda k: jax.random.fold_in(k, count))(keys)
+        return sample(logits(params, model, hidden[:, -1:])[:, 0], sampling, draws)
+
+    def stopped(token: Array) -> Array:
+        return jnp.isin(token, jnp.array(stop_ids, jnp.int32)) if stop_ids else jnp.zeros(rows, bool)
+
+    positions = jnp.maximum(jnp.arange(length) - padding, 0)
+    output = forward(params, model, tokens, positions=positions, segments=segments, cache=cache, execution=execution)
+    first = pick(output.hidden, 0)
+    new = jnp.zeros((rows, max_new_tokens), jnp.int32).at[:, 0].set(first)
+
+    def going(carry) -> Array:
+        _, _, done, _, count = carry
+        return (count < max_new_tokens) & ~done.all()
+
+    def step(carry):
+        cache, new, done, lengths, count = carry
+        token = jax.lax.dynamic_slice_in_dim(new, count - 1, 1, axis=1)
+        position = length - padding + count - 1
+        output = forward(params, model, token, positions=position, cache=cache, execution=execution)
+        token = pick(output.hidden, count)
+        new = jax.lax.dynamic_update_slice_in_dim(new, token[:, None], count, axis=1)
+        now = done | stopped(token)
+        return output.cache, new, now, jnp.where(now, lengths, count + 1), count + 1
+
+    done = stopped(first)
+    carry = (output.cache, new, done, jnp.where(done, 0, 1), jnp.int32(1))
+    _, new, _, lengths, _ = jax.lax.while_loop(going, step, carry)
+    return new, lengths

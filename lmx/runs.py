@@ -1,0 +1,169 @@
+"""What was run: lists runs, shows one, and says what differs between two.
+
+`python -m lmx.runs diff A B`, `python -m lmx.runs list [FOLDER]`, `python -m lmx.runs show A`. A run is given by its folder, or by its
+name under `runs/`.
+"""
+
+import io
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import tyro
+from tyro.conf import Positional
+
+from lmx.core.config import ConfigError, diff, exits_with_one_line, flatten
+from lmx.train.logging import RECORD, read_metrics, read_record
+
+RUNS = Path("runs")
+PARTS = ("config", "versions", "data")
+USAGE = "python -m lmx.runs diff A B | list [FOLDER] | show A"
+
+
+@dataclass(frozen=True)
+class Diff:
+    """Prints what differs between two runs: config, versions, data."""
+
+    a: Positional[str]
+    """A run."""
+    b: Positional[str]
+    """Another."""
+
+
+@dataclass(frozen=True)
+class List:
+    """Prints a table of runs."""
+
+    folder: Positional[Path] = RUNS
+    """The folder that holds them."""
+
+
+@dataclass(frozen=True)
+class Show:
+    """Prints the record of a run, with who set each field."""
+
+    run: Positional[str]
+    """The run."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run in the list: steps logged, last training and validation losses, and when it last logged."""
+
+    name: str
+    steps: int | None
+    loss: float | None
+    validation: float | None
+    when: datetime
+
+
+def folder_of(run: str) -> Path:
+    """The folder of a run given as a path or as a name under `runs/`."""
+    return RUNS / run if not (Path(run) / RECORD).is_file() and (RUNS / run / RECORD).is_file() else Path(run)
+
+
+def differences(a: str, b: str) -> dict[str, dict[str, tuple[Any, Any]]]:
+    """What differs between two runs: for each of config, versions and data, the two values by name. Empty when nothing does.
+
+    Raises:
+      FileNotFoundError, ValueError: one is no run, or its record is damaged.
+    """
+    old, new = (read_record(folder_of(run)) for run in (a, b))
+    found = {part: diff(old[part], new[part]) for part in PARTS}
+    return {part: changed for part, changed in found.items() if changed}
+
+
+def rows(folder: Path) -> list[Row]:
+    """Every run in a folder, by name.
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+      ValueError: a run's metrics are damaged.
+    """
+    found = []
+    for run in sorted(path for path in folder.iterdir() if (path / RECORD).is_file()):
+        metrics = read_metrics(run)
+        losses: dict[str, float] = {entry["split"]: entry["loss"] for entry in metrics if "loss" in entry}
+        seconds = metrics[-1]["time"] if metrics else (run / RECORD).stat().st_mtime
+        steps = max((entry["step"] for entry in metrics), default=None)
+        found.append(Row(run.name, steps, losses.get("train"), losses.get("validation"), datetime.fromtimestamp(seconds)))
+    return found
+
+
+def _print(lines: Sequence[Sequence[tuple[str, str]]]) -> None:
+    """Prints cells (text, style) in aligned columns, never cut or wrapped, so that the output can be searched."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    widths = [max(len(line[column][0]) for line in lines) for column in range(len(lines[0]))] if lines else []
+    for line in lines:
+        cells = [(text.ljust(width), style) for (text, style), width in zip(line[:-1], widths, strict=False)]
+        console.print(Text("  ").join(Text(text, style) for text, style in [*cells, line[-1]]), soft_wrap=True)
+
+
+def show_diff(a: str, b: str) -> None:
+    """Prints what differs between two runs, one field a line."""
+    found = differences(a, b)
+    if not found:
+        print(f"{a} and {b} are the same in {', '.join(PARTS)}")
+    changes = ((part, name, *pair) for part, changed in found.items() for name, pair in changed.items())
+    _print([[(part, "dim"), (name, "bold"), (f"{old} -> {new}", "")] for part, name, old, new in changes])
+
+
+def show_list(folder: Path) -> None:
+    """Prints a table of the runs in a folder."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; give the one that holds the runs")
+    found = rows(folder)
+    if not found:
+        raise ConfigError(f"there is no run in {folder}")
+    number = lambda value, form: "-" if value is None else format(value, form)  # noqa: E731
+    header = [(title, "bold") for title in ("run", "steps", "loss", "validation", "last logged")]
+    cells = [
+        [row.name, number(row.steps, ","), number(row.loss, ".4f"), number(row.validation, ".4f"), f"{row.when:%Y-%m-%d %H:%M}"]
+        for row in found
+    ]
+    _print([header, *([(cell, "") for cell in line] for line in cells)])
+
+
+def show_run(run: str) -> None:
+    """Prints a run's record: every field with who set it, then versions and data."""
+    record = read_record(folder_of(run))
+    style = {"default": "dim", "experiment": "", "command line": "bold"}
+    lines = []
+    for name, value in flatten(record["config"]).items():
+        source = record["sources"].get(name, "unknown")
+        lines.append([(source, "dim"), (name, style.get(source, "")), (str(value), style.get(source, ""))])
+    for part in PARTS[1:]:
+        lines += [[(part, "dim"), (name, ""), (str(value), "")] for name, value in record[part].items()]
+    _print([*lines, [("written", "dim"), ("", ""), (record["written"], "")]])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The door. A wrong command or an unreadable run is one line on stderr and exit code 2."""
+    with exits_with_one_line():
+        try:
+            with redirect_stderr(io.StringIO()):  # tyro tells of a wrong command in a box
+                command = tyro.cli(Diff | List | Show, args=argv, prog="python -m lmx.runs", description=__doc__)
+        except SystemExit as stop:
+            if stop.code:
+                raise ConfigError(
+                    f"{' '.join(sys.argv[1:] if argv is None else argv) or 'no command'}: not understood; usage: {USAGE}"
+                ) from None
+            raise
+        match command:
+            case Diff(a, b):
+                show_diff(a, b)
+            case List(folder):
+                show_list(folder)
+            case Show(run):
+                show_run(run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""An experiment: the one value from which a run follows, saved beside its checkpoints."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from lmx.core.config import ConfigError
+from lmx.core.precision import POLICIES, PrecisionName
+from lmx.data.recipe import Data, Prepared
+from lmx.data.recipe import check as check_data
+from lmx.models import config as model_config
+from lmx.models.config import Transformer
+from lmx.parallel import layout as layouts
+from lmx.parallel.layout import Layout
+from lmx.train.checkpoints import Checkpoints
+from lmx.train.objectives import CausalLM
+from lmx.train.optimizers import AdamW, Optimizer
+
+RESUMABLE = ("layout", "steps", "log_every", "evaluation", "samples", "checkpoints", "folder", "start")
+"""What may change when a run is resumed; anything else would make it another run."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The loss on held-out text."""
+
+    every: int = 200
+    """Steps between evaluations; the last step is evaluated too. 0: only that."""
+    batches: int = 0
+    """How many batches of the held-out text, from its beginning. 0: all of it."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Text written by the model as it trains, and at the end."""
+
+    prompt: str = ""
+    """What it continues. Empty: nothing is sampled."""
+    every: int = 0
+    """Steps between samples. 0: only at the end."""
+    tokens: int = 200
+    """Length of a sample, in tokens."""
+    temperature: float = 0.8
+    """Logits are divided by it; 0 takes the likeliest token."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A training run, whole."""
+
+    name: str
+    """The run's name: it lives in folder/name."""
+    data: Data
+    """What is read."""
+    model: Transformer = field(default_factory=Transformer)
+    """What is trained."""
+    objective: CausalLM = field(default_factory=CausalLM)
+    """What is to be predicted."""
+    optimizer: Optimizer = field(default_factory=AdamW)
+    """How parameters move."""
+    layout: Layout = field(default_factory=Layout)
+    """Over which devices."""
+    precision: PrecisionName = "fp32"
+    """fp32; bf16 (fp32 master parameters, bf16 compute); bf16_pure; fp16 (with dynamic loss scaling)."""
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    batch: int = 32
+    """Packed examples of one optimizer step, over all devices and microbatches."""
+    microbatches: int = 1
+    """Into how many parts, computed one after another, a step's batch is cut. The result is the same; memory is not."""
+    seed: int = 0
+    """Of initial values, the order of the data, dropout and samples."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    """When held-out text is scored."""
+    samples: Samples = field(default_factory=Samples)
+    """When text is sampled."""
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    """When the state is saved."""
+    folder: str = "runs"
+    """Where runs live."""
+    start: Literal["new", "resume", "overwrite"] = "new"
+    """new refuses a folder that holds a run; resume goes on from its newest checkpoint; overwrite deletes it first."""
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return Path(self.folder) / self.name
+
+
+def check(experiment: Experiment) -> None:
+    """Refuses, before any text is read or anything compiled, what can be seen to be wrong. Raises ValueError in one line."""
+    if not experiment.name or Path(experiment.name).name != experiment.name:
+        raise ConfigError(f"name={experiment.name!r} must be a plain folder name")
+    for knob in ("steps", "batch", "microbatches", "log_every"):
+        if getattr(experiment, knob) < 1:
+            raise ConfigError(f"{knob}={getattr(experiment, knob)} must be at least 1")
+    if experiment.precision not in POLICIES:
+        raise ConfigError(f"precision={experiment.precision} is not one of {', '.join(POLICIES)}")
+    model = experiment.model
+    model_config.check(dataclasses.replace(model, vocab=model.vocab or 8))
+    if experiment.data.length > model.context:
+        raise ConfigError(
+            f"data.length={experiment.data.length} is longer than model.context={model.context}; lower the one or raise the other"
+        )
+    if experiment.batch % experiment.microbatches:
+        raise ConfigError(f"batch={experiment.batch} is not divisible by microbatches={experiment.microbatches}")
+    sizes = {
+        "tensor": {"model.heads": model.heads, "the feed-forward width (model.mlp)": model.hidden},
+        "fsdp": {"model.embed": model.embed},
+    }
+    # Fewer key heads than tensor shards are replicated; more must divide.
+    if model.key_heads % experiment.layout.tensor and experiment.layout.tensor % model.key_heads:
+        sizes["tensor"]["model.kv_heads"] = model.key_heads
+    if model.vocab:
+        sizes["tensor"]["model.vocab"] = model.vocab
+    layouts.check(experiment.layout, sizes, experiment.batch // experiment.microbatches, len(jax.devices()))
+    check_data(experiment.data)
+
+
+def resolve(experiment: Experiment, prepared: Prepared) -> Experiment:
+    """The experiment with the vocabulary filled in from the tokenizer. Raises ConfigError when the model's is too small."""
+    wanted, given = prepared.tokenizer.vocab, experiment.model.vocab
+    if given and given < wanted:
+        raise ConfigError(f"model.vocab={given} is smaller than the tokenizer's {wanted}; raise it, or leave it 0 to take the tokenizer's")
+    vocab = given or -(-wanted // 8) * 8
+    if vocab % experiment.layout.tensor:
+        raise ConfigError(
+            f"model.vocab={vocab} is not divisible by layout.tensor={experiment.layout.tensor}; set model.vocab to a multiple of it"
+        )
+    return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, vocab=vocab))

@@ -1,0 +1,289 @@
+"""Runs an experiment, top to bottom."""
+
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice
+
+import jax
+
+from lmx.core.config import command_line, exits_with_one_line, from_json, refuse_changes
+from lmx.core.tree import Tree
+from lmx.data.pipeline import Batches, iterate, require_supervised
+from lmx.data.recipe import Prepared, prepare
+from lmx.infer import generate
+from lmx.models.transformer import flops_per_token
+from lmx.parallel.chips import peak_flops
+from lmx.parallel.feed import batch_sharding, local_rows, place
+from lmx.train.checkpoints import Manager
+from lmx.train.experiment import RESUMABLE, Experiment, check, resolve
+from lmx.train.logging import RECORD, Logger, draw_curve, read_record, write_record
+from lmx.train.program import Program, build, mean_over
+from lmx.train.state import TrainState
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run about to start: all that could be wrong with it beforehand has been looked at.
+
+    Attributes:
+      state: what is gone on from, or None for a new run.
+      example: the global example that the next batch begins with.
+      sources: who set each field of the experiment.
+    """
+
+    experiment: Experiment
+    prepared: Prepared
+    program: Program
+    state: TrainState | None = None
+    example: int = 0
+    sources: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: its last state, the last metrics of each kind, the last sample, and the signal that cut it short if one did."""
+
+    state: TrainState
+    metrics: dict[str, float]
+    validation: dict[str, float]
+    sample: str
+    stopped: int | None = None
+
+
+class NotFiniteError(ArithmeticError):
+    """Training met a loss or gradient that is no number."""
+
+
+def main(experiment: Experiment, argv: list[str] | None = None) -> Result:
+    """The door of every experiment module: command line, checks, run.
+
+    Leaves with code 2 and one line when something is wrong before the run, with code 1 and one line when loss or gradients are no
+    numbers any more, and with 128 + the signal's number, everything saved, when Ctrl-C or SIGTERM ended it.
+    """
+    description = sys.modules["__main__"].__doc__ or "Trains a language model."
+    experiment, sources = command_line(experiment, argv, description=description)
+    with exits_with_one_line():
+        start = prepare_run(experiment, sources)
+    try:
+        result = run(start)
+    except NotFiniteError as error:
+        sys.exit(str(error))
+    if result.stopped is not None:
+        sys.exit(128 + result.stopped)
+    return result
+
+
+def prepare_run(experiment: Experiment, sources: dict[str, str] | None = None) -> Start:
+    """Checks an experiment, reads its text, settles its folder, restores what is resumed. Compiles nothing.
+
+    Raises:
+      ValueError, FileNotFoundError: one line that says what is wrong and what to do.
+    """
+    check(experiment)
+    folder, resuming = experiment.path, experiment.start == "resume"
+    held = (folder / RECORD).exists()
+    if held and experiment.start == "new":
+        raise ValueError(f"{folder} holds a run; --start resume goes on with it, --start overwrite deletes it, --name NAME keeps both")
+    if resuming and not held:
+        raise ValueError(f"{folder} holds no run to resume; drop --start resume, or set --name and --folder to a run's")
+    prepared = prepare(experiment.data)
+    experiment = resolve(experiment, prepared)
+    program = build(experiment)
+    start = Start(experiment, prepared, program, sources=sources or {})
+    if not resuming:
+        if experiment.start == "overwrite":
+            shutil.rmtree(folder, ignore_errors=True)
+        return start
+    record = read_record(folder)
+    refuse_changes(from_json(Experiment, record["config"]), experiment, allowed=RESUMABLE)
+    changed = [name for name, value in hashes(prepared).items() if record["data"].get(name) != value]
+    if changed:
+        raise ValueError(f"{folder} was trained with another {' and '.join(changed)}: what data.* names has changed its content since")
+    with Manager(folder / "checkpoints", experiment.checkpoints) as manager:
+        if manager.latest is None:
+            return start
+        state, position = manager.restore(program.abstract)
+    return replace(start, state=state, example=position["example"])
+
+
+def hashes(prepared: Prepared) -> dict[str, str]:
+    """Content hashes of what a run reads."""
+    held_out = {} if prepared.validation is None else {"validation": prepared.validation.fingerprint}
+    return {"train": prepared.train.fingerprint, **held_out, "tokenizer": prepared.tokenizer.fingerprint}
+
+
+def run(start: Start) -> Result:
+    """Trains. Writes the run's folder: record, metrics, TensorBoard, curve, samples, checkpoints.
+
+    Raises:
+      NotFiniteError: a step's loss or gradient is no number; the checkpoints before it stay.
+    """
+    experiment, program, folder = start.experiment, start.program, start.experiment.path
+    state = program.initial() if start.state is None else start.state
+    resumed_at = int(state.step) if experiment.start == "resume" else None
+    write_record(folder, replace(experiment, start="new"), sources=start.sources, data=hashes(start.prepared))
+    with (
+        Manager(folder / "checkpoints", experiment.checkpoints) as manager,
+        Logger(folder, steps=experiment.steps, resumed_at=resumed_at) as logger,
+        _signals() as caught,
+    ):
+        result = _train(start, state, manager, logger, caught)
+    draw_curve(folder)
+    return result
+
+
+def _train(start: Start, state: TrainState, manager: Manager, logger: Logger, caught: list[int]) -> Result:
+    experiment, program = start.experiment, start.program
+    shape = (experiment.microbatches, experiment.batch // experiment.microbatches)
+    sharding = batch_sharding(program.mesh, microbatches=True)
+    rows = local_rows(sharding, shape)
+    data = experiment.data
+    source = Batches(start.prepared.train, rows=experiment.batch, length=data.length, seed=experiment.seed, packing=data.packing)
+    step, metrics, validation, sample = int(state.step), {}, {}, ""
+    meter = _Meter(experiment, program)
+    pending = None
+
+    def settle() -> None:
+        """Looks at the metrics of the last step: after the next one was issued where possible, so that the device does not wait."""
+        nonlocal metrics, pending
+        if pending is not None:
+            (at, arrays), pending = pending, None
+            metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}
+            _require_finite(at, metrics)
+            meter.count(metrics["tokens"])
+            if at % experiment.log_every == 0 or at == experiment.steps:
+                logger.log(at, metrics | meter.speeds())
+            else:
+                logger.progress(at)
+
+    with iterate(source, start_example=start.example, rows=rows) as batches:
+        while step < experiment.steps and not caught:
+            batch = next(batches)
+            require_supervised(batch, f"the batch of step {step + 1}")
+            state, arrays = program.step(state, place(batch, rows, shape, sharding))
+            settle()
+            step, pending = step + 1, (step + 1, arrays)
+            last, loss = step == experiment.steps, None
+            if start.prepared.validation is not None and _due(step, experiment.evaluation.every, last):
+                settle()
+                validation = evaluate(start, state.params)
+                logger.log(step, validation, split="validation")
+                loss = validation["loss"]
+                meter.restart()
+            if experiment.samples.prompt and _due(step, experiment.samples.every, last):
+                settle()
+                sample = _sample(start, state.params)
+                logger.message(f"--- sample at step {step} ---\n{sample}\n---")
+                _append(experiment, step, sample)
+                meter.restart()
+            if _due(step, experiment.checkpoints.every, last):
+                settle()
+                manager.save(step, state, batches.get_state(), loss)
+        settle()
+        if caught:
+            manager.save(step, state, batches.get_state())
+            logger.message(f"{signal.Signals(caught[0]).name}: saved step {step}; --start resume goes on from it")
+    return Result(state, metrics, validation, sample, caught[0] if caught else None)
+
+
+def evaluate(start: Start, params: Tree) -> dict[str, float]:
+    """Means over the held-out text: the objective's metrics in nats per token, and `nats_per_byte`, which compares across tokenizers."""
+    experiment, store = start.experiment, start.prepared.validation
+    rows = experiment.batch // experiment.microbatches
+    sharding = batch_sharding(start.program.mesh, microbatches=False)
+    mine = local_rows(sharding, (rows,))
+    batches = Batches(store, rows=rows, length=experiment.data.length, seed=0, packing=experiment.data.packing, shuffle=False, epochs=1)
+    with iterate(batches, rows=mine) as local:
+        placed = (place(batch, mine, (rows,), sharding) for batch in islice(local, experiment.evaluation.batches or None))
+        means = mean_over(start.program.evaluate, params, placed)
+    return means | {"nats_per_byte": means["loss"] / store.bytes_per_token}
+
+
+def _sample(start: Start, params: Tree) -> str:
+    experiment, wanted = start.experiment, start.experiment.samples
+    tokenizer = start.prepared.tokenizer
+    new = generate(
+        experiment.model,
+        params,
+        [wanted.prompt],
+        max_new_tokens=wanted.tokens,
+        temperature=wanted.temperature,
+        seed=experiment.seed,
+        stop_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+        tokenizer=tokenizer,
+    )
+    return wanted.prompt + new[0]
+
+
+def _append(experiment: Experiment, step: int, sample: str) -> None:
+    with (experiment.path / "samples.txt").open("a") as file:
+        file.write(f"--- step {step} ---\n{sample}\n")
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    return last or (every > 0 and step % every == 0)
+
+
+def _require_finite(step: int, metrics: dict[str, float]) -> None:
+    """Under fp16 a step that overflows is skipped and the scale halved; it is an error only once the scale cannot fall further."""
+    if all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")) or metrics.get("loss_scale", 1.0) > 1.0:
+        return
+    raise NotFiniteError(
+        f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; lower optimizer.learning_rate, raise "
+        f"optimizer.schedule.warmup, or set precision to bf16 or fp32; the checkpoints before this step are kept"
+    )
+
+
+class _Meter:
+    """Speed of training, evaluation and sampling left out. A class, because time passes."""
+
+    def __init__(self, experiment: Experiment, program: Program):
+        devices = program.mesh.devices.flat
+        peak = peak_flops(devices[0].device_kind, program.precision.compute)
+        flops = flops_per_token(experiment.model, experiment.data.length)
+        self._mfu = None if peak is None else flops / (peak * len(list(devices)))
+        self._since: float | None = None
+        self._tokens = 0.0
+
+    def restart(self) -> None:
+        self._since, self._tokens = None, 0.0
+
+    def count(self, tokens: float) -> None:
+        """A step ended. The first after a restart only starts the clock: it may have compiled."""
+        if self._since is None:
+            self._since = time.perf_counter()
+        else:
+            self._tokens += tokens
+
+    def speeds(self) -> dict[str, float]:
+        """Supervised tokens per second since the last call, and the share of the chips' peak that is where it is known."""
+        if not self._tokens:
+            return {}
+        now = time.perf_counter()
+        speed = self._tokens / (now - self._since)
+        self._since, self._tokens = now, 0.0
+        return {"tokens_per_second": speed} | ({} if self._mfu is None else {"mfu": speed * self._mfu})
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and Ctrl-C, so that the run can save and leave; a second Ctrl-C interrupts at once."""
+    caught: list[int] = []
+
+    def catch(number: int, _frame) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    before = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

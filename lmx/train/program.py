@@ -1,0 +1,92 @@
+"""An experiment made runnable: its functions compiled for its mesh."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial, wraps
+
+import jax
+from jax.sharding import Mesh
+
+from lmx.core.execution import Execution
+from lmx.core.precision import POLICIES, Precision
+from lmx.core.tree import Tree
+from lmx.models import transformer
+from lmx.parallel.feed import batch_sharding
+from lmx.parallel.layout import make_mesh
+from lmx.parallel.ordered import ordered
+from lmx.parallel.rules import RULES
+from lmx.train import optimizers
+from lmx.train.experiment import Experiment
+from lmx.train.objectives import Batch
+from lmx.train.state import TrainState, initial_state, state_shardings
+from lmx.train.step import Task, accumulate, make_evaluation, make_step
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a run computes, each function entering the mesh by itself.
+
+    Attributes:
+      specs: the parameter table.
+      initial: the state before the first step.
+      step: from a state (donated) and a batch `[microbatches, rows, ...]` to the next state and its metrics.
+      evaluate: from parameters and a batch `[rows, ...]` to sums.
+      abstract: the state's shapes, types and shardings, to restore into.
+    """
+
+    experiment: Experiment
+    precision: Precision
+    specs: Tree
+    mesh: Mesh
+    initial: Callable[[], TrainState]
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    evaluate: Callable[[Tree, Batch], dict[str, jax.Array]]
+    abstract: TrainState
+
+
+def build(experiment: Experiment, devices: list | None = None) -> Program:
+    """Makes the program of an experiment whose vocabulary is settled (`lmx.train.experiment.resolve`); compiles on first use."""
+    model, layout, precision = experiment.model, experiment.layout, POLICIES[experiment.precision]
+    mesh, specs = make_mesh(layout, devices), transformer.specs(model)
+    transform, rate = optimizers.build(experiment.optimizer, experiment.steps, specs)
+    execution = Execution(rules=None if layout.ordered else RULES, precision=precision, remat=layout.remat)
+    task = Task(model, experiment.objective, execution)
+    value_and_grad = ordered(accumulate(task), layout.ordered) if layout.ordered else accumulate(task)
+    shardings = state_shardings(specs, transform, precision, mesh)
+
+    start = partial(initial_state, experiment.seed, specs, transform, precision)
+    step = make_step(task, value_and_grad, transform, rate, experiment.optimizer.clip)
+    placed = batch_sharding(mesh, microbatches=True)
+    shapes = jax.eval_shape(start)
+    return Program(
+        experiment,
+        precision,
+        specs,
+        mesh,
+        initial=_on(mesh, jax.jit(start, out_shardings=shardings)),
+        step=_on(mesh, jax.jit(step, in_shardings=(shardings, placed), out_shardings=(shardings, None), donate_argnums=0)),
+        evaluate=_on(mesh, jax.jit(make_evaluation(task))),
+        abstract=jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings),
+    )
+
+
+def _on(mesh: Mesh, function: Callable) -> Callable:
+    """The function under the mesh."""
+
+    @wraps(function)
+    def entered(*args):
+        with jax.set_mesh(mesh):
+            return function(*args)
+
+    entered.jitted = function
+    return entered
+
+
+def mean_over(evaluate: Callable[[Tree, Batch], dict[str, jax.Array]], params: Tree, batches) -> dict[str, float]:
+    """Weighted means over batches, summed in float64 on the host."""
+    total: dict[str, float] = {}
+    for batch in batches:
+        sums = jax.device_get(evaluate(params, batch))
+        total = {name: total.get(name, 0.0) + float(value) for name, value in sums.items()}
+    weight = total.pop("weight")
+    return {name: value / weight for name, value in total.items()} | {"tokens": weight}
