@@ -122,7 +122,10 @@ def show_list(folder: Path) -> None:
     found = rows(folder)
     if not found:
         raise ConfigError(f"there is no run in {folder}")
-    number = lambda value, form: "-" if value is None else format(value, form)  # noqa: E731
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
     header = [(title, "bold") for title in ("run", "steps", "loss", "validation", "last logged")]
     cells = [
         [row.name, number(row.steps, ","), number(row.loss, ".4f"), number(row.validation, ".4f"), f"{row.when:%Y-%m-%d %H:%M}"]

@@ -21,6 +21,7 @@ HELD_OUT = {
 HERE = Path(__file__).parent / "shakespeare"
 
 # Slips of the source that no general rule covers.
+UNTITLED = {"measure-for-measure": "Measure for Measure"}
 REPAIRS = (("sha$l", "shall"), (r"_Burthen _\[dispersedly, within_", "_Burthen dispersedly, within_"))
 
 SPEAKER = re.compile(r"\*\*([^*\n]+)\*\*")
@@ -61,7 +62,12 @@ def main(package: Path) -> None:
     split_of = {play: split for split, plays in HELD_OUT.items() for play in plays}
     lines: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     for path in sources:
-        record = {"id": path.stem, "text": plain(path.read_text(encoding="utf-8"))}
+        markdown = path.read_text(encoding="utf-8")
+        if path.stem in UNTITLED:
+            markdown = f"# {UNTITLED[path.stem]}\n\n{markdown}"
+        if not markdown.startswith("# "):
+            raise ValueError(f"{path} does not begin with its title; add it to UNTITLED in {Path(__file__).name}")
+        record = {"id": path.stem, "text": plain(markdown)}
         lines[split_of.get(path.stem, "train")].append(json.dumps(record, ensure_ascii=False) + "\n")
     HERE.mkdir(exist_ok=True)
     for split, records in lines.items():

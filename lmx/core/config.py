@@ -12,7 +12,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -286,10 +286,8 @@ def command_line(experiment: Any, argv: Sequence[str] | None = None, *, descript
     with exits_with_one_line():
         if len(wanted) == len(argv):
             return parse(experiment, argv)
-        try:  # so that `--optimizer Lion --help` lists Lion's knobs
+        with suppress(ConfigError):  # `--optimizer Lion --help` lists Lion's knobs; but who asks for help gets help
             experiment, _ = parse(experiment, wanted)
-        except ConfigError:
-            pass  # who asks for help gets help
     import tyro
 
     kinds = [knob for knob in _knobs(experiment) if _classes(knob.annotation)]

@@ -1,4 +1,4 @@
-"""A batch as a person reads it: its tokens as text, coloured by segment, with what is predicted, what is only context and what is padding."""
+"""A batch as a person reads it: its tokens as text, coloured by segment and by whether they are predicted."""
 
 import html
 from collections.abc import Mapping
@@ -77,9 +77,9 @@ class Explanation:
 def explain(batch: Mapping[str, np.ndarray], tokenizer: Tokenizer, *, rows: int = 2) -> Explanation:
     """The first `rows` rows of a batch (see `lmx.data.Batch`), a span of each document as text.
 
-    A span shows its inputs and, at its end, the target that is no input. A token is shown as predicted where the weight of predicting it is not
-    0, else as context: the first of each span always is. Where targets are not the next tokens, as in masked language modelling, they stand behind
-    an arrow. Raises ValueError when nothing in the batch is predicted.
+    A span shows its inputs and, at its end, the target that is no input. A token is shown as predicted where the weight of predicting it is
+    not 0, else as context: the first of each span always is. Where targets are not the next tokens, as in masked language modelling, they
+    stand behind an arrow. Raises ValueError when nothing in the batch is predicted.
     """
     require_supervised(batch)
     weights, segments = batch["weights"], batch["segments"]

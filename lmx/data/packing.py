@@ -1,9 +1,9 @@
 """The index plan of an epoch: which spans of which documents make up packed example i, and in which order examples come.
 
-A span is `tokens[start:stop]` of one document, n + 1 tokens giving n pairs: inputs `span[:-1]`, targets `span[1:]`. Where a document goes on in
-another example, the next span starts with the token this one ended with: there a target, here the first input. So in every epoch each token of a
-document but its first is a target exactly once, none is predicted from another document, and an example of `length` pairs is full with `length`
-targets. Attention does not reach back over a cut: positions start at 0 in every span.
+A span is `tokens[start:stop]` of one document, n + 1 tokens giving n pairs: inputs `span[:-1]`, targets `span[1:]`. Where a document goes
+on in another example, the next span starts with the token this one ended with: there a target, here the first input. So in every epoch each
+token of a document but its first is a target exactly once, none is predicted from another document, and an example of `length` pairs is
+full with `length` targets. Attention does not reach back over a cut: positions start at 0 in every span.
 """
 
 from dataclasses import dataclass
@@ -35,9 +35,9 @@ class Plan:
 def plan(lengths: np.ndarray, length: int, *, packing: Packing = "concatenate", order: np.ndarray | None = None) -> Plan:
     """Pack documents of `lengths` tokens `[documents]` into examples of `length` pairs.
 
-    - `"concatenate"`: the pairs of all documents in a row, cut every `length` pairs; every example but the last is full. A cut falls anywhere:
-      a document goes on in the next example (see above for the token at the cut). `order` (a permutation of the documents) is the order of the
-      row, so that each epoch can cut elsewhere; the number of examples does not depend on it.
+    - `"concatenate"`: the pairs of all documents in a row, cut every `length` pairs; every example but the last is full. A cut falls
+      anywhere: a document goes on in the next example (see above for the token at the cut). `order` (a permutation of the documents) is the
+      order of the row, so that each epoch can cut elsewhere; the number of examples does not depend on it.
     - `"first_fit"`: documents are kept whole and go, in order, into the first example with room; examples end with padding. Only a document
       longer than an example is cut, into full spans and a rest that is placed like a document. (About 5 microseconds a document.)
 
@@ -113,10 +113,10 @@ def _place(sizes: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def permutation(size: int, seed: int, epoch: int, *, stream: int = 0) -> np.ndarray:
-    """A random permutation of 0..size-1, int64 `[size]`: a pure function of its arguments (`stream` gives others for the same seed and epoch).
+    """A random permutation of 0..size-1, int64 `[size]`: a pure function of its arguments. Each `stream` is another one.
 
-    Sorts Philox's raw numbers rather than asking NumPy to shuffle: those are promised to stay the same across NumPy's versions, shuffles are
-    not, and a run must be able to go on after an upgrade.
+    Sorts Philox's raw numbers rather than asking NumPy to shuffle: those are promised to stay the same across NumPy's versions, shuffles
+    are not, and a run must be able to go on after an upgrade.
     """
     bits = np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=np.array([0, 0, 0, stream], np.uint64))
     return np.argsort(bits.random_raw(size), kind="stable")

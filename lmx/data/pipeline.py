@@ -1,8 +1,8 @@
 """Batches as a pure function of (seed, k), and a Grain pipeline over them that starts anywhere at once.
 
-Everything is counted in global examples. Epochs of N examples follow each other without a seam: example j is number j mod N in the order of epoch
-j // N, batch k is examples k * rows to (k + 1) * rows. So the cursor of a run is one number, which means the same for any batch size, any number
-of processes and any mesh.
+Everything is counted in global examples. Epochs of N examples follow each other without a seam: example j is number j mod N in the order of
+epoch j // N, batch k is examples k * rows to (k + 1) * rows. So the cursor of a run is one number, which means the same for any batch size,
+any number of processes and any mesh.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ from lmx.data.store import TokenStore
 Batch = dict[str, np.ndarray]
 """`tokens`, `targets`, `segments`, `positions` int32 `[rows, length]`; `weights` float32 `[rows, length]`; `example_id` uint32 `[rows]`.
 
-`segments` are 1, 2, .. for the spans of a row and 0 on padding; `positions` start at 0 in each span; `weights` are 1 where `targets` is to be
-predicted and 0 on padding, where tokens and targets are 0. `example_id` is the global example."""
+`segments` are 1, 2, .. for the spans of a row and 0 on padding; `positions` start at 0 in each span; `weights` are 1 where `targets` is to
+be predicted and 0 on padding, where tokens and targets are 0. `example_id` is the global example."""
 
 EXAMPLES = 2**32  # what example_id can count
 
@@ -30,10 +30,10 @@ class Batches:
     A class, for it keeps the plans of the last two epochs. Threads may share it.
 
     - `rows`, `length`: the shape of a global batch.
-    - `shuffle`: a permutation of all examples for each epoch; with `"concatenate"` documents too change their order, so that cuts fall elsewhere.
-      Without it examples come in the order of the store, the same in each epoch.
-    - `epochs`: None goes on for ever. Else `len` counts the batches that hold them, and the rows of the last that have no example left are padding
-      (weights 0): for evaluation, `shuffle=False, epochs=1` visits each target exactly once.
+    - `shuffle`: a permutation of all examples for each epoch; with `"concatenate"` documents too change their order, so that cuts fall
+      elsewhere. Without it examples come in the order of the store, the same in each epoch.
+    - `epochs`: None goes on for ever. Else `len` counts the batches that hold them, and the rows of the last that have no example left are
+      padding (weights 0): for evaluation, `shuffle=False, epochs=1` visits each target exactly once.
 
     Raises ValueError for a bad argument, or a store in which nothing can be predicted.
     """
@@ -77,7 +77,7 @@ class Batches:
         return self.rows(k, range(self.rows_per_batch))
 
     def rows(self, k: int, which: Sequence[int] | slice) -> Batch:
-        """Only some rows of global batch k, in the order given: what one process needs. Raises IndexError for a row or a batch that is not there."""
+        """Only some rows of global batch k, in the order given: what one process needs. Raises IndexError for one that is not there."""
         if not 0 <= k < len(self):
             raise IndexError(f"batch {k} of {len(self)}")
         which = np.arange(self.rows_per_batch)[which if isinstance(which, slice) else np.asarray(which, np.int64)]
@@ -195,7 +195,7 @@ class BatchIterator(Iterator[Batch]):
             raise ValueError(f"data position {dict(state)!r} is not understood; expected {{'example': n}} with n >= 0")
         self.close()
         self._example = example
-        # Grain's own state counts batches; a window that begins at the cursor makes it count from there, so that only examples are ever saved.
+        # Grain's own state counts batches: it is never saved, and each window begins at the cursor.
         source = grain.MapDataset.source(_Window(self._batches, example, self._which))
         options = grain.ReadOptions(num_threads=min(2, self._prefetch), prefetch_buffer_size=self._prefetch)
         self._reader = iter(source.to_iter_dataset(options))
@@ -216,7 +216,7 @@ def iterate(batches: Batches, *, start_example: int = 0, rows: Sequence[int] | s
     """Batches from a global example on, in order: the first holds examples `start_example` to `start_example + rows_per_batch`.
 
     `rows` are those of each batch to build (all if None); `prefetch` is how many batches are read ahead by up to two threads, 0 for none.
-    A run that changed its batch size goes on with the cursor it had. Raises ValueError for a bad argument, IndexError for a row that is not there.
+    A run that changed its batch size goes on with the cursor it had. Raises ValueError for a bad argument, IndexError for a missing row.
     """
     if prefetch < 0:
         raise ValueError(f"prefetch={prefetch} is negative; use 0 to read no batch ahead")

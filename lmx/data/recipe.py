@@ -13,7 +13,6 @@ from lmx.data.store import TokenStore, cached_store
 from lmx.data.tokenizers import SentencePiece, Tokenizer, load_tokenizer, train_sentencepiece
 
 TRAINED = ("bpe", "unigram")
-SEED = 0  # of the sample of lines that a tokenizer is trained on: no knob, for no run should differ in it
 
 
 @dataclass(frozen=True)
@@ -21,8 +20,8 @@ class Data:
     """What a run reads and how it is packed."""
 
     train: str
-    """Text to train on: a file (.txt, .md, .jsonl, .json, also .gz/.xz/.bz2/.zst, .array_record), a folder or glob of them, tfds:NAME[:split]
-    or tfds:DIRECTORY[:split]."""
+    """Text to train on: a file (.txt, .md, .jsonl, .json, also .gz/.xz/.bz2/.zst, .array_record), a folder or glob of them,
+    tfds:NAME[:split] or tfds:DIRECTORY[:split]."""
 
     validation: str = ""
     """Held-out text, given like train. Empty: nothing is held out and nothing evaluated."""
@@ -31,8 +30,8 @@ class Data:
     """The field of JSON and TFDS records that holds the text."""
 
     tokenizer: str = "bytes"
-    """bytes; bpe:VOCAB or unigram:VOCAB (a SentencePiece model trained on the training text and cached); or the path of a *.model, a
-    tokenizer.json or a folder with one."""
+    """bytes; bpe:VOCAB or unigram:VOCAB (a SentencePiece model trained on the training text and cached); or a path: a SentencePiece
+    .model, a tokenizer.json or a folder with one."""
 
     length: int = 256
     """Tokens that a packed example predicts: the context a model is trained at."""
@@ -41,7 +40,7 @@ class Data:
     """concatenate: all text in a row, cut into full examples. first_fit: documents stay whole, examples end with padding."""
 
     cache: str = ".cache/lmx"
-    """Folder for tokenised text and trained tokenizers, found again by the hash of what they were made from. It may be deleted at any time."""
+    """Folder for tokenised text and trained tokenizers, found again by the hash of what made them. It may be deleted at any time."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +84,12 @@ def prepare_tokenizer(data: Data) -> Tokenizer:
         return load_tokenizer(data.tokenizer)
     algorithm, vocab = trained
     version = importlib.metadata.version("sentencepiece")
-    parts = [source_hash(data.train, name="data.train"), data.field, algorithm, vocab, SEED, version]
+    parts = [source_hash(data.train, name="data.train"), data.field, algorithm, vocab, version]
     path = Path(data.cache) / "tokenizers" / f"{algorithm}-{vocab}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}.model"
     if path.exists():
         return SentencePiece(path)
     texts = (document.text for document in documents(data.train, field=data.field, name="data.train"))
-    return train_sentencepiece(texts, path, vocab=vocab, algorithm=algorithm, seed=SEED)
+    return train_sentencepiece(texts, path, vocab=vocab, algorithm=algorithm)
 
 
 def _trained(tokenizer: str) -> tuple[Literal["bpe", "unigram"], int] | None:

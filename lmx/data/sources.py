@@ -1,4 +1,4 @@
-"""Where documents come from: text files, JSON lines, ArrayRecord, TFDS. Everything that is wrong with a source is one line that names it."""
+"""Where documents come from: text files, JSON lines, ArrayRecord, TFDS. What is wrong with a source is said in one line."""
 
 import bz2
 import glob
@@ -23,7 +23,8 @@ RECORDS = (".array_record",)
 COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 EXPECTED = "expected .txt, .md, .jsonl or .json (each may end in .gz, .xz, .bz2 or .zst too), or .array_record"
 
-# A TFDS split ("train", "train[:10%]", "train+test") starts with a letter, a version ("1.0.0") with a digit: so `ag_news_subset:1.0.0` is all name.
+# A TFDS split ("train", "train[:10%]", "train+test") starts with a letter, a version ("1.0.0") with a digit: so `ag_news_subset:1.0.0` is
+# all name.
 TFDS = re.compile(r"(?P<name>.+?)(?::(?P<split>[A-Za-z_][\w+\[\]:%-]*))?")
 
 
@@ -32,10 +33,11 @@ def documents(source: str, *, field: str = "text", name: str = "source") -> Iter
 
     `source` is one of
     - a file: `.txt`/`.md` (one document), `.jsonl` (one a line), `.json` (one object or a list of them), each also compressed with
-      `.gz`, `.xz`, `.bz2` or `.zst`; `.array_record` (each record UTF-8 text, or, if the first record is a JSON object, each a JSON object);
+      `.gz`, `.xz`, `.bz2` or `.zst`; `.array_record` (each record UTF-8 text, or, if the first record is a JSON object, each a JSON
+      object);
     - a folder (every file of those kinds below it; files of other kinds are not looked at) or a glob (`"books/**/*.txt"`);
-    - `tfds:NAME[:split]` (prepared in TFDS's own data directory, downloaded if it is not there yet) or `tfds:DIRECTORY[:split]`; split `train`
-      if not given. Read without TensorFlow, so it must be stored as ArrayRecord.
+    - `tfds:NAME[:split]` (prepared in TFDS's own data directory, downloaded if it is not there yet) or `tfds:DIRECTORY[:split]`; split
+      `train` if not given. Read without TensorFlow, so it must be stored as ArrayRecord.
 
     `field` names the text in JSON and TFDS records; `id`, where a record has it, becomes the document's id, the rest its metadata.
     `name` is what errors call the source: the knob that was turned (`data.train`).

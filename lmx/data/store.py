@@ -212,8 +212,8 @@ def open_store(directory: str | Path) -> TokenStore:
 def cached_store(source: str, tokenizer: Tokenizer, *, cache: str | Path, field: str = "text", name: str = "source") -> TokenStore:
     """The store of a source under `cache/stores`, built if it is not there yet.
 
-    Its folder is named by the hash of the source's contents, the tokenizer's fingerprint, the field and the format, so nothing stale is ever
-    found. Raises what `documents`, `build_store` and `open_store` raise.
+    Its folder is named by the hash of the source's contents, the tokenizer's fingerprint, the field and the format, so nothing stale is
+    ever found. Raises what `documents`, `build_store` and `open_store` raise.
     """
     parts = [FORMAT, source_hash(source, name=name), tokenizer.fingerprint, tokenizer.eos_id, field]
     directory = Path(cache) / "stores" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -14,7 +14,6 @@ from lmx.models.config import Transformer
 from lmx.models.linears import linear_specs
 from lmx.parallel.rules import constrain
 
-
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
@@ -21,9 +22,19 @@ def ordered(value_and_grad: Callable, shards: int) -> Callable:
         def local(params, batch, key, seed):
             mine = shards // jax.lax.axis_size("data")
             cut = jax.tree.map(lambda a: a.reshape(a.shape[0], mine, -1, *a.shape[2:]).swapaxes(0, 1), batch)
-            parts = jax.lax.map(lambda shard: value_and_grad(params, shard, key, seed), cut)
-            # The barrier keeps what follows from being fused into the loop, which would round differently for one trip than for two.
-            parts = jax.lax.optimization_barrier(parts)
+            # One shard too many, never computed: a leading dimension of 1 would be simplified away, and the program be another.
+            cut = jax.tree.map(lambda a: jnp.concatenate([a, a[:1]]), cut)
+            shape = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda a: a[0], cut), key, seed)
+            empty = jax.tree.map(lambda a: jnp.zeros((mine + 1, *a.shape), a.dtype), shape)
+
+            def shard(i, parts):
+                part = value_and_grad(params, jax.tree.map(lambda a: a[i], cut), key, seed)
+                return jax.tree.map(lambda whole, a: whole.at[i].set(a), parts, part)
+
+            # The compiler is not told how often the loop runs: one that runs once would be dissolved into its surroundings, and round
+            # differently from one that runs twice.
+            parts = jax.lax.fori_loop(0, jax.lax.optimization_barrier(jnp.int32(mine)), shard, empty)
+            parts = jax.tree.map(lambda a: a[:mine], jax.lax.optimization_barrier(parts))
             return jax.tree.map(_tree_sum, jax.lax.all_gather(parts, "data", tiled=True))
 
         specs = (P(), P(None, "data"), P(), P())
@@ -37,5 +48,5 @@ def _tree_sum(parts: Array) -> Array:
     while parts.shape[0] > 1:
         whole = parts.shape[0] // 2 * 2
         pairs = parts[0:whole:2] + parts[1:whole:2]
-        parts = pairs if whole == parts.shape[0] else jax.numpy.concatenate([pairs, parts[whole:]])
+        parts = pairs if whole == parts.shape[0] else jnp.concatenate([pairs, parts[whole:]])
     return parts[0]

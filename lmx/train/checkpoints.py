@@ -1,11 +1,9 @@
 """Checkpoints with Orbax: asynchronous, atomic, sharded, restored on any mesh; the data position beside the state."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 

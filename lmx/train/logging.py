@@ -99,8 +99,8 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
       ValueError: another line is damaged.
     """
     special = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-    unpack = lambda value: special.get(value, value) if isinstance(value, str) else value  # noqa: E731
-    return [{name: unpack(value) for name, value in entry.items()} for _, entry in _lines(Path(folder) / METRICS)]
+    entries = (entry for _, entry in _lines(Path(folder) / METRICS))
+    return [{name: special.get(value, value) for name, value in entry.items()} for entry in entries]
 
 
 def truncate_metrics(folder: str | Path, step: int) -> None:
@@ -111,8 +111,10 @@ def truncate_metrics(folder: str | Path, step: int) -> None:
             file.writelines(line.rstrip("\n") + "\n" for line, entry in _lines(path) if entry["step"] <= step)
 
 
-def _plain(value: Any) -> int | float:
+def _plain(name: str, value: Any) -> int | float:
     """A metric as a Python number. Scalars of NumPy and JAX become the float64 of the same value."""
+    if getattr(value, "size", 1) != 1:
+        raise ValueError(f"the metric {name} has shape {value.shape}; log one number, such as its mean")
     value = value.item() if hasattr(value, "item") else value
     return value if isinstance(value, int) else float(value)
 
@@ -189,7 +191,7 @@ class Logger:
         Raises:
           ValueError: a metric is called `step`, `split` or `time`, or is not a scalar.
         """
-        numbers = {name: _plain(value) for name, value in metrics.items() if value is not None}
+        numbers = {name: _plain(name, value) for name, value in metrics.items() if value is not None}
         if clash := {"step", "split", "time"} & numbers.keys():
             raise ValueError(f"a metric cannot be called {', '.join(sorted(clash))}: every line has its own; rename it")
         written = {name: value if math.isfinite(value) else repr(value) for name, value in numbers.items()}

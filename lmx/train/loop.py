@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 
 import jax
 
@@ -68,6 +69,8 @@ def main(experiment: Experiment, argv: list[str] | None = None) -> Result:
     """
     description = sys.modules["__main__"].__doc__ or "Trains a language model."
     experiment, sources = command_line(experiment, argv, description=description)
+    if jax.config.jax_compilation_cache_dir is None:
+        _keep_compiled(Path(experiment.data.cache) / "compiled")
     with exits_with_one_line():
         start = prepare_run(experiment, sources)
     try:
@@ -77,6 +80,13 @@ def main(experiment: Experiment, argv: list[str] | None = None) -> Result:
     if result.stopped is not None:
         sys.exit(128 + result.stopped)
     return result
+
+
+def _keep_compiled(folder: Path) -> None:
+    """Compiled programs are kept, so that a second start of the same experiment compiles nothing."""
+    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def prepare_run(experiment: Experiment, sources: dict[str, str] | None = None) -> Start:

@@ -1,0 +1,176 @@
+"""The transformer against a float64 NumPy one written from the papers: logits, loss, and the gradient of every parameter."""
+
+from functools import partial
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_transformer
+import pytest
+
+from lmx.core.params import is_spec
+from lmx.core.tree import map_named, named_leaves
+from lmx.models import config as model_config
+from lmx.models.config import Transformer
+from lmx.models.losses import cross_entropy, logits
+from lmx.models.transformer import forward, specs
+
+BATCH, LENGTH = 2, 8
+LAYERS = {"g": (("global",), 2), "lg": (("local", "global"), 5), "llg": (("local", "local", "global"), 4)}
+"""Patterns and depths, two of which the pattern does not divide."""
+
+
+def model(pattern: str, **knobs) -> Transformer:
+    kinds, layers = LAYERS[pattern]
+    window = 3 if "local" in kinds else None
+    return Transformer(**{"vocab": 19, "layers": layers, "embed": 24, "mlp": 20, "context": 11, "pattern": kinds, "window": window} | knobs)
+
+
+# Nearly every pair of values of two knobs is in one of these.
+PLAIN = {"gated": False, "norm": "layernorm"}
+CASES = {
+    "a": ("right", model("g", kv_heads=1, positions="learned", norm_placement="sandwich", activation="relu_squared", attention_softcap=1.5,
+                         qk_norm=True)),
+    "b": ("plain", model("g", **PLAIN, positions="none", activation="gelu", parallel=True, bias=True, tied=False, logit_softcap=3.0,
+                         embed_scale=True, head_dim=10)),
+    "c": ("packed", model("llg", kv_heads=2, norm="layernorm", norm_placement="post", tied=False, logit_softcap=3.0, qk_norm=True,
+                          head_dim=10, rope_theta=50.0)),
+    "d": ("left", model("lg", kv_heads=2, positions="sinusoidal", norm_placement="post", gated=False, activation="gelu_tanh", bias=True,
+                        attention_softcap=1.5, embed_scale=True)),
+    "e": ("packed", model("llg", heads=6, kv_heads=1, positions="alibi", norm_placement="sandwich", gated=False, activation="relu",
+                          parallel=True, bias=True, tied=False, attention_softcap=1.5, head_dim=10)),
+    "f": ("left", model("lg", heads=6, positions="alibi", norm="layernorm", activation="relu", parallel=True, logit_softcap=3.0,
+                        qk_norm=True, embed_scale=True)),
+    "g": ("right", model("llg", gated=False, parallel=True, bias=True, attention_softcap=1.5, embed_scale=True)),
+    "h": ("plain", model("lg", kv_heads=1, positions="sinusoidal", norm="layernorm", norm_placement="sandwich", activation="gelu_tanh",
+                         parallel=True, tied=False, logit_softcap=3.0, qk_norm=True, head_dim=10)),
+    "i": ("right", model("lg", kv_heads=2, positions="none", activation="gelu", tied=False, qk_norm=True)),
+    "j": ("plain", model("llg", **PLAIN, positions="learned", norm_placement="post", activation="relu_squared", bias=True, tied=False,
+                         logit_softcap=3.0, attention_softcap=1.5, qk_norm=True, embed_scale=True, head_dim=10)),
+    "k": ("right", model("g", kv_heads=1, positions="none", norm="layernorm", norm_placement="post", activation="relu",
+                         attention_softcap=1.5, embed_scale=True, head_dim=10)),
+    "l": ("packed", model("lg", kv_heads=2, positions="learned", gated=False, activation="relu_squared", parallel=True, logit_softcap=3.0,
+                          embed_scale=True, norm_epsilon=0.1)),
+    "m": ("left", model("llg", kv_heads=1, norm="layernorm", norm_placement="sandwich", activation="gelu", parallel=True, bias=True,
+                        tied=False, logit_softcap=3.0, attention_softcap=1.5, head_dim=10)),
+    "n": ("plain", model("g", kv_heads=2, positions="alibi", norm_placement="sandwich", gated=False, attention_softcap=1.5,
+                         embed_scale=True)),
+    "o": ("left", model("g", **PLAIN, positions="sinusoidal", activation="gelu_tanh", bias=True, tied=False, logit_softcap=3.0,
+                        head_dim=10)),
+}  # fmt: skip
+
+
+def rows(kind: str) -> dict[str, np.ndarray]:
+    """Tokens with positions and segments: one text a row, several packed, padded on the left or on the right."""
+    rng = np.random.default_rng(len(kind))
+    positions, segments = np.tile(np.arange(LENGTH), (BATCH, 1)), np.ones((BATCH, LENGTH), int)
+    if kind == "packed":
+        positions[0, 3:], segments[0, 3:] = np.arange(5), 2
+        positions[1, 6:], segments[1, 6:] = 0, 0
+        positions[1, 2:6], segments[1, 2:6] = np.arange(4), 2
+    elif kind == "left":
+        positions[1] = np.maximum(np.arange(LENGTH) - 3, 0)
+        segments[1, :3] = 0
+    elif kind == "right":
+        segments[0, 6:] = 0
+    tokens, targets = rng.integers(0, 19, (2, BATCH, LENGTH))
+    weights = rng.uniform(0, 1, (BATCH, LENGTH)) * (segments > 0)
+    return {"tokens": tokens, "positions": positions, "segments": segments, "targets": targets, "weights": weights}
+
+
+def random_parameters(config: Transformer, seed: int):
+    """Values that hide nothing behind ones and zeros, as float32 numbers in float64 arrays."""
+    rng = np.random.default_rng(seed)
+
+    def value(name, spec):
+        noise = rng.normal(size=spec.shape)
+        noise = 1 + 0.3 * noise if name.endswith("scale") else 0.4 * noise
+        return noise.astype(np.float32).astype(np.float64)
+
+    return map_named(value, specs(config), is_leaf=is_spec)
+
+
+def for_numpy(params, config: Transformer) -> dict:
+    """lmx's parameters under the NumPy transformer's names."""
+    found = {"embed": params["embed"]} | {name: params[name] for name in ("positions", "head") if name in params}
+    found |= {f"norm_{name}": value for name, value in params.get("norm", {}).items()}
+    found["layers"] = [None] * config.layers
+    first = 0
+    for group in params["layers"]:
+        repeats, places = len(group["0"]["attention"]["query"]["weight"]), len(group)
+        for place in range(places):
+            for repeat in range(repeats):
+                found["layers"][first + repeat * places + place] = one_layer(group[str(place)], repeat)
+        first += repeats * places
+    return found
+
+
+def one_layer(tree, repeat: int) -> dict:
+    flat = {}
+    for path, value in named_leaves(tree).items():
+        *_, layer, leaf = path.split("/")
+        name = layer if leaf == "weight" or layer in ("query_norm", "key_norm") else f"{layer}_{leaf}"
+        flat[name] = value[repeat]
+    return flat
+
+
+@partial(jax.jit, static_argnums=1)
+def loss_gradient_logits(params, config, batch):
+    def loss(params):
+        hidden = forward(params, config, batch["tokens"], positions=batch["positions"], segments=batch["segments"]).hidden
+        total, sums = cross_entropy(params, config, hidden, batch["targets"], batch["weights"], z_loss=0.01)
+        return total, (sums, logits(params, config, hidden))
+
+    (total, (sums, rows)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    return total, sums, rows, gradient
+
+
+def ours(config, params, batch):
+    narrow = {name: value.astype(np.float32 if value.dtype == np.float64 else np.int32) for name, value in batch.items()}
+    return jax.device_get(loss_gradient_logits(jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params), config, narrow))
+
+
+def theirs(config, params, batch):
+    rows = numpy_transformer.logits(for_numpy(params, config), config, batch["tokens"], batch["positions"], batch["segments"])
+    return *numpy_transformer.loss(rows, batch["targets"], batch["weights"], z_loss=0.01), rows
+
+
+def test_every_value_of_every_choice_is_in_some_case():
+    configs = [config for _, config in CASES.values()]
+    choices = {"activation": "Activation", "norm": "Norm", "norm_placement": "Placement", "positions": "Positions"}
+    for knob, name in choices.items():
+        assert {getattr(config, knob) for config in configs} == set(get_args(getattr(model_config, name)))
+    for knob in ("gated", "parallel", "bias", "tied", "qk_norm", "embed_scale"):
+        assert {getattr(config, knob) for config in configs} == {True, False}
+    for knob in ("kv_heads", "head_dim", "logit_softcap", "attention_softcap", "window"):
+        assert any(getattr(config, knob) is None for config in configs)
+        assert any(getattr(config, knob) is not None for config in configs)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_loss_and_gradients_are_those_of_the_papers(case):
+    kind, config = CASES[case]
+    model_config.check(config)
+    batch, params = rows(kind), random_parameters(config, ord(case))
+    total, sums, found, gradient = ours(config, params, batch)
+    expected_total, expected_correct, expected = theirs(config, params, batch)
+    assert np.abs(found - expected).max() <= 2e-5 * np.abs(expected).max()
+    assert total == pytest.approx(expected_total, rel=2e-5)
+    assert sums["correct"] == pytest.approx(expected_correct, rel=1e-6)
+    assert sums["cross_entropy"] + sums["z_loss"] == pytest.approx(total, rel=1e-6)
+
+    # Along a random direction of each parameter, the gradient's slope is that of central differences in float64.
+    rng, step, slopes = np.random.default_rng(0), 1e-6, {}
+    gradients = named_leaves(gradient)
+    for name, value in named_leaves(params).items():
+        direction = rng.normal(size=value.shape)
+
+        def at(sign, name=name, direction=direction):
+            moved = map_named(lambda n, a: a + sign * step * direction if n == name else a, params)
+            return theirs(config, moved, batch)[0]
+
+        slopes[name] = (float((gradients[name] * direction).sum()), (at(1) - at(-1)) / (2 * step))
+    largest = max(abs(expected) for _, expected in slopes.values())
+    wrong = {name: pair for name, pair in slopes.items() if abs(pair[0] - pair[1]) > 1e-4 * max(abs(pair[1]), 1e-2 * largest)}
+    assert not wrong
