@@ -62,7 +62,7 @@ def check(data: Data) -> None:
         if not source.startswith("tfds:") and (source or name == "data.train"):
             source_files(source, name=name)
     if not _trained(data.tokenizer):
-        load_tokenizer(data.tokenizer)
+        load_tokenizer(data.tokenizer, name="data.tokenizer")
 
 
 def prepare(data: Data) -> Prepared:
@@ -81,7 +81,7 @@ def prepare_tokenizer(data: Data) -> Tokenizer:
     """The tokenizer that a config names, trained on its training text (or found in its cache) if it says so. Raises as `prepare` does."""
     trained = _trained(data.tokenizer)
     if not trained:
-        return load_tokenizer(data.tokenizer)
+        return load_tokenizer(data.tokenizer, name="data.tokenizer")
     algorithm, vocab = trained
     version = importlib.metadata.version("sentencepiece")
     parts = [source_hash(data.train, name="data.train"), data.field, algorithm, vocab, version]

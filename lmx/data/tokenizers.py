@@ -175,10 +175,10 @@ class HuggingFace:
         return f"<unused {id}>" if piece is None else _printable(piece)
 
 
-def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
+def load_tokenizer(name_or_path: str | Path, *, name: str = "tokenizer") -> Tokenizer:
     """`"bytes"`, a SentencePiece `*.model`, a `*.json`, or a folder with `tokenizer.json` or one `*.model`.
 
-    Raises FileNotFoundError when nothing is there, ValueError when it is no tokenizer.
+    Raises FileNotFoundError when nothing is there, ValueError when it is no tokenizer; `name` is the knob that errors mention.
     """
     path, expected = Path(name_or_path), "expected 'bytes', a SentencePiece *.model, a tokenizer.json, or a folder with one of them"
     if str(name_or_path) == "bytes":
@@ -189,11 +189,11 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
             return HuggingFace(path)
         if len(models) == 1:
             return SentencePiece(models[0])
-        raise ValueError(f"tokenizer={str(path)!r} is a folder with no tokenizer.json and {len(models)} *.model files; {expected}")
+        raise ValueError(f"{name}={str(path)!r} is a folder with no tokenizer.json and {len(models)} *.model files; {expected}")
     if path.suffix not in (".model", ".json"):
-        raise ValueError(f"tokenizer={str(name_or_path)!r} is not known; {expected}")
+        raise ValueError(f"{name}={str(name_or_path)!r} is not known; {expected}")
     if not path.exists():
-        raise FileNotFoundError(f"tokenizer={str(path)!r} does not exist; {expected}")
+        raise FileNotFoundError(f"{name}={str(path)!r} does not exist; {expected}")
     return SentencePiece(path) if path.suffix == ".model" else HuggingFace(path)
 
 

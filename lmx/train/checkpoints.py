@@ -40,7 +40,8 @@ class Manager:
             keep.append(managers.EveryNSteps(policy.period))
         options = ocp.CheckpointManagerOptions(preservation_policy=managers.AnyPreservationPolicy(keep))
         self.folder = folder
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Manager":
         return self
@@ -96,12 +97,12 @@ class Manager:
     def _check(self, step: int, abstract: TrainState) -> None:
         """Compares names and shapes with what is on disk, so that the error can speak of the model."""
         try:
-            with ocp.StandardCheckpointer() as reader:
-                metadata = reader.metadata((self.folder / str(step) / "state").absolute()).item_metadata
-            on_disk = {name: tuple(leaf.shape) for name, leaf in named_leaves(metadata.tree, is_leaf=lambda x: hasattr(x, "shape")).items()}
+            metadata = self._manager.item_metadata(step).state.tree
+            on_disk = {name: tuple(leaf.shape) for name, leaf in named_leaves(metadata, is_leaf=lambda x: hasattr(x, "shape")).items()}
         except Exception as error:
             raise ValueError(_corrupt(self.folder, step, error)) from error
         wanted = {name: tuple(leaf.shape) for name, leaf in named_leaves(abstract).items()}
+        del wanted["key"], on_disk["key"]  # a typed key is stored as its numbers
         for name in [*wanted, *on_disk]:
             if wanted.get(name) != on_disk.get(name):
                 there, here = on_disk.get(name, "missing"), wanted.get(name, "missing")

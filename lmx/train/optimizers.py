@@ -1,5 +1,6 @@
 """Optimizers as recipes: a frozen config each, from which an optax transformation is built."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -97,7 +98,8 @@ class Lion(Recipe):
 
 @dataclass(frozen=True)
 class Muon(Recipe):
-    """Muon (Jordan et al., 2024): orthogonalised momentum for the layers' weight matrices, AdamW for everything else."""
+    """Muon (Jordan et al., 2024): orthogonalised momentum for the layers' weight matrices, scaled to AdamW's size of step (Liu et al.,
+    2025) so that learning rates carry over; AdamW for everything else."""
 
     b1: float = 0.9
     """AdamW's decay of the mean of gradients."""
@@ -107,16 +109,23 @@ class Muon(Recipe):
     """Decay of Muon's momentum (Nesterov's form)."""
 
     def update(self, rate: Callable, specs: Tree) -> optax.GradientTransformation:
-        muon = contrib.muon(
-            rate,
-            beta=self.momentum,
-            adam_b1=self.b1,
-            adam_b2=self.b2,
-            muon_weight_dimension_numbers=jax.tree.map(_matrix, specs, is_leaf=is_spec),
-            consistent_rms=0.2,
+        numbers = jax.tree.map(_matrix, specs, is_leaf=is_spec)
+
+        def to_adams_size(updates: Tree, _) -> Tree:
+            def scaled(update, dims):
+                sides = (math.prod(update.shape[d] for d in side) for side in dims)
+                return 0.2 * math.sqrt(max(sides)) * update
+
+            return jax.tree.map(scaled, updates, numbers)
+
+        orthogonal = contrib.scale_by_muon(beta=self.momentum, weight_dimension_numbers=lambda _: numbers)
+        muon = optax.chain(orthogonal, optax.stateless(to_adams_size))
+        labels = jax.tree.map(lambda spec: "muon" if _is_matrix(spec) else "adam", specs, is_leaf=is_spec)
+        return optax.chain(
+            optax.partition({"muon": muon, "adam": optax.scale_by_adam(self.b1, self.b2)}, labels),
+            optax.add_decayed_weights(self.weight_decay, decayed(specs)),
+            optax.scale_by_learning_rate(rate),
         )
-        # optax's Muon cannot mask its decay (its two parts see different trees), so decay comes after it, at the same rate.
-        return optax.chain(muon, optax.add_decayed_weights(lambda step: -self.weight_decay * rate(step), decayed(specs)))
 
 
 @dataclass(frozen=True)
@@ -148,8 +157,12 @@ def decayed(specs: Tree) -> Tree:
     return jax.tree.map(lambda spec: spec.inputs > 0 or "vocab" in spec.axes, specs, is_leaf=is_spec)
 
 
-def _matrix(spec: ParamSpec) -> contrib.MuonDimensionNumbers | None:
-    """A layer's weight as a matrix: what it contracts against the rest. None: not Muon's."""
-    if not spec.inputs or not spec.layers:
-        return None
+def _is_matrix(spec: ParamSpec) -> bool:
+    return spec.inputs > 0 and bool(spec.layers)
+
+
+def _matrix(spec: ParamSpec) -> contrib.MuonDimensionNumbers | optax.MaskedNode:
+    """A layer's weight as a matrix: what it contracts against the rest."""
+    if not _is_matrix(spec):
+        return optax.MaskedNode()
     return contrib.MuonDimensionNumbers(tuple(range(1, 1 + spec.inputs)), tuple(range(1 + spec.inputs, len(spec.shape))))

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmx.core.execution import Execution
-from lmx.core.params import initial_values, is_spec
+from lmx.core.params import is_spec
 from lmx.core.tree import disagreement, map_named, named_leaves
 from lmx.models import stack
 from lmx.models.config import Transformer
@@ -34,9 +34,13 @@ WINDOWS = MODELS["rope, grouped, windows"]
 
 def parameters(config: Transformer):
     """Weights large enough that every part of the model matters."""
-    values = initial_values(jax.random.key(0), specs(config))
     rng = np.random.default_rng(0)
-    return map_named(lambda _, a: a + 0.3 * rng.normal(size=a.shape).astype(np.float32), values)
+
+    def value(name, spec):
+        noise = 0.3 * rng.normal(size=spec.shape)
+        return jnp.asarray(1 + noise if name.endswith("scale") else noise, jnp.float32)
+
+    return map_named(value, specs(config), is_leaf=is_spec)
 
 
 def tokens(seed: int, *shape: int) -> np.ndarray:
@@ -246,22 +250,21 @@ def test_rules_without_a_mesh_do_nothing(windows):
     assert jaxpr(Execution(rules=RULES)) == jaxpr(Execution())
 
 
-def test_a_mesh_changes_neither_loss_gradients_nor_dropout(windows):
-    config, params = windows
-    batch = batch_of(4)
+def test_a_mesh_changes_neither_loss_gradients_nor_dropout():
+    config = Transformer(**SIZES, layers=2, kv_heads=2)
+    params, batch = parameters(config), batch_of(4)
     dropout = Dropout(jax.random.key(3), np.arange(10, 14, dtype=np.int32), 0.3)
-    loss, gradient = jax.device_get(loss_and_gradient(params, config, batch, Execution(), dropout))
+    loss, gradient = jax.device_get(loss_and_gradient(params, config, batch, dropout=dropout))
     mesh = make_mesh(Layout(data=2, fsdp=2, tensor=2))
     placed = jax.device_put(params, shardings(specs(config), mesh))
-    split = NamedSharding(mesh, P(("data", "fsdp")))
+    there, examples = jax.device_put((batch, dropout.example_id), NamedSharding(mesh, P(("data", "fsdp"))))
     with jax.set_mesh(mesh):
-        there = jax.device_put((batch, dropout.example_id), split)
-        found = loss_and_gradient(placed, config, there[0], Execution(rules=RULES), dropout.replace(example_id=there[1]))
+        found = loss_and_gradient(placed, config, there, Execution(rules=RULES), dropout.replace(example_id=examples))
     assert float(found[0]) == pytest.approx(float(loss), rel=1e-5)
     far = disagreement(found[1], gradient)
     assert all(value <= 2e-5 for value in far.values()), far
-    # Another key drops others: the agreement above is not one of models without dropout.
-    other = loss_and_gradient(params, config, batch, Execution(), dropout.replace(key=jax.random.key(4)))[0]
+    # Another key drops others: what agrees above is no model without dropout.
+    other = loss_and_gradient(params, config, batch, dropout=dropout.replace(key=jax.random.key(4)))[0]
     assert abs(float(other) - float(loss)) > 1e-3 * float(loss)
 
 

@@ -1,0 +1,178 @@
+"""Attention over arrays against a float64 loop over rows, heads and queries."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmx.kernels.attention import attention
+from lmx.kernels.masks import Mask
+
+BATCH, KEYS, HEADS, KV_HEADS, DIM = 2, 7, 6, 2, 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call, for as many queries as the implementation takes."""
+
+    softcap: float | None = None
+    alibi: bool = False
+    window: int | None = None
+    segments: bool = False
+    scale: float | None = None
+    kv_heads: int = KV_HEADS
+
+    def inputs(self, queries: int) -> dict:
+        rng = np.random.default_rng(queries)
+        shapes = {"q": (BATCH, queries, HEADS, DIM), "k": (BATCH, KEYS, self.kv_heads, DIM), "v": (BATCH, KEYS, self.kv_heads, DIM)}
+        arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+        keys = np.tile(np.arange(KEYS, dtype=np.int32), (BATCH, 1))
+        mask = Mask(window=self.window, order="positions", query_positions=keys[:, KEYS - queries :], key_positions=keys)
+        if self.segments:
+            # The last queries of row 0 see two keys, those of row 1 none: their segment is padding.
+            segments = np.array([[1, 1, 1, 1, 1, 2, 2], [1, 1, 1, 0, 0, 0, 0]], np.int32)
+            mask = mask.replace(query_segments=segments[:, KEYS - queries :], key_segments=segments)
+        return arrays | {"mask": mask, "slopes": 2.0 ** -np.arange(1.0, HEADS + 1).astype(np.float32) if self.alibi else None}
+
+
+CASES = {
+    "plain": Case(),
+    "multi-query": Case(kv_heads=1, scale=0.7),
+    "one key head a head": Case(kv_heads=6),
+    "capped": Case(softcap=0.5),
+    "alibi": Case(alibi=True),
+    "window": Case(window=3),
+    "everything": Case(softcap=1.5, alibi=True, window=4, segments=True),
+}
+
+
+def loop(q, k, v, mask: Mask, slopes, *, scale=None, softcap=None, keep=None) -> np.ndarray:
+    """Vaswani et al. (2017), equation 1, for each row, head and query by itself."""
+    batch, queries, heads, dim = q.shape
+    share = heads // k.shape[2]
+    out = np.zeros(q.shape)
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(queries):
+                terms = []
+                for j in range(k.shape[1]):
+                    behind = int(mask.query_positions[b, i]) - int(mask.key_positions[b, j])
+                    if behind < 0 or (mask.window is not None and behind >= mask.window):
+                        continue
+                    if mask.query_segments is not None and not mask.query_segments[b, i] == mask.key_segments[b, j] != 0:
+                        continue
+                    score = float(q[b, i, h] @ k[b, j, h // share]) * (dim**-0.5 if scale is None else scale)
+                    score = score if softcap is None else softcap * math.tanh(score / softcap)
+                    score -= 0.0 if slopes is None else float(slopes[h]) * behind
+                    terms.append((math.exp(score), 1.0 if keep is None else keep[b, h, i, j], v[b, j, h // share]))
+                total = sum(weight for weight, _, _ in terms)
+                for weight, kept, value in terms:
+                    out[b, i, h] += weight / total * kept * value
+    return out
+
+
+@partial(jax.jit, static_argnames=("scale", "softcap", "implementation"))
+def value_and_pullback(q, k, v, mask, slopes, cotangent, *, scale, softcap, implementation):
+    def run(q, k, v):
+        return attention(q, k, v, mask, slopes=slopes, scale=scale, softcap=softcap, implementation=implementation)
+
+    out, pullback = jax.vjp(run, q, k, v)
+    return out, pullback(cotangent)
+
+
+@pytest.mark.parametrize(("implementation", "queries"), [("reference", 4), ("reference", 1), ("single", 1)])
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_those_of_a_loop_in_float64(name, implementation, queries):
+    case = CASES[name]
+    inputs = case.inputs(queries)
+    cotangent = np.random.default_rng(9).normal(size=inputs["q"].shape).astype(np.float32)
+    knobs = {"scale": case.scale, "softcap": case.softcap}
+    found, gradients = jax.device_get(value_and_pullback(**inputs, cotangent=cotangent, **knobs, implementation=implementation))
+    wide = inputs | {n: inputs[n].astype(np.float64) for n in "qkv"}
+    expected = loop(**wide, **knobs)
+    assert np.abs(found - expected).max() <= 2e-6 * np.abs(expected).max()
+    rng, step = np.random.default_rng(1), 1e-6
+    for n, gradient in zip("qkv", gradients, strict=True):
+        direction = rng.normal(size=gradient.shape)
+        up, down = (loop(**wide | {n: wide[n] + sign * step * direction}, **knobs) for sign in (1, -1))
+        slope = float((cotangent * (up - down)).sum()) / (2 * step)
+        size = float(np.abs(gradient * direction).sum())
+        assert abs(float((gradient * direction).sum()) - slope) <= 1e-5 * size + 1e-7
+
+
+@pytest.mark.parametrize(("implementation", "queries"), [("reference", 4), ("single", 1)])
+def test_a_query_that_sees_nothing_gets_zeros_and_gives_no_gradient(implementation, queries):
+    case = CASES["everything"]
+    inputs = case.inputs(queries)
+    for softcap in (None, 1.5):
+        for size in (1.0, 1e6):
+            cotangent = np.full(inputs["q"].shape, size, np.float32)
+            out, gradients = jax.device_get(
+                value_and_pullback(**inputs, cotangent=cotangent, scale=None, softcap=softcap, implementation=implementation)
+            )
+            assert np.array_equal(out[1], np.zeros_like(out[1]))
+            assert out[0].any()
+            assert all(np.isfinite(g).all() for g in gradients)
+            assert all(not g[1].any() for g in gradients)
+            assert all(g[0].any() for g in gradients)
+
+
+def test_scores_that_overflow_an_exponential_do_not():
+    inputs = CASES["plain"].inputs(4)
+    inputs["q"] = inputs["q"] * 1e4
+    out = np.asarray(attention(inputs["q"], inputs["k"], inputs["v"], inputs["mask"]))
+    assert np.isfinite(out).all()
+    # So far apart, the largest score takes all: each output is one of the values.
+    values = inputs["v"].repeat(HEADS // KV_HEADS, 2)
+    nearest = np.abs(out[:, :, None] - values[:, None]).max(-1).min(2)
+    assert (nearest < 1e-5).mean() > 0.9
+
+
+def test_weights_are_multiplied_by_keep_after_the_softmax():
+    inputs = CASES["plain"].inputs(4)
+    keep = np.random.default_rng(2).integers(0, 2, (BATCH, HEADS, 4, KEYS)).astype(np.float32) * 2
+    found = attention(inputs["q"], inputs["k"], inputs["v"], inputs["mask"], keep=keep)
+    expected = loop(**inputs, keep=keep)
+    assert np.abs(found - expected).max() <= 2e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("implementation", "queries"), [("reference", 4), ("single", 1)])
+def test_in_bfloat16_scores_and_sums_are_float32(implementation, queries):
+    case = CASES["everything"]
+    inputs = case.inputs(queries)
+    narrow = inputs | {n: jnp.asarray(inputs[n] * 3, jnp.bfloat16) for n in "qkv"}
+    found = attention(**narrow, softcap=case.softcap, implementation=implementation)
+    assert found.dtype == jnp.bfloat16
+    expected = loop(**inputs | {n: np.asarray(narrow[n], np.float64) for n in "qkv"}, softcap=case.softcap)
+    # One rounding of the weights and one of the result; scores in bfloat16 would be several times as far off.
+    assert np.abs(np.asarray(found, np.float64) - expected).max() <= 2**-7 * np.abs(expected).max()
+
+
+def test_auto_takes_the_single_query_where_it_applies():
+    def traced(queries, implementation, keep=None):
+        inputs = CASES["plain"].inputs(queries)
+        return str(jax.make_jaxpr(lambda q: attention(**inputs | {"q": q}, keep=keep, implementation=implementation))(inputs["q"]))
+
+    assert traced(1, "auto") == traced(1, "single") != traced(1, "reference")
+    assert traced(4, "auto") == traced(4, "reference")
+    keep = np.ones((BATCH, HEADS, 1, KEYS), np.float32)
+    assert traced(1, "auto", keep) == traced(1, "reference", keep)
+
+
+def test_what_cannot_be_done_is_refused_by_name():
+    inputs = CASES["plain"].inputs(4)
+    with pytest.raises(ValueError, match=r"attention='flesh' is not one of auto, reference, single"):
+        attention(**inputs, implementation="flesh")
+    with pytest.raises(ValueError, match="6 query heads cannot share 4 key heads"):
+        attention(inputs["q"], inputs["k"].repeat(2, 2), inputs["v"].repeat(2, 2), inputs["mask"])
+    with pytest.raises(ValueError, match="6 query heads cannot share 12 key heads"):
+        attention(inputs["q"], inputs["k"].repeat(6, 2), inputs["v"].repeat(6, 2), inputs["mask"])
+    with pytest.raises(ValueError, match=r"'single' takes one query without dropout, not 4"):
+        attention(**inputs, implementation="single")
+    one, keep = CASES["plain"].inputs(1), np.ones((BATCH, HEADS, 1, KEYS), np.float32)
+    with pytest.raises(ValueError, match="'single' takes one query without dropout"):
+        attention(**one, keep=keep, implementation="single")

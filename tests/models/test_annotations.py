@@ -1,0 +1,77 @@
+"""Shapes in signatures are documentation at run time; here beartype checks them, in a process of its own."""
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+from jaxtyping import install_import_hook
+
+with install_import_hook(["lmx.kernels", "lmx.models", "lmx.core.weights", "lmx.infer.sampling"], "beartype.beartype"):
+    import lmx.kernels.attention
+    import lmx.models.losses
+    import lmx.models.transformer
+
+import jax
+import jax.numpy as jnp
+from lmx.core.params import initial_values
+from lmx.models import stack
+from lmx.models.config import Transformer
+from lmx.models.dropout import Dropout
+from lmx.models.losses import cross_entropy, logits
+from lmx.models.transformer import empty_cache, flops_per_token, forward, specs
+
+
+def run(config, *, mode):
+    params = initial_values(jax.random.key(0), specs(config))
+    tokens, ids = jnp.zeros((3, 4), jnp.int32), jnp.arange(3, dtype=jnp.int32)
+    inputs = {"positions": tokens, "segments": tokens + 1}
+    if mode == "training":
+        hidden = forward(params, config, tokens, **inputs, dropout=Dropout(jax.random.key(0), ids, 0.1)).hidden
+        return cross_entropy(params, config, hidden, tokens, jnp.ones((3, 4)), z_loss=0.1)
+    params = params | {"layers": stack.unstack(params["layers"])}
+    first = forward(params, config, tokens, **inputs, cache=empty_cache(config, 3, 8))
+    return logits(params, config, forward(params, config, tokens[:, :1], cache=first.cache).hidden)
+
+
+SIZES = {"vocab": 8, "layers": 2, "embed": 8, "heads": 2, "mlp": 8, "context": 8}
+for knobs in (
+    {"kv_heads": 1, "qk_norm": True, "window": 2, "pattern": ("local", "global")},
+    {"positions": "alibi", "gated": False, "norm": "layernorm", "bias": True, "norm_placement": "post"},
+    {"positions": "learned", "parallel": True, "tied": False},
+    {"positions": "sinusoidal", "norm_placement": "sandwich"},
+):
+    for mode in ("training", "decoding"):
+        jax.eval_shape(lambda: run(Transformer(**SIZES, **knobs), mode=mode))
+print("checked")
+"""
+
+WRONG = """
+from jaxtyping import install_import_hook
+
+with install_import_hook("lmx.models", "beartype.beartype"):
+    import lmx.models.transformer
+
+import jax.numpy as jnp
+from lmx.models.positions import rope_table
+
+rope_table(jnp.zeros((4,), jnp.int32), 8, 1e4)
+"""
+
+
+def python(program: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_shapes_in_signatures_are_those_of_the_arrays():
+    done = python(PROGRAM)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "checked\n"
+
+
+@pytest.mark.parametrize("program", [WRONG])
+def test_a_shape_that_is_not_the_signatures_is_noticed(program):
+    done = python(program)
+    assert done.returncode != 0
+    assert "TypeCheckError" in done.stderr
