@@ -19,9 +19,11 @@ class Execution:
       attention: the attention implementation; `"auto"` picks (`lmx.kernels.attention`).
       remat: what the backward pass recomputes rather than keeps: `"none"` keeps all, `"dots"` keeps only products with
         weights, `"full"` keeps only each layer's input.
+      unroll: how many repeats of a group's pattern one trip of the scan runs; more is faster on a CPU, and longer to compile.
     """
 
     rules: Rules | None = None
     precision: Precision = Precision()
     attention: str = "auto"
     remat: Remat = "none"
+    unroll: int = 1

@@ -3,11 +3,12 @@
 from jax import Array
 from jaxtyping import Float
 
-from lmx.kernels import reference, single
+from lmx.kernels import dense, reference, single
 from lmx.kernels.masks import Mask
 
-IMPLEMENTATIONS = ("auto", "reference", "single")
-"""`reference` forms every score; `single` is for one query a row (decoding). `auto` takes `single` where it applies."""
+IMPLEMENTATIONS = ("auto", "reference", "dense", "single")
+"""`reference` is the textbook; `dense` forms every score too, with a faster backward pass; `single` is for one query a row (decoding).
+`auto` takes `single` for one query, `dense` for more, and `reference` for what those cannot do: soft caps and dropout."""
 
 
 def attention(
@@ -39,10 +40,15 @@ def attention(
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads evenly")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    plain = keep is None and (softcap is None or q.shape[1] == 1)
     if implementation == "auto":
-        implementation = "single" if q.shape[1] == 1 and keep is None else "reference"
+        implementation = "reference" if not plain else "single" if q.shape[1] == 1 else "dense"
     if implementation == "single":
         if q.shape[1] != 1 or keep is not None:
-            raise ValueError(f"attention='single' takes one query without dropout, not {q.shape[1]}; use auto")
+            raise ValueError(f"attention='single' takes one query a row, not {q.shape[1]}, and no dropout; use auto")
         return single.attention(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes)
+    if implementation == "dense":
+        if softcap is not None or keep is not None:
+            raise ValueError("attention='dense' takes neither a soft cap nor dropout; use auto")
+        return dense.attention(q, k, v, mask, scale=scale, slopes=slopes)
     return reference.attention(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes, keep=keep)

@@ -34,7 +34,7 @@ class Mask:
         if self.window is not None and not self.causal:
             raise ValueError("a window counts back from the query, so it needs a causal mask")
 
-    def dense(self, queries: int, keys: int) -> Bool[Array, "batch|1 queries keys"]:
+    def dense(self, queries: int, keys: int) -> Bool[Array, "#batch queries keys"]:
         """The mask as an array: True where the query may attend."""
         if self.order == "positions":
             behind = self.query_positions[:, :, None] - self.key_positions[:, None, :]
@@ -50,7 +50,7 @@ class Mask:
             allowed = allowed & (segments == self.key_segments[:, None, :]) & (segments != 0)
         return allowed
 
-    def distances(self, queries: int, keys: int) -> Int[Array, "batch|1 queries keys"]:
+    def distances(self, queries: int, keys: int) -> Int[Array, "#batch queries keys"]:
         """How far each key lies behind the query, by positions where they are given and by index otherwise."""
         if self.query_positions is None:
             return (jnp.arange(queries)[:, None] - jnp.arange(keys)[None, :])[None]

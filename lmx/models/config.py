@@ -82,9 +82,10 @@ class Transformer:
 
 def check(config: Transformer) -> None:
     """Refuses a config that is no model, with one line that names the knob. Raises ValueError."""
-    for knob in ("vocab", "layers", "embed", "heads", "key_heads", "head_size", "hidden", "context"):
-        if getattr(config, knob) < 1:
-            raise ValueError(f"model.{knob}={getattr(config, knob)} must be at least 1")
+    for knob in ("vocab", "layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "context"):
+        value = getattr(config, knob)
+        if value is not None and value < 1:
+            raise ValueError(f"model.{knob}={value} must be at least 1")
     if config.head_dim is None and config.embed % config.heads:
         raise ValueError(f"model.embed={config.embed} is not divisible by model.heads={config.heads}; change one, or set model.head_dim")
     if config.heads % config.key_heads:

@@ -40,5 +40,9 @@ def feedforward(
         y = linear(x, params[name]["weight"], params[name].get("bias"))
         return constrain(y, ("batch", None, "mlp"), execution.rules)
 
-    hidden = activation(project("gate")) * project("up") if config.gated else activation(project("up"))
-    return linear(hidden, params["down"]["weight"], params["down"].get("bias"))
+    def rest(*projected: Array) -> Array:
+        hidden = activation(projected[0]) * projected[1] if config.gated else activation(projected[0])
+        return linear(hidden, params["down"]["weight"], params["down"].get("bias"))
+
+    # Only the projections are kept for the backward pass: the activation is cheaper to do again than to write and read.
+    return jax.checkpoint(rest)(*(project(name) for name in (("gate", "up") if config.gated else ("up",))))

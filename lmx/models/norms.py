@@ -1,11 +1,14 @@
 """LayerNorm (Ba et al., 2016) and RMSNorm (Zhang and Sennrich, 2019); statistics in fp32."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from lmx.core.params import ONES, ZEROS, ParamSpec
 from lmx.core.tree import Tree
+from lmx.core.weights import sum_rows
 from lmx.models.config import Norm
 
 
@@ -17,8 +20,42 @@ def specs(kind: Norm, size: int, axis: str, *, bias: bool) -> Tree:
 
 def norm(x: Array, params: Tree, kind: Norm, epsilon: float) -> Array:
     """Normalises the last dimension of x; gives x's type."""
+    return _norm(kind, epsilon, x, params["scale"], params.get("bias"))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _norm(kind: Norm, epsilon: float, x: Array, scale: Array, bias: Array | None) -> Array:
+    y = _standardised(kind, epsilon, x)[0] * scale
+    return (y if bias is None else y + bias).astype(x.dtype)
+
+
+def _standardised(kind: Norm, epsilon: float, x: Array) -> tuple[Array, Array]:
+    """x with mean 0 (LayerNorm) and mean square 1, fp32, and what it was multiplied by."""
     y = x.astype(jnp.float32)
     if kind == "layernorm":
         y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + epsilon) * params["scale"]
-    return (y + params["bias"] if "bias" in params else y).astype(x.dtype)
+    factor = jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + epsilon)
+    return y * factor, factor
+
+
+def _forward(kind, epsilon, x, scale, bias):
+    return _norm(kind, epsilon, x, scale, bias), (x, scale, bias)
+
+
+def _backward(kind, epsilon, saved, g):
+    """Written out so that only x is kept, and the sums over rows are products (see `lmx.core.weights`)."""
+    x, scale, bias = saved
+    y, factor = _standardised(kind, epsilon, x)
+    g = g.astype(jnp.float32)
+    h = g * scale
+    dx = h - y * jnp.mean(h * y, -1, keepdims=True)
+    if kind == "layernorm":
+        dx = dx - h.mean(-1, keepdims=True)
+
+    def summed(a: Array, like: Array) -> Array:
+        return sum_rows(a.reshape(-1, a.shape[-1]), like.dtype)
+
+    return (factor * dx).astype(x.dtype), summed(g * y, scale), None if bias is None else summed(g, bias)
+
+
+_norm.defvjp(_forward, _backward)

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from lmx.core.execution import Execution
 from lmx.core.params import stacked
 from lmx.core.tree import Tree
+from lmx.core.weights import PRODUCT
 from lmx.models import block
 from lmx.models.attention import Context
 from lmx.models.config import LayerKind, Transformer
@@ -114,11 +115,11 @@ def _scan(x, layers, cache, group, config, context, execution):
             )
         return x, None if kept is None else new
 
-    return jax.lax.scan(_remat(repeat, execution), x, (jnp.arange(group.repeats), layers, cache))
+    return jax.lax.scan(_remat(repeat, execution), x, (jnp.arange(group.repeats), layers, cache), unroll=execution.unroll)
 
 
 def _remat(function, execution: Execution):
-    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    policies = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT)}
     if execution.remat == "none":
         return function
     return jax.checkpoint(function, policy=policies[execution.remat], prevent_cse=False)

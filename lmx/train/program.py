@@ -12,6 +12,7 @@ from lmx.core.precision import POLICIES, Precision
 from lmx.core.tree import Tree
 from lmx.models import transformer
 from lmx.parallel.feed import batch_sharding
+from lmx.parallel.host import keep_pages
 from lmx.parallel.layout import make_mesh
 from lmx.parallel.ordered import ordered
 from lmx.parallel.rules import RULES
@@ -20,6 +21,9 @@ from lmx.train.experiment import Experiment
 from lmx.train.objectives import Batch
 from lmx.train.state import TrainState, initial_state, state_shardings
 from lmx.train.step import Task, accumulate, make_evaluation, make_step
+
+SHALLOW = 12
+"""Up to this depth the scan over layers is unrolled on a CPU: 5 to 15% faster there, for a compile time that grows with depth."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,11 @@ def build(experiment: Experiment, devices: list | None = None) -> Program:
     model, layout, precision = experiment.model, experiment.layout, POLICIES[experiment.precision]
     mesh, specs = make_mesh(layout, devices), transformer.specs(model)
     transform, rate = optimizers.build(experiment.optimizer, experiment.steps, specs)
-    execution = Execution(rules=None if layout.ordered else RULES, precision=precision, remat=layout.remat)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    if on_cpu:
+        keep_pages()
+    unroll = model.layers if on_cpu and model.layers <= SHALLOW else 1
+    execution = Execution(rules=None if layout.ordered else RULES, precision=precision, remat=layout.remat, unroll=unroll)
     task = Task(model, experiment.objective, execution)
     value_and_grad = ordered(accumulate(task), layout.ordered) if layout.ordered else accumulate(task)
     shardings = state_shardings(specs, transform, precision, mesh)

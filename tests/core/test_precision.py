@@ -20,12 +20,12 @@ def numbers(state) -> tuple[float, int, int]:
 
 
 def test_policies_hold_what_their_names_say():
-    assert POLICIES == {
+    assert {
         "fp32": Precision("float32", "float32", False),
         "bf16": Precision("float32", "bfloat16", False),
         "bf16_pure": Precision("bfloat16", "bfloat16", False),
         "fp16": Precision("float32", "float16", True),
-    }
+    } == POLICIES
 
 
 def test_an_overflow_halves_the_scale_and_is_counted():

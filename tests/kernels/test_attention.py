@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmx.kernels.attention import attention
+from lmx.kernels.attention import IMPLEMENTATIONS, attention
 from lmx.kernels.masks import Mask
 
+WHOLE = [name for name in IMPLEMENTATIONS if name not in ("auto", "single")]
+"""Implementations that take any number of queries."""
+PAIRS = [(name, queries) for name in WHOLE for queries in (4, 1)] + [("single", 1)]
 BATCH, KEYS, HEADS, KV_HEADS, DIM = 2, 7, 6, 2, 4
 
 
@@ -46,6 +49,7 @@ CASES = {
     "capped": Case(softcap=0.5),
     "alibi": Case(alibi=True),
     "window": Case(window=3),
+    "all but a cap": Case(alibi=True, window=4, segments=True),
     "everything": Case(softcap=1.5, alibi=True, window=4, segments=True),
 }
 
@@ -84,10 +88,21 @@ def value_and_pullback(q, k, v, mask, slopes, cotangent, *, scale, softcap, impl
     return out, pullback(cotangent)
 
 
-@pytest.mark.parametrize(("implementation", "queries"), [("reference", 4), ("reference", 1), ("single", 1)])
+def refused(implementation: str, case: Case) -> bool:
+    """Whether an implementation says that it has no soft cap."""
+    if implementation in ("reference", "single") or case.softcap is None:
+        return False
+    with pytest.raises(ValueError, match=f"'{implementation}' takes .*soft cap"):
+        attention(**case.inputs(4), softcap=case.softcap, implementation=implementation)
+    return True
+
+
+@pytest.mark.parametrize(("implementation", "queries"), PAIRS)
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients_are_those_of_a_loop_in_float64(name, implementation, queries):
     case = CASES[name]
+    if refused(implementation, case):
+        return
     inputs = case.inputs(queries)
     cotangent = np.random.default_rng(9).normal(size=inputs["q"].shape).astype(np.float32)
     knobs = {"scale": case.scale, "softcap": case.softcap}
@@ -104,11 +119,11 @@ def test_values_and_gradients_are_those_of_a_loop_in_float64(name, implementatio
         assert abs(float((gradient * direction).sum()) - slope) <= 1e-5 * size + 1e-7
 
 
-@pytest.mark.parametrize(("implementation", "queries"), [("reference", 4), ("single", 1)])
+@pytest.mark.parametrize(("implementation", "queries"), PAIRS)
 def test_a_query_that_sees_nothing_gets_zeros_and_gives_no_gradient(implementation, queries):
     case = CASES["everything"]
     inputs = case.inputs(queries)
-    for softcap in (None, 1.5):
+    for softcap in (None,) if refused(implementation, case) else (None, 1.5):
         for size in (1.0, 1e6):
             cotangent = np.full(inputs["q"].shape, size, np.float32)
             out, gradients = jax.device_get(
@@ -140,9 +155,10 @@ def test_weights_are_multiplied_by_keep_after_the_softmax():
     assert np.abs(found - expected).max() <= 2e-6 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize(("implementation", "queries"), [("reference", 4), ("single", 1)])
+@pytest.mark.parametrize(("implementation", "queries"), PAIRS)
 def test_in_bfloat16_scores_and_sums_are_float32(implementation, queries):
     case = CASES["everything"]
+    case = CASES["all but a cap"] if refused(implementation, case) else case
     inputs = case.inputs(queries)
     narrow = inputs | {n: jnp.asarray(inputs[n] * 3, jnp.bfloat16) for n in "qkv"}
     found = attention(**narrow, softcap=case.softcap, implementation=implementation)
@@ -153,26 +169,51 @@ def test_in_bfloat16_scores_and_sums_are_float32(implementation, queries):
 
 
 def test_auto_takes_the_single_query_where_it_applies():
-    def traced(queries, implementation, keep=None):
+    def traced(queries, implementation, keep=None, softcap=None):
         inputs = CASES["plain"].inputs(queries)
-        return str(jax.make_jaxpr(lambda q: attention(**inputs | {"q": q}, keep=keep, implementation=implementation))(inputs["q"]))
+
+        def run(q):
+            return attention(**inputs | {"q": q}, keep=keep, softcap=softcap, implementation=implementation)
+
+        return str(jax.make_jaxpr(run)(inputs["q"]))
 
     assert traced(1, "auto") == traced(1, "single") != traced(1, "reference")
-    assert traced(4, "auto") == traced(4, "reference")
-    keep = np.ones((BATCH, HEADS, 1, KEYS), np.float32)
-    assert traced(1, "auto", keep) == traced(1, "reference", keep)
+    assert traced(1, "auto", softcap=1.0) == traced(1, "single", softcap=1.0)
+    assert traced(4, "auto") in [traced(4, name) for name in WHOLE]
+    assert traced(4, "auto", softcap=1.0) == traced(4, "reference", softcap=1.0)
+    for queries in (1, 4):
+        keep = np.ones((BATCH, HEADS, queries, KEYS), np.float32)
+        assert traced(queries, "auto", keep) == traced(queries, "reference", keep)
+
+
+@pytest.mark.parametrize(("implementation", "queries"), [*PAIRS, ("auto", 16)])
+def test_a_cache_of_bfloat16_is_attended_to(implementation, queries):
+    """A cache is stored with its heads first, which makes other products of the same mathematics."""
+    rng, slots = np.random.default_rng(0), 32
+    q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((2, queries, 2, 8), (2, 2, slots, 8), (2, 2, slots, 8)))
+    places = np.tile(np.arange(slots, dtype=np.int32), (2, 1))
+    mask = Mask(order="positions", query_positions=places[:, slots - queries :], key_positions=places)
+
+    @jax.jit
+    def run(q, k, v):
+        return attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, implementation=implementation)
+
+    found = np.asarray(run(q, k, v), np.float64)
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    expected = loop(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, None)
+    assert np.abs(found - expected).max() <= 2**-6 * np.abs(expected).max()
 
 
 def test_what_cannot_be_done_is_refused_by_name():
     inputs = CASES["plain"].inputs(4)
-    with pytest.raises(ValueError, match=r"attention='flesh' is not one of auto, reference, single"):
+    with pytest.raises(ValueError, match=f"attention='flesh' is not one of {', '.join(IMPLEMENTATIONS)}"):
         attention(**inputs, implementation="flesh")
     with pytest.raises(ValueError, match="6 query heads cannot share 4 key heads"):
         attention(inputs["q"], inputs["k"].repeat(2, 2), inputs["v"].repeat(2, 2), inputs["mask"])
     with pytest.raises(ValueError, match="6 query heads cannot share 12 key heads"):
         attention(inputs["q"], inputs["k"].repeat(6, 2), inputs["v"].repeat(6, 2), inputs["mask"])
-    with pytest.raises(ValueError, match=r"'single' takes one query without dropout, not 4"):
+    with pytest.raises(ValueError, match=r"'single' takes one query .*not 4"):
         attention(**inputs, implementation="single")
     one, keep = CASES["plain"].inputs(1), np.ones((BATCH, HEADS, 1, KEYS), np.float32)
-    with pytest.raises(ValueError, match="'single' takes one query without dropout"):
+    with pytest.raises(ValueError, match=r"'single' takes one query .*dropout"):
         attention(**one, keep=keep, implementation="single")

@@ -65,5 +65,5 @@ def test_a_window_of_one_sees_itself_alone():
 
 
 def test_a_window_that_does_not_count_back_is_refused():
-    with pytest.raises(ValueError, match="window.*causal"):
+    with pytest.raises(ValueError, match=r"window.*causal"):
         Mask(causal=False, window=3)

@@ -115,7 +115,7 @@ def one_layer(tree, repeat: int) -> dict:
     return flat
 
 
-@partial(jax.jit, static_argnums=1)
+@partial(jax.jit, static_argnums=1, compiler_options={"xla_backend_optimization_level": 0})  # half the time to compile
 def loss_gradient_logits(params, config, batch):
     def loss(params):
         hidden = forward(params, config, batch["tokens"], positions=batch["positions"], segments=batch["segments"]).hidden

@@ -197,7 +197,11 @@ def test_a_local_layer_sees_its_window_and_no_more():
     assert changed == [2, 3, 4, 5, 6]
 
 
-@partial(jax.jit, static_argnames=("config", "execution"))
+@partial(
+    jax.jit,
+    static_argnames=("config", "execution"),
+    compiler_options={"xla_backend_optimization_level": 0},  # half the time to compile
+)
 def loss_and_gradient(params, config, batch, execution=Execution(), dropout=None):
     def loss(params):
         inputs = {name: batch[name] for name in ("positions", "segments")}
