@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 PRODUCT = "product"
 """What a rematerialisation policy calls the result of a product with a weight."""
 NARROW = 256
-"""Up to this width of a weight's smaller side, the transposes around its gradient cost more than the product saves."""
+"""Up to this width of its output, a weight's gradient is computed transposed."""
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None, *, inputs: int = 1) -> Array:
@@ -54,15 +54,10 @@ def sum_rows(g: Array, dtype) -> Array:
 
 def weight_gradient(x: Array, g: Array, dtype) -> Array:
     """`x^T g` of x `[rows, in]` and g `[rows, out]`, in the form that is fastest for its shape."""
-    rows, (k, m) = x.shape[0], (x.shape[1], g.shape[1])
-    if min(k, m) > NARROW:
-        return dot(x, g, 0, 0, dtype)
-    if m < k:  # the narrow result is transposed, not the wide operand; the barrier keeps XLA from folding that back
+    k, m = x.shape[1], g.shape[1]
+    if m < k and m <= NARROW:  # the narrow result is transposed, not the wide operand; the barrier keeps XLA from folding that back
         return jax.lax.optimization_barrier(dot(g, x, 0, 0, dtype)).T
-    if rows % 2:
-        return dot(x, g, 0, 0, dtype)
-    halves = (a.reshape(2, rows // 2, -1) for a in (x, g))  # two contracted dimensions make XLA transpose in tiles
-    return jax.lax.dot_general(*halves, (((0, 1), (0, 1)), ((), ())), preferred_element_type=dtype)
+    return dot(x, g, 0, 0, dtype)
 
 
 @jax.custom_vjp

@@ -33,9 +33,14 @@ LAYER = {"query": ParamSpec((16, 4, 8), ("embed", "heads", "head_dim"), 1, Norma
 MODEL = Transformer(vocab=24, layers=4, embed=16, heads=4, kv_heads=2, mlp=24, context=8, positions="learned", tied=False)
 
 
+def drawn(tree, **knobs):
+    """Initial values, compiled in half the time; unoptimised code also rounds alike whatever the shapes and shards."""
+    return jax.jit(lambda key: initial_values(key, tree), compiler_options={"xla_backend_optimization_level": 0}, **knobs)(KEY)
+
+
 def by_layer(config: Transformer) -> dict[str, np.ndarray]:
     """Initial values by name, layers by their absolute index, in whatever groups they are."""
-    params = initial_values(KEY, specs(config))
+    params = jax.device_get(drawn(specs(config)))
     layers = [layer for group in unstack(params["layers"]) for layer in group]
     return named_leaves({**params, "layers": layers})
 
@@ -93,16 +98,12 @@ def test_no_two_parameters_or_layers_start_alike(plain):
 
 def test_a_mesh_of_eight_changes_no_value():
     tree = specs(MODEL)
-    alone = named_leaves(jax.device_get(jax.jit(lambda key: initial_values(key, tree))(KEY)))
+    alone = jax.device_get(drawn(tree))
     for layout in (Layout(fsdp=8), Layout(data=2, fsdp=2, tensor=2)):
-        placement = shardings(tree, make_mesh(layout))
-        there = jax.jit(lambda key: initial_values(key, tree), out_shardings=placement)(KEY)
+        there = drawn(tree, out_shardings=shardings(tree, make_mesh(layout)))
         assert len(there["embed"].sharding.device_set) == 8
         assert not there["embed"].sharding.is_fully_replicated
-        for name, value in named_leaves(jax.device_get(there)).items():
-            # The bits drawn are the same; a shard's loop may round the last bit of a normal number otherwise.
-            np.testing.assert_allclose(value, alone[name], rtol=0, atol=5e-7 * np.abs(alone[name]).max(), err_msg=name)
-            assert (value == alone[name]).mean() > 0.9, name
+        assert all(jax.tree.leaves(jax.tree.map(np.array_equal, jax.device_get(there), alone)))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Dropout masks depend on the key, the example, the site and the layer, and on nothing else."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,8 @@ from lmx.models.stack import unstack
 from lmx.models.transformer import forward, specs
 from lmx.parallel.layout import Layout, make_mesh
 
+quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+"""Half the time to compile."""
 KEY = jax.random.key(1)
 SHAPE = (8, 16)
 
@@ -99,7 +103,7 @@ def model():
     rng = np.random.default_rng(0)
     params = map_named(lambda _, spec: jnp.asarray(0.5 * rng.normal(size=spec.shape), jnp.float32), specs(config), is_leaf=is_spec)
 
-    @jax.jit
+    @quick
     def hidden(tokens, examples, key=KEY):
         return forward(params, config, tokens, dropout=Dropout(key, examples, 0.4)).hidden
 
@@ -125,7 +129,7 @@ def test_a_forwards_rows_are_dropped_alike_in_whatever_order_and_company(model):
 def test_the_forms_of_the_stack_drop_the_same(model):
     config, params, hidden = model
     unrolled = params | {"layers": unstack(params["layers"])}
-    found = jax.jit(lambda p: forward(p, config, TOKENS, dropout=Dropout(KEY, EXAMPLES, 0.4)).hidden)(unrolled)
+    found = quick(lambda p: forward(p, config, TOKENS, dropout=Dropout(KEY, EXAMPLES, 0.4)).hidden)(unrolled)
     np.testing.assert_allclose(found, hidden(TOKENS, EXAMPLES), atol=1e-5)
 
 
@@ -145,6 +149,6 @@ def test_every_site_of_a_layer_drops(model, monkeypatch):
 
 def test_a_forward_with_a_rate_of_zero_is_the_one_without_dropout(model):
     config, params, _ = model
-    without = jax.jit(lambda p: forward(p, config, TOKENS).hidden)(params)
-    zero = jax.jit(lambda p: forward(p, config, TOKENS, dropout=Dropout(KEY, EXAMPLES, 0.0)).hidden)(params)
+    without = quick(lambda p: forward(p, config, TOKENS).hidden)(params)
+    zero = quick(lambda p: forward(p, config, TOKENS, dropout=Dropout(KEY, EXAMPLES, 0.0)).hidden)(params)
     np.testing.assert_allclose(zero, without, atol=1e-5)

@@ -38,7 +38,9 @@ def train(experiment, steps=STEPS):
         state, metrics = program.step(state, place(batches.rows(k, rows), rows, shape, sharding))
         losses.append(float(metrics["loss"]))
         if k == 0:
-            gradient = jax.tree.map(lambda a, b: (np.asarray(a, np.float64) - b) / DESCENT.learning_rate, before, jax.device_get(state.params))
+            gradient = jax.tree.map(
+                lambda a, b: (np.asarray(a, np.float64) - b) / DESCENT.learning_rate, before, jax.device_get(state.params)
+            )
     return np.array(losses), gradient, state
 
 
@@ -78,7 +80,9 @@ def test_losses_of_twenty_steps_and_every_gradient_equal_one_devices(name, exper
 
 def test_parameters_and_optimizer_state_are_sharded_not_copied(experiment):
     prepared = prepare(experiment().data)
-    whole, split = (build(resolve(experiment(layout=layout, optimizer=AdamW()), prepared)).initial() for layout in (Layout(), Layout(fsdp=4, tensor=2)))
+    whole, split = (
+        build(resolve(experiment(layout=layout, optimizer=AdamW()), prepared)).initial() for layout in (Layout(), Layout(fsdp=4, tensor=2))
+    )
 
     def bytes_on_first_device(tree):
         return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))

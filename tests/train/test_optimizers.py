@@ -13,7 +13,9 @@ from lmx.models import transformer
 from lmx.models.config import Transformer
 from lmx.train.optimizers import SGD, Adafactor, AdamW, Lion, Muon, Schedule, build, decayed
 
-SPECS = transformer.specs(Transformer(vocab=16, layers=2, embed=8, heads=2, mlp=12, bias=True, norm="layernorm", positions="learned", context=8))
+SPECS = transformer.specs(
+    Transformer(vocab=16, layers=2, embed=8, heads=2, mlp=12, bias=True, norm="layernorm", positions="learned", context=8)
+)
 FLAT = Schedule(kind="constant", warmup=0)
 STEPS = 3
 
@@ -90,7 +92,11 @@ def muon(p, gradients, r, decay, inputs):
 RULES = {AdamW: adamw, Lion: lion, SGD: sgd}
 
 
-@pytest.mark.parametrize("recipe", [AdamW(schedule=FLAT), Lion(schedule=FLAT), SGD(schedule=FLAT, weight_decay=0.01), Muon(schedule=FLAT)], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize(
+    "recipe",
+    [AdamW(schedule=FLAT), Lion(schedule=FLAT), SGD(schedule=FLAT, weight_decay=0.01), Muon(schedule=FLAT)],
+    ids=lambda r: type(r).__name__,
+)
 def test_three_steps_equal_an_independent_version(recipe):
     start, gradients, after = trajectory(recipe)
     decays = named_leaves(decayed(SPECS))
@@ -131,7 +137,15 @@ def test_adafactor_equals_an_independent_version_where_it_factors():
 
 def test_what_decays_is_weights_and_tables_of_words_not_biases_norms_or_positions():
     names = {name for name, decays in named_leaves(decayed(SPECS)).items() if decays}
-    parts = ("attention/query", "attention/key", "attention/value", "attention/output", "feedforward/gate", "feedforward/up", "feedforward/down")
+    parts = (
+        "attention/query",
+        "attention/key",
+        "attention/value",
+        "attention/output",
+        "feedforward/gate",
+        "feedforward/up",
+        "feedforward/down",
+    )
     assert names == {"embed"} | {f"layers/0/0/{part}/weight" for part in parts}
 
 

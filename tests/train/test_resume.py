@@ -29,11 +29,25 @@ PACE = "--steps 240 --batch 8 --log-every 1 --checkpoints.every 4 --evaluation.e
 def command(folder: Path, text: Path, *more: str) -> list[str]:
     """The main experiment on a tiny text and model, through its own door."""
     where = ["--folder", str(folder), "--data.train", str(text / "train"), "--data.validation", str(text / "held_out.txt")]
-    return [sys.executable, "-m", "experiments.shakespeare", *SMALL.split(), *PACE.split(), *where, "--data.cache", str(text / "cache"), *more]
+    return [
+        sys.executable,
+        "-m",
+        "experiments.shakespeare",
+        *SMALL.split(),
+        *PACE.split(),
+        *where,
+        "--data.cache",
+        str(text / "cache"),
+        *more,
+    ]
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    }
 
 
 def losses(folder: Path) -> list[tuple[int, str, float]]:
@@ -78,7 +92,9 @@ def test_killed_five_times_at_random_moments_and_still_bit_identical(root, text,
         if process.returncode == 0:
             break
     assert kills == 5, "the run was over before it was cut off five times; make it longer"
-    finish = subprocess.run(command(tmp_path / "cut", text, "--start", "resume"), cwd=root, env=environment(), capture_output=True, text=True)
+    finish = subprocess.run(
+        command(tmp_path / "cut", text, "--start", "resume"), cwd=root, env=environment(), capture_output=True, text=True
+    )
     assert finish.returncode == 0, finish.stderr
     assert losses(folder) == losses(tmp_path / "whole" / "shakespeare")
     assert file_hashes(folder) == file_hashes(tmp_path / "whole" / "shakespeare")
@@ -101,7 +117,9 @@ def test_sigterm_saves_leaves_with_its_code_and_the_run_goes_on(root, text, tmp_
     assert [p.name for p in (folder / "checkpoints").iterdir() if p.name.isdigit()] == [str(last)]
     assert (folder / "curve.png").exists()
     end = ("--steps", str(last + 2))
-    subprocess.run(command(tmp_path / "runs", text, *slow, *end, "--start", "resume"), cwd=root, env=environment(), check=True, capture_output=True)
+    subprocess.run(
+        command(tmp_path / "runs", text, *slow, *end, "--start", "resume"), cwd=root, env=environment(), check=True, capture_output=True
+    )
     assert [step for step, split, _ in losses(folder) if split == "train"] == list(range(1, last + 3))
 
 
@@ -142,8 +160,12 @@ def test_with_ordered_reductions_parameters_are_hash_equal_for_any_number_of_dat
     adam = AdamW(learning_rate=3e-3, schedule=Schedule(kind="constant", warmup=0))
     states = []
     for shards in (1, 2, 4, 8):
-        result = loop.run(loop.prepare_run(experiment(name=f"over{shards}", optimizer=adam, layout=Layout(data=shards, ordered=8), steps=3)))
-        states.append((np.concatenate([np.asarray(a).ravel() for a in jax.tree.leaves(result.state.params)]).tobytes(), result.metrics["loss"]))
+        result = loop.run(
+            loop.prepare_run(experiment(name=f"over{shards}", optimizer=adam, layout=Layout(data=shards, ordered=8), steps=3))
+        )
+        states.append(
+            (np.concatenate([np.asarray(a).ravel() for a in jax.tree.leaves(result.state.params)]).tobytes(), result.metrics["loss"])
+        )
     assert len(set(states)) == 1
 
 
@@ -158,7 +180,9 @@ def test_what_is_kept_is_the_newest_the_best_and_each_period(experiment, tmp_pat
         assert manager.steps == [2, 10, 12, 13]
         restored, position = manager.restore(start.program.abstract, 10)
     assert position == {"example": 10}
-    assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(jax.tree.leaves(restored.params), jax.tree.leaves(state.params), strict=True))
+    assert all(
+        (np.asarray(a) == np.asarray(b)).all() for a, b in zip(jax.tree.leaves(restored.params), jax.tree.leaves(state.params), strict=True)
+    )
 
 
 def test_resuming_refuses_another_experiment_by_the_names_of_what_changed(experiment):

@@ -38,7 +38,10 @@ WRONG = {
     "an ill-typed value": ("--model.layers four", ["--model.layers", "four", "integer"]),
     "a precision that is none": ("--precision bf61", ["bf61", "fp32, bf16, bf16_pure", "did you mean bf16"]),
     "a tokenizer that is none": ("--data.tokenizer byte", ["data.tokenizer", "byte", "bytes"]),
-    "heads that do not divide": ("--model.heads 6 --model.embed 48 --layout.tensor 4", ["model.heads=6", "layout.tensor=4", "use 1, 2, 3 or 6"]),
+    "heads that do not divide": (
+        "--model.heads 6 --model.embed 48 --layout.tensor 4",
+        ["model.heads=6", "layout.tensor=4", "use 1, 2, 3 or 6"],
+    ),
     "a width that heads do not divide": ("--model.heads 5", ["model.embed=32", "model.heads=5", "head_dim"]),
     "a mesh bigger than the devices": ("--layout.data 16", ["16 devices", "8 are here", "JAX_NUM_CPU_DEVICES=16"]),
     "a text that is not there": ("--data.train nowhere/*.txt", ["data.train", "nowhere/*.txt"]),
