@@ -8,15 +8,12 @@ by --peer-python; without it the row says that it is absent.
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+
+from experiments.bench.turns import Contender, cpu_name, serve, timed
 
 SIZES = {"small": (4, 128, 4, 64, 12, 256), "124m": (12, 768, 12, 256, 2, 50264)}
 """Layers, width, heads, context, rows, vocabulary (a multiple of 8, for both)."""
@@ -97,45 +94,14 @@ def work(contender: str, size: str, precision: str) -> None:
     step = lmx_step(size, precision) if contender == "lmx" else torch_step(size, precision, compiled=contender == "torch compiled")
     for _ in range(3):
         step()
-    print("ready", flush=True)
-    for line in sys.stdin:
-        seconds = []
-        for _ in range(int(line)):
-            start = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - start)
-        print(json.dumps(seconds), flush=True)
-
-
-class Contender:
-    """A running process of `work`; `absent` says why there is none."""
-
-    def __init__(self, name: str, python: str, size: str, precision: str):
-        self.name, self.seconds, self.absent = name, [], ""
-        argv = [python, __file__, "--work", name, size, precision]
-        root = str(Path(__file__).parents[2])
-        self.process = subprocess.Popen(
-            argv,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=root,
-            env=os.environ | {"PYTHONPATH": root},
-        )
-        if self.process.stdout.readline().strip() != "ready":
-            self.absent = (self.process.communicate()[1].strip().splitlines() or ["it ended without a word"])[-1]
-
-    def run(self, steps: int) -> None:
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        self.seconds += json.loads(self.process.stdout.readline())
+    serve(lambda steps: timed(step, int(steps)))
 
 
 def compare(size: str, precision: str, peer_python: str, rounds: int) -> list[dict]:
     """Runs all contenders in turns and gives a row for each."""
-    contenders = [Contender(name, sys.executable if name == "lmx" else peer_python, size, precision) for name in CONTENDERS]
-    steps = 10 if size == "small" else 2
+    pythons = {name: sys.executable if name == "lmx" else peer_python for name in CONTENDERS}
+    contenders = [Contender(name, pythons[name], "experiments.bench.train_step", name, size, precision) for name in CONTENDERS]
+    steps = "10" if size == "small" else "2"
     for _ in range(rounds):
         for contender in contenders:
             if not contender.absent:
@@ -143,23 +109,12 @@ def compare(size: str, precision: str, peer_python: str, rounds: int) -> list[di
     tokens = SIZES[size][3] * SIZES[size][4]
     rows = []
     for contender in contenders:
-        contender.process.stdin.close()
+        contender.close()
         row = {"size": size, "precision": precision, "contender": contender.name, "absent": contender.absent}
         if not contender.absent:
             row |= {"median": tokens / statistics.median(contender.seconds), "best": tokens / min(contender.seconds)}
         rows.append(row)
     return rows
-
-
-def cpu_name() -> str:
-    """The processor, with the instruction sets that matter here."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    name = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), platform.machine())
-    extra = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag} " in text or f" {flag}\n" in text]
-    return f"{name}, {os.cpu_count()} cores ({', '.join(extra)})"
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ class Execution:
       precision: types of parameters and activations.
       attention: the attention implementation; `"auto"` picks (`lmx.kernels.attention`).
       remat: what the backward pass recomputes rather than keeps: `"none"` keeps all, `"dots"` keeps only products with
-        weights, `"full"` keeps only each layer's input.
+        weights, `"full"` keeps only each layer's input. Of scanned layers.
       unroll: how many repeats of a group's pattern one trip of the scan runs; more is faster on a CPU, and longer to compile.
     """
 

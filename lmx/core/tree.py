@@ -39,7 +39,7 @@ def disagreement(tree: Tree, reference: Tree) -> dict[str, float]:
     """How far each leaf is from its reference: `max|a-b| / max(max|b|, 0.001 of the largest in the tree)`.
 
     The second term keeps leaves that are zero but for rounding (a key bias's gradient) from dominating.
-    Compares on the host, so the two trees may live on different meshes. Raises ValueError when names or shapes differ.
+    What is not finite never agrees. Compares on the host, so the two trees may live on different meshes. Raises ValueError when names or shapes differ.
     """
     ours, theirs = ({name: np.asarray(leaf, np.float64) for name, leaf in named_leaves(t).items()} for t in (tree, reference))
     if ours.keys() != theirs.keys():
@@ -49,7 +49,10 @@ def disagreement(tree: Tree, reference: Tree) -> dict[str, float]:
             raise ValueError(f"{name} has shape {ours[name].shape}, the reference {theirs[name].shape}")
     largest = max((np.abs(b).max(initial=0.0) for b in theirs.values()), default=0.0)
     floor = max(1e-3 * largest, np.finfo(np.float64).tiny)
-    return {
-        name: float(np.abs(a - theirs[name]).max(initial=0.0) / max(np.abs(theirs[name]).max(initial=0.0), floor))
-        for name, a in ours.items()
-    }
+
+    def far(a: np.ndarray, b: np.ndarray) -> float:
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            return float("inf")
+        return float(np.abs(a - b).max(initial=0.0) / max(np.abs(b).max(initial=0.0), floor))
+
+    return {name: far(a, theirs[name]) for name, a in ours.items()}

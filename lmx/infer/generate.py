@@ -47,6 +47,8 @@ def generate(
       ValueError: an empty prompt, a token outside the vocabulary, more tokens than the model has positions for.
     """
     sampling = Sampling(temperature, top_k, top_p)
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one string; give a list of them")
     texts = bool(prompts) and isinstance(prompts[0], str)
     if texts and tokenizer is None:
         raise ValueError("prompts are strings, so generate needs a tokenizer")
@@ -78,8 +80,8 @@ def _check(model: Transformer, ids: list[list[int]], max_new_tokens: int) -> Non
     for i, prompt in enumerate(ids):
         if not prompt:
             raise ValueError(f"prompt {i} is empty; begin it with at least one token")
-        if min(prompt) < 0 or max(prompt) >= model.vocab:
-            raise ValueError(f"prompt {i} has token {max(prompt, key=abs)}, outside the model's vocabulary of {model.vocab}")
+        if strange := [token for token in prompt if not 0 <= token < model.vocab]:
+            raise ValueError(f"prompt {i} has token {strange[0]}, outside the model's vocabulary of {model.vocab}")
         if len(prompt) + max_new_tokens > model.context:
             raise ValueError(
                 f"prompt {i} has {len(prompt)} tokens and max_new_tokens={max_new_tokens}: longer than model.context={model.context}"

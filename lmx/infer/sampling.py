@@ -20,7 +20,7 @@ class Sampling:
     """Only the likeliest tokens that together reach this probability (Holtzman et al., 2020)."""
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise ValueError(f"temperature={self.temperature} must be at least 0 (0 takes the likeliest token)")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must be at least 0 (0 keeps every token)")

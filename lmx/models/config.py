@@ -102,5 +102,8 @@ def check(config: Transformer) -> None:
         raise ValueError(f"model.window={config.window} must be at least 1 (a token sees itself)")
     if config.parallel and config.norm_placement == "post":
         raise ValueError('model.parallel needs model.norm_placement "pre" or "sandwich": a post-norm block is a series')
+    for knob in ("logit_softcap", "attention_softcap"):
+        if getattr(config, knob) is not None and not getattr(config, knob) > 0:
+            raise ValueError(f"model.{knob}={getattr(config, knob)} must be above 0; None caps nothing")
     if not 0 <= config.dropout < 1:
         raise ValueError(f"model.dropout={config.dropout} must be at least 0 and below 1")

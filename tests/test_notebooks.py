@@ -1,0 +1,117 @@
+"""Every notebook runs from top to bottom and shows what it is there to show."""
+
+import base64
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from ipykernel.kernelspec import write_kernel_spec
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell
+
+pytestmark = pytest.mark.slow
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@pytest.fixture(autouse=True)
+def kernel(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel `python3` is this interpreter; nothing is read from or left in the user's own Jupyter folders."""
+    write_kernel_spec(tmp_path / "data" / "kernels" / "python3")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "data"))
+    for name in ("JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(root / ".cache" / "jax"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
+def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
+    """Runs a notebook in a folder, its old outputs dropped. A cell that raises fails the test with its traceback."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    try:
+        return NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    except CellExecutionError as error:
+        pytest.fail(COLOURS.sub("", str(error)), pytrace=False)
+
+
+def printed(notebook: NotebookNode, cell: str) -> str:
+    """What a cell wrote, and what it showed as text."""
+    outputs = outputs_of(notebook, cell)
+    return "".join(output.text if output.output_type == "stream" else output.get("data", {}).get("text/plain", "") for output in outputs)
+
+
+def shown(notebook: NotebookNode, cell: str, kind: str) -> str:
+    """The one output of a type (`"image/png"`, `"text/html"`) of a cell."""
+    (found,) = [output.data[kind] for output in outputs_of(notebook, cell) if kind in output.get("data", {})]
+    return found
+
+
+def picture(notebook: NotebookNode, cell: str) -> bytes:
+    return base64.b64decode(shown(notebook, cell, "image/png"))
+
+
+def outputs_of(notebook: NotebookNode, name: str) -> list[NotebookNode]:
+    (cell,) = [cell for cell in notebook.cells if cell.id == name]
+    return cell.outputs
+
+
+def check_tour(notebook: NotebookNode) -> None:
+    assert printed(notebook, "setup").startswith("8 devices")
+    assert "layers=2 embed=128" in printed(notebook, "table")
+    assert re.search(r"^557,696 parameters$", printed(notebook, "table"), re.MULTILINE)
+    by_hand, ours = re.findall(r"\d+\.\d{5}", printed(notebook, "loss"))
+    assert float(by_hand) == pytest.approx(float(ours), abs=2e-5)
+    assert 6.8 < float(ours) < 7.1
+    assert 'title="segment 2, predicted"' in shown(notebook, "batch", "text/html")
+    assert "139,584 of 557,696" in printed(notebook, "mesh")
+    one, eight = re.findall(r"\d+\.\d{6}", printed(notebook, "same"))
+    assert float(one) == pytest.approx(float(eight), rel=1e-5)
+    *_, last = re.findall(r"val (\d+\.\d+)", printed(notebook, "train"))
+    assert float(last) < 4.5
+    assert "checkpoints, curve.png, experiment.json, metrics.jsonl" in printed(notebook, "train")
+    assert re.match(r"ROMEO:\n(.|\n){50,}", printed(notebook, "sample"))
+    assert float(printed(notebook, "attention").split()[-1]) < 1e-4
+    for cell in ("mesh", "curve", "maps"):
+        assert picture(notebook, cell).startswith(b"\x89PNG")
+        assert len(picture(notebook, cell)) > 5_000
+
+
+CHECKS = {"tour": check_tour}
+
+
+def test_every_notebook_is_checked():
+    assert sorted(CHECKS) == [path.stem for path in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_from_its_folder(path: Path):
+    """Jupyter starts a kernel in the notebook's own folder."""
+    CHECKS[path.stem](execute(nbformat.read(path, as_version=4), path.parent))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_starts_from_the_root(path: Path, root: Path):
+    """Others start it in the root: the first cell ends in the same place."""
+    notebook = nbformat.read(path, as_version=4)
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    notebook.cells = [first, new_code_cell("print(Path.cwd())", id="where")]
+    assert Path(printed(execute(notebook, root), "where").strip()).samefile(root)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_is_fit_to_be_committed(path: Path):
+    """Valid, small, for any machine's kernel, and without a machine's paths or errors in its outputs."""
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert notebook.metadata.kernelspec.name == "python3"
+    text = path.read_text(encoding="utf-8")
+    assert len(text) < 300_000
+    assert not re.findall(r"""(?<![\w.])/(?:home|tmp|root|Users|work|var|private|opt)/[^\s"']*""", text)
+    assert not [output for cell in notebook.cells for output in cell.get("outputs", []) if output.output_type == "error"]
