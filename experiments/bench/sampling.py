@@ -3,9 +3,10 @@
     python -m experiments.bench.sampling [--peer-python PATH] [--sizes small 124m]
 
 A GPT-2 with random weights is written as transformers reads it; both continue the same prompt greedily in f32 with a cache, warmed up,
-taking turns, and what they write is compared token by token. The peer runs on all cores and on one: small models, and machines that do
-other work, are better off with one. Expect all tokens equal and ratios above 1; the figures are in `experiments/bench/README.md`. The peer needs `pip install 'lmx[bench]'`, or an interpreter that has torch and transformers given by
---peer-python; without it the row says that it is absent.
+taking turns, and what they write is compared token by token. The peer runs on all cores and on one: where other work takes the cores,
+it is better off with one. Expect all tokens equal and ratios above 1; the figures are in `experiments/bench/README.md`. The peer needs
+`pip install 'lmx[bench]'`, or an interpreter that has torch and transformers given by --peer-python; without it the row says that it is
+absent.
 """
 
 import argparse

@@ -32,12 +32,15 @@ class Row:
     pieces: tuple[Piece, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
     """Rows of a batch. Shows itself in a terminal (`rich.print`), in a notebook (HTML) and, as `str`, in plain text."""
 
     title: str
     rows: tuple[Row, ...]
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __rich__(self):
         from rich.text import Text

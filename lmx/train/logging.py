@@ -150,7 +150,7 @@ class Logger:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=None if resumed_at is None else resumed_at + 1)
-        self._console = console or Console(file=sys.stdout)
+        self._console = console or Console(file=sys.stdout, force_jupyter=False)
         self._live = self._console.is_terminal and not self._console.is_jupyter
         self._shown: dict[str, float] = {}
         self._first: tuple[int, float] | None = None
@@ -212,7 +212,7 @@ class Logger:
             self._first = self._step, time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=self._step, text=self._text())
-        elif time.monotonic() - self._said[1] >= self.interval:
+        elif self._shown and time.monotonic() - self._said[1] >= self.interval:
             self._say()
 
     def message(self, text: str) -> None:

@@ -168,7 +168,8 @@ def _train(start: Start, state: TrainState, manager: Manager, logger: Logger, ca
             _require_finite(at, metrics)
             meter.count(metrics["tokens"])
             if at % experiment.log_every == 0 or at == experiment.steps:
-                logger.log(at, metrics | meter.speeds())
+                metrics |= meter.speeds()
+                logger.log(at, metrics)
             else:
                 logger.progress(at)
 

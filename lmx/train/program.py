@@ -56,7 +56,7 @@ def build(experiment: Experiment, devices: list | None = None) -> Program:
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     if on_cpu:
         keep_pages()
-    unroll = model.layers if on_cpu and model.layers <= SHALLOW else 1
+    unroll = model.layers if on_cpu and model.layers <= SHALLOW and not layout.ordered else 1
     execution = Execution(rules=None if layout.ordered else RULES, precision=precision, remat=layout.remat, unroll=unroll)
     task = Task(model, experiment.objective, execution)
     value_and_grad = ordered(accumulate(task), layout.ordered) if layout.ordered else accumulate(task)
