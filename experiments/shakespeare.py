@@ -17,11 +17,11 @@ experiment = Experiment(
         tokenizer="bpe:1024",
         length=128,
     ),
-    model=Transformer(layers=4, embed=192, heads=6, context=512),
-    optimizer=AdamW(learning_rate=2e-3, schedule=Schedule(warmup=50)),
+    model=Transformer(layers=4, embed=128, heads=4, mlp=384, context=512),
+    optimizer=AdamW(learning_rate=3e-3, schedule=Schedule(warmup=50)),
     batch=16,
-    steps=1000,
-    evaluation=Evaluation(every=250),
+    steps=1200,
+    evaluation=Evaluation(every=400),
     samples=Samples(prompt="ROMEO.\n", tokens=150),
 )
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from experiments.bench.turns import Contender, cpu_name, serve, timed
 
-SIZES = {"small": (4, 192, 6, 512, 1024, 256), "124m": (12, 768, 12, 1024, 50264, 64)}
+SIZES = {"small": (4, 128, 4, 512, 1024, 256), "124m": (12, 768, 12, 1024, 50264, 64)}
 """Layers, width, heads, context, vocabulary, new tokens of a call. Small is the size of `experiments.shakespeare`."""
 PROMPT = 16
 CONTENDERS = ("lmx", "transformers", "transformers, one thread")

@@ -39,7 +39,8 @@ def disagreement(tree: Tree, reference: Tree) -> dict[str, float]:
     """How far each leaf is from its reference: `max|a-b| / max(max|b|, 0.001 of the largest in the tree)`.
 
     The second term keeps leaves that are zero but for rounding (a key bias's gradient) from dominating.
-    What is not finite never agrees. Compares on the host, so the two trees may live on different meshes. Raises ValueError when names or shapes differ.
+    What is not finite never agrees. Compares on the host, so the two trees may live on different meshes.
+    Raises ValueError when names or shapes differ.
     """
     ours, theirs = ({name: np.asarray(leaf, np.float64) for name, leaf in named_leaves(t).items()} for t in (tree, reference))
     if ours.keys() != theirs.keys():

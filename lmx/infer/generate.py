@@ -37,6 +37,7 @@ def generate(
     Args:
       params: stacked, or with layers as tuples (what it runs on: a caller who generates often converts once, `decoding_params`).
       prompts: lists of token ids, or strings with a tokenizer.
+      tokenizer: with one, rows that only pad the model's vocabulary are never drawn.
       stop_ids: tokens that end a continuation; they are not part of it.
       seed: row i's draws depend on (seed, i) alone, not on the rest of the batch.
 
@@ -49,6 +50,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p)
     if isinstance(prompts, str):
         raise ValueError("prompts is one string; give a list of them")
+    limit = model.vocab if tokenizer is None else min(tokenizer.vocab, model.vocab)
     texts = bool(prompts) and isinstance(prompts[0], str)
     if texts and tokenizer is None:
         raise ValueError("prompts are strings, so generate needs a tokenizer")
@@ -61,7 +63,18 @@ def generate(
     for row, prompt in enumerate(ids):
         tokens[row, length - len(prompt) :], segments[row, length - len(prompt) :] = prompt, 1
     new, counts = jax.device_get(
-        _run(model, max_new_tokens, sampling, tuple(stop_ids), execution, decoding_params(params), tokens, segments, jax.random.key(seed))
+        _run(
+            model,
+            limit,
+            max_new_tokens,
+            sampling,
+            tuple(stop_ids),
+            execution,
+            decoding_params(params),
+            tokens,
+            segments,
+            jax.random.key(seed),
+        )
     )
     found = [row[:count].tolist() for row, count in zip(new, counts, strict=True)]
     return [tokenizer.decode(row) for row in found] if texts else found
@@ -88,8 +101,8 @@ def _check(model: Transformer, ids: list[list[int]], max_new_tokens: int) -> Non
             )
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _run(model, max_new_tokens, sampling, stop_ids, execution, params, tokens, segments, key) -> tuple[Array, Array]:
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def _run(model, limit, max_new_tokens, sampling, stop_ids, execution, params, tokens, segments, key) -> tuple[Array, Array]:
     rows, length = tokens.shape
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
     slots = -(-(length + max_new_tokens) // 16) * 16
@@ -98,7 +111,7 @@ def _run(model, max_new_tokens, sampling, stop_ids, execution, params, tokens, s
 
     def pick(hidden: Array, count: Array) -> Array:
         draws = jax.vmap(lambda k: jax.random.fold_in(k, count))(keys)
-        return sample(logits(params, model, hidden[:, -1:])[:, 0], sampling, draws)
+        return sample(logits(params, model, hidden[:, -1:])[:, 0, :limit], sampling, draws)
 
     def stopped(token: Array) -> Array:
         return jnp.isin(token, jnp.array(stop_ids, jnp.int32)) if stop_ids else jnp.zeros(rows, bool)

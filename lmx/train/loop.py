@@ -21,6 +21,7 @@ from lmx.infer import generate
 from lmx.models.transformer import flops_per_token
 from lmx.parallel.chips import peak_flops
 from lmx.parallel.feed import batch_sharding, local_rows, place
+from lmx.parallel.host import keep_pages
 from lmx.train.checkpoints import Manager
 from lmx.train.experiment import RESUMABLE, Experiment, check, resolve
 from lmx.train.logging import RECORD, Logger, draw_curve, read_record, write_record
@@ -67,6 +68,7 @@ def main(experiment: Experiment, argv: list[str] | None = None) -> Result:
     Leaves with code 2 and one line when something is wrong before the run, with code 1 and one line when loss or gradients are no
     numbers any more, and with 128 + the signal's number, everything saved, when Ctrl-C or SIGTERM ended it.
     """
+    keep_pages()
     description = sys.modules["__main__"].__doc__ or "Trains a language model."
     experiment, sources = command_line(experiment, argv, description=description)
     if jax.config.jax_compilation_cache_dir is None:
@@ -187,15 +189,15 @@ def _train(start: Start, state: TrainState, manager: Manager, logger: Logger, ca
                 logger.log(step, validation, split="validation")
                 loss = validation["loss"]
                 meter.restart()
+            if _due(step, experiment.checkpoints.every, last):
+                settle()
+                manager.save(step, state, batches.get_state(), loss)
             if experiment.samples.prompt and _due(step, experiment.samples.every, last):
                 settle()
                 sample = _sample(start, state.params)
                 logger.message(f"--- sample at step {step} ---\n{sample}\n---")
                 _append(experiment, step, sample)
                 meter.restart()
-            if _due(step, experiment.checkpoints.every, last):
-                settle()
-                manager.save(step, state, batches.get_state(), loss)
         settle()
         if caught:
             manager.save(step, state, batches.get_state())

@@ -50,12 +50,11 @@ class Program:
 
 def build(experiment: Experiment, devices: list | None = None) -> Program:
     """Makes the program of an experiment whose vocabulary is settled (`lmx.train.experiment.resolve`); compiles on first use."""
+    keep_pages()
     model, layout, precision = experiment.model, experiment.layout, POLICIES[experiment.precision]
     mesh, specs = make_mesh(layout, devices), transformer.specs(model)
     transform, rate = optimizers.build(experiment.optimizer, experiment.steps, specs)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    if on_cpu:
-        keep_pages()
     unroll = model.layers if on_cpu and model.layers <= SHALLOW and not layout.ordered else 1
     execution = Execution(rules=None if layout.ordered else RULES, precision=precision, remat=layout.remat, unroll=unroll)
     task = Task(model, experiment.objective, execution)

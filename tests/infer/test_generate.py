@@ -111,6 +111,8 @@ def test_bfloat16_generates_with_a_bfloat16_cache(params):
 class Letters:
     """A tokenizer of the first letters of the alphabet."""
 
+    vocab = MODEL.vocab
+
     def encode(self, text: str) -> list[int]:
         return [ord(letter) - ord("a") for letter in text]
 
@@ -143,3 +145,19 @@ def test_what_cannot_be_continued_is_refused_in_one_line_by_value(params, prompt
     with pytest.raises(ValueError, match=said) as error:
         generate(MODEL, params, prompts, **{"max_new_tokens": 2} | knobs)
     assert "\n" not in str(error.value)
+
+
+def test_rows_that_pad_the_vocabulary_are_never_drawn():
+    from lmx.core.params import initial_values
+    from lmx.data.tokenizers import ByteTokenizer
+    from lmx.infer import generate
+    from lmx.models.config import Transformer
+    from lmx.models.transformer import specs
+
+    model = Transformer(vocab=320, layers=1, embed=8, heads=1, context=64)
+    params = initial_values(jax.random.key(0), specs(model))
+    params["embed"] = params["embed"].at[257:].mul(1e3)  # most of the probability is on rows that are no token
+    assert max(generate(model, params, [[65]], max_new_tokens=20, temperature=1.0)[0]) >= 257
+    new = generate(model, params, [[65]], max_new_tokens=20, temperature=1.0, tokenizer=ByteTokenizer())[0]
+    assert max(new) < 257
+    assert isinstance(generate(model, params, ["A"], max_new_tokens=20, temperature=1.0, tokenizer=ByteTokenizer())[0], str)
