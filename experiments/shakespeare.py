@@ -1,6 +1,9 @@
 """A small decoder learns to write plays: the first thing to run.
 
 python -m experiments.shakespeare
+
+Two and a half minutes on two CPU cores; expect a validation loss of about 3.43 nats per token, 1.48 per byte, on two plays held out
+(Much Ado About Nothing and Othello), and a sample with the look of a play.
 """
 
 from lmx.data.recipe import Data
