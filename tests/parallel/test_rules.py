@@ -47,9 +47,9 @@ def test_layouts_that_do_not_fit_are_refused_by_knob():
     check(Layout(data=2, tensor=4), sizes, 8, 8)
     with pytest.raises(ValueError, match=r"model\.heads=12 is not divisible by layout\.tensor=8; use 1, 2, 3, 4, 6 or 12"):
         check(Layout(tensor=8), sizes, 8, 8)
-    with pytest.raises(ValueError, match="needs 16 devices .* but 8 are here"):
+    with pytest.raises(ValueError, match=r"needs 16 devices .* but 8 are here"):
         check(Layout(data=16), sizes, 16, 8)
     with pytest.raises(ValueError, match=r"layout\.data=0 must be at least 1"):
         check(Layout(data=0), sizes, 8, 8)
-    with pytest.raises(ValueError, match="3 rows .* not divisible"):
+    with pytest.raises(ValueError, match=r"3 rows .* not divisible"):
         check(Layout(data=2), sizes, 3, 8)
