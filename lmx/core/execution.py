@@ -14,7 +14,10 @@ class Execution:
     """What does not change the mathematics of a forward, only how it is carried out.
 
     Attributes:
-      rules: which mesh axes shard each logical axis (`lmx.parallel.rules`), or None to constrain nothing.
+      rules: which mesh axes shard each logical axis, of activations and of weights where they multiply (`lmx.parallel.rules`), or None
+        to constrain nothing.
+      split: which mesh axes shard the gradient of each weight, where that differs (ZeRO); else None.
+      exchange: how attention sees the whole of a sequence that `rules` split: `"ring"` or `"alltoall"` (`lmx.parallel.context`).
       precision: types of parameters and activations.
       attention: the attention implementation; `"auto"` picks (`lmx.kernels.attention`).
       remat: what the backward pass recomputes rather than keeps: `"none"` keeps all, `"dots"` keeps only products with
@@ -23,6 +26,8 @@ class Execution:
     """
 
     rules: Rules | None = None
+    split: Rules | None = None
+    exchange: Literal["ring", "alltoall"] = "ring"
     precision: Precision = Precision()
     attention: str = "auto"
     remat: Remat = "none"

@@ -9,11 +9,14 @@ The backward passes are written out because XLA:CPU is particular about how a pr
 """
 
 import math
+from functools import partial
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 PRODUCT = "product"
 """What a rematerialisation policy calls the result of a product with a weight."""
@@ -21,20 +24,61 @@ NARROW = 256
 """Up to this width of its output, a weight's gradient is computed transposed."""
 
 
-def linear(x: Array, weight: Array, bias: Array | None = None, *, inputs: int = 1) -> Array:
+@flax.struct.dataclass
+class Split:
+    """A weight that lies split over devices: gathered, in the type it multiplies in, where it is used, and its gradient split again.
+
+    Attributes:
+      value: the weight.
+      whole: where it multiplies.
+      parts: where its gradient goes.
+    """
+
+    value: Array
+    whole: P = flax.struct.field(pytree_node=False)
+    parts: P = flax.struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    @property
+    def dtype(self):
+        return self.value.dtype
+
+    @property
+    def T(self) -> "Split":  # noqa: N802, as of arrays
+        return Split(self.value.T, P(*reversed(self.whole)), P(*reversed(self.parts)))
+
+
+Weight = Array | Split
+
+
+def values(weight: Weight, dtype) -> Array:
+    """A weight's numbers as a product takes them."""
+    if isinstance(weight, Split):
+        return jax.lax.with_sharding_constraint(weight.value.astype(dtype), weight.whole)
+    return weight.astype(dtype)
+
+
+def gradient_of(weight: Weight, gradient: Array) -> Weight:
+    """The cotangent of a weight from the gradient of its numbers."""
+    if isinstance(weight, Split):
+        return weight.replace(value=jax.lax.with_sharding_constraint(gradient, weight.parts))
+    return gradient
+
+
+def linear(x: Array, weight: Weight, bias: Weight | None = None, *, inputs: int = 1) -> Array:
     """`x W + b`, contracting the last `inputs` dimensions of x with the first `inputs` of the weight.
 
     Shapes: x `[..., *in]`, weight `[*in, *out]`, bias `[*out]`; gives `[..., *out]` in x's type, accumulated in fp32.
     """
-    lead, out = x.shape[: x.ndim - inputs], weight.shape[inputs:]
-    size = math.prod(weight.shape[:inputs])
-    flat_bias = None if bias is None else bias.reshape(-1)
-    return checkpoint_name(_linear(x.reshape(-1, size), weight.reshape(size, -1), flat_bias).reshape(*lead, *out), PRODUCT)
+    return checkpoint_name(_linear(inputs, x, weight, None if bias is None else whole(bias)), PRODUCT)
 
 
-def lookup(tokens: Array, weight: Array, dtype) -> Array:
-    """Rows of an embedding table: tokens int `[...]`, weight `[vocab, embed]`; gives `[..., embed]` in `dtype`."""
-    return jnp.take(weight, tokens, axis=0, mode="clip").astype(dtype)
+def lookup(tokens: Array, weight: Weight, dtype) -> Array:
+    """Rows of a table: tokens int `[...]`, weight `[vocab, embed]`; gives `[..., embed]` in `dtype`."""
+    return jnp.take(whole(weight), tokens, axis=0, mode="clip").astype(dtype)
 
 
 def attend(x: Array, weight: Array) -> Array:
@@ -48,32 +92,61 @@ def dot(a: Array, b: Array, i: int, j: int, dtype=None) -> Array:
 
 
 def sum_rows(g: Array, dtype) -> Array:
-    """The sum over the rows of `[rows, columns]`, as a product: XLA:CPU turns the reduction into something slow."""
-    return dot(jnp.ones(g.shape[0], g.dtype), g, 0, 0, dtype)
+    """The sum of `[..., columns]` over all rows, as a product: XLA:CPU turns the reduction into something slow."""
+    lead = tuple(range(g.ndim - 1))
+    return jax.lax.dot_general(jnp.ones(g.shape[:-1], g.dtype), g, ((lead, lead), ((), ())), preferred_element_type=dtype)
 
 
 def weight_gradient(x: Array, g: Array, dtype) -> Array:
-    """`x^T g` of x `[rows, in]` and g `[rows, out]`, in the form that is fastest for its shape."""
-    k, m = x.shape[1], g.shape[1]
-    if m < k and m <= NARROW:  # the narrow result is transposed, not the wide operand; the barrier keeps XLA from folding that back
-        return jax.lax.optimization_barrier(dot(g, x, 0, 0, dtype)).T
-    return dot(x, g, 0, 0, dtype)
+    """`x^T g` of x `[..., in]` and g `[..., out]`, in the form that is fastest for its shape."""
+    lead = tuple(range(x.ndim - 1))
+    over_rows = partial(jax.lax.dot_general, dimension_numbers=((lead, lead), ((), ())), preferred_element_type=dtype)
+    if g.shape[-1] < x.shape[-1] and g.shape[-1] <= NARROW:
+        # The narrow result is transposed, not the wide operand; the barrier keeps XLA from folding that back.
+        return jax.lax.optimization_barrier(over_rows(g, x)).T
+    return over_rows(x, g)
+
+
+def whole(weight: Weight) -> Array:
+    """A weight's numbers in its own type, for what is no product."""
+    return _whole(weight) if isinstance(weight, Split) else weight
 
 
 @jax.custom_vjp
-def _linear(x: Array, weight: Array, bias: Array | None) -> Array:
-    y = dot(x, weight.astype(x.dtype), 1, 0)
+def _whole(weight: Split) -> Array:
+    return values(weight, weight.dtype)
+
+
+_whole.defvjp(lambda weight: (_whole(weight), weight), lambda weight, g: (gradient_of(weight, g),))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(inputs: int, x: Array, weight: Weight, bias: Array | None) -> Array:
+    y = _flat(x, inputs) @ _matrix(values(weight, x.dtype), inputs)
+    y = y.reshape(*x.shape[: x.ndim - inputs], *weight.shape[inputs:])
     return y if bias is None else y + bias.astype(x.dtype)
 
 
-def _linear_forward(x, weight, bias):
-    return _linear(x, weight, bias), (x, weight, bias)
+def _linear_forward(inputs, x, weight, bias):
+    return _linear(inputs, x, weight, bias), (x, weight, bias)
 
 
-def _linear_backward(saved, g):
+def _linear_backward(inputs, saved, g):
     x, weight, bias = saved
-    d_bias = None if bias is None else sum_rows(g, bias.dtype)
-    return dot(g, weight.astype(g.dtype), 1, 1), weight_gradient(x, g, weight.dtype), d_bias
+    flat, g = _flat(x, inputs), _flat(g, len(weight.shape) - inputs)
+    dx = jax.lax.dot_general(g, _matrix(values(weight, g.dtype), inputs), (((g.ndim - 1,), (1,)), ((), ()))).reshape(x.shape)
+    d_weight = weight_gradient(flat, g, weight.dtype).reshape(weight.shape)
+    d_bias = None if bias is None else sum_rows(g, bias.dtype).reshape(bias.shape)
+    return dx, gradient_of(weight, d_weight), d_bias
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _flat(x: Array, last: int) -> Array:
+    """x with its last dimensions as one; the others are left as they are, since different mesh axes may shard them."""
+    return x.reshape(*x.shape[: x.ndim - last], -1)
+
+
+def _matrix(weight: Array, inputs: int) -> Array:
+    return weight.reshape(math.prod(weight.shape[:inputs]), -1)

@@ -3,12 +3,15 @@
 from jax import Array
 from jaxtyping import Float
 
-from lmx.kernels import dense, reference, single
+from lmx.kernels import chunked, dense, reference, single
 from lmx.kernels.masks import Mask
 
-IMPLEMENTATIONS = ("auto", "reference", "dense", "single")
-"""`reference` is the textbook; `dense` forms every score too, with a faster backward pass; `single` is for one query a row (decoding).
-`auto` takes `single` for one query, `dense` for more, and `reference` for what those cannot do: soft caps and dropout."""
+IMPLEMENTATIONS = ("auto", "reference", "dense", "chunked", "single")
+"""`reference` is the textbook; `dense` forms every score too, with a faster backward pass; `chunked` never forms more than a tile of
+them; `single` is for one query a row (decoding). `auto` takes `single` for one query, `reference` under dropout, `dense` up to `LONG` keys
+where there is no soft cap, and else `chunked`."""
+LONG = 2048
+"""From this many keys on, scores are not kept."""
 
 
 def attention(
@@ -40,9 +43,13 @@ def attention(
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads evenly")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    plain = keep is None and (softcap is None or q.shape[1] == 1)
     if implementation == "auto":
-        implementation = "reference" if not plain else "single" if q.shape[1] == 1 else "dense"
+        if keep is not None:
+            implementation = "reference"
+        elif q.shape[1] == 1:
+            implementation = "single"
+        else:
+            implementation = "dense" if softcap is None and k.shape[1] <= LONG else "chunked"
     if implementation == "single":
         if q.shape[1] != 1 or keep is not None:
             raise ValueError(f"attention='single' takes one query a row, not {q.shape[1]}, and no dropout; use auto")
@@ -51,4 +58,8 @@ def attention(
         if softcap is not None or keep is not None:
             raise ValueError("attention='dense' takes neither a soft cap nor dropout; use auto")
         return dense.attention(q, k, v, mask, scale=scale, slopes=slopes)
+    if implementation == "chunked":
+        if keep is not None:
+            raise ValueError("attention='chunked' takes no dropout; use auto")
+        return chunked.attention(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes)
     return reference.attention(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes, keep=keep)

@@ -15,11 +15,13 @@ class Mask:
     Attributes:
       causal: a query sees no key after itself. Static.
       window: a query sees only the last `window` keys up to and including itself. Static.
-      order: what "after" compares. `"index"`: places in the arrays, the keys' first place being the queries' (implementations may
-        then skip blocks). `"positions"`: `query_positions` and `key_positions`. Static.
+      order: what "after" compares. `"index"`: places in the sequence (implementations may then skip blocks). `"positions"`:
+        `query_positions` and `key_positions`. Static.
       query_segments, key_segments: int `[batch, queries]` and `[batch, keys]`; a query sees its own segment alone, and nothing
         belongs to segment 0 (padding, or an unused slot of a cache).
       query_positions, key_positions: int places of tokens in their own text; ALiBi needs them too.
+      query_index, key_index: int `[queries]` and `[keys]`: places in the sequence, where the arrays hold only some of it or not in
+        order; 0, 1, 2, ... when None.
     """
 
     causal: bool = flax.struct.field(pytree_node=False, default=True)
@@ -29,6 +31,8 @@ class Mask:
     key_segments: Int[Array, "batch keys"] | None = None
     query_positions: Int[Array, "batch queries"] | None = None
     key_positions: Int[Array, "batch keys"] | None = None
+    query_index: Int[Array, "queries"] | None = None
+    key_index: Int[Array, "keys"] | None = None
 
     def __post_init__(self):
         if self.window is not None and not self.causal:
@@ -36,10 +40,8 @@ class Mask:
 
     def dense(self, queries: int, keys: int) -> Bool[Array, "#batch queries keys"]:
         """The mask as an array: True where the query may attend."""
-        if self.order == "positions":
-            behind = self.query_positions[:, :, None] - self.key_positions[:, None, :]
-        else:
-            behind = (jnp.arange(queries)[:, None] - jnp.arange(keys)[None, :])[None]
+        by_place = self.order == "index"
+        behind = self._behind(queries, keys) if by_place else self.query_positions[:, :, None] - self.key_positions[:, None, :]
         allowed = jnp.ones(behind.shape, bool)
         if self.causal:
             allowed &= behind >= 0
@@ -53,5 +55,11 @@ class Mask:
     def distances(self, queries: int, keys: int) -> Int[Array, "#batch queries keys"]:
         """How far each key lies behind the query, by positions where they are given and by index otherwise."""
         if self.query_positions is None:
-            return (jnp.arange(queries)[:, None] - jnp.arange(keys)[None, :])[None]
+            return self._behind(queries, keys)
         return self.query_positions[:, :, None] - self.key_positions[:, None, :]
+
+    def _behind(self, queries: int, keys: int) -> Int[Array, "1 queries keys"]:
+        """How far each key lies behind the query in the sequence."""
+        first = jnp.arange(queries) if self.query_index is None else self.query_index
+        second = jnp.arange(keys) if self.key_index is None else self.key_index
+        return (first[:, None] - second[None, :])[None]

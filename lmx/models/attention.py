@@ -9,7 +9,6 @@ from lmx.core.execution import Execution
 from lmx.core.params import ONES, ParamSpec
 from lmx.core.tree import Tree
 from lmx.core.weights import linear
-from lmx.kernels.attention import attention as attention_kernel
 from lmx.kernels.masks import Mask
 from lmx.models import dropout as drop
 from lmx.models.config import Transformer
@@ -17,6 +16,7 @@ from lmx.models.dropout import Dropout
 from lmx.models.linears import linear_specs
 from lmx.models.norms import norm
 from lmx.models.positions import alibi_slopes, rotate
+from lmx.parallel.attention import attention as attend
 from lmx.parallel.rules import constrain
 
 
@@ -75,9 +75,9 @@ def attention(
     def project(name: str) -> Array:
         return linear(x, params[name]["weight"], params[name].get("bias"))
 
-    query = constrain(project("query"), ("batch", None, "heads", None), execution.rules)
-    key = constrain(project("key"), ("batch", None, "kv_heads", None), execution.rules)
-    value = constrain(project("value"), ("batch", None, "kv_heads", None), execution.rules)
+    query = constrain(project("query"), ("batch", "length", "heads", None), execution.rules)
+    key = constrain(project("key"), ("batch", "length", "kv_heads", None), execution.rules)
+    value = constrain(project("value"), ("batch", "length", "kv_heads", None), execution.rules)
     if config.qk_norm:
         query = norm(query, params["query_norm"], "rmsnorm", config.norm_epsilon)
         key = norm(key, params["key_norm"], "rmsnorm", config.norm_epsilon)
@@ -91,15 +91,15 @@ def attention(
     keep = None
     if context.dropout is not None:
         keep = drop.keep(context.dropout, "attention/weights", layer, (config.heads, query.shape[1], key.shape[1]))
-    mixed = attention_kernel(
+    mixed = attend(
         query,
         key,
         value,
         context.local_mask if local else context.mask,
+        execution,
         softcap=config.attention_softcap,
         slopes=alibi_slopes(config.heads) if config.positions == "alibi" else None,
         keep=keep,
-        implementation=execution.attention,
     )
-    mixed = constrain(mixed, ("batch", None, "heads", None), execution.rules)
+    mixed = constrain(mixed, ("batch", "length", "heads", None), execution.rules)
     return linear(mixed, params["output"]["weight"], params["output"].get("bias"), inputs=2), cache

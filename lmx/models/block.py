@@ -8,7 +8,7 @@ from lmx.core.tree import Tree
 from lmx.models import attention, dropout, feedforward, norms
 from lmx.models.attention import Context
 from lmx.models.config import Transformer
-from lmx.parallel.rules import constrain
+from lmx.parallel.rules import constrain, move, placed
 
 
 def specs(config: Transformer) -> Tree:
@@ -35,6 +35,8 @@ def block(
 ) -> tuple[Float[Array, "batch length embed"], Tree | None]:
     """One layer; gives its output and the cache with this layer's new keys and values (see `attention.attention`)."""
 
+    params = placed(params, specs(config), execution)
+
     def normed(y: Array, name: str) -> Array:
         return norms.norm(y, params[name], config.norm, config.norm_epsilon) if name in params else y
 
@@ -46,16 +48,19 @@ def block(
         return dropout.apply(feedforward.feedforward(y, params["feedforward"], config, execution), context.dropout, "feedforward", layer)
 
     def settle(y: Array) -> Array:
-        return constrain(y, ("batch", None, None), execution.rules)
+        return constrain(y, ("batch", "sequence", None), execution.rules)
+
+    def gathered(y: Array) -> Array:
+        return move(y, ("batch", "length", None), ("batch", "sequence", None), execution.rules)
 
     if config.norm_placement == "post":
-        y, cache = attend(x)
+        y, cache = attend(gathered(x))
         x = settle(normed(x + y, "attention_norm_post"))
-        return settle(normed(x + feed(x), "feedforward_norm_post")), cache
-    read = normed(x, "attention_norm")
+        return settle(normed(x + feed(gathered(x)), "feedforward_norm_post")), cache
+    read = gathered(normed(x, "attention_norm"))
     y, cache = attend(read)
     y = normed(y, "attention_norm_post")
     if config.parallel:
         return settle(x + y + normed(feed(read), "feedforward_norm_post")), cache
     x = settle(x + y)
-    return settle(x + normed(feed(normed(x, "feedforward_norm")), "feedforward_norm_post")), cache
+    return settle(x + normed(feed(gathered(normed(x, "feedforward_norm"))), "feedforward_norm_post")), cache

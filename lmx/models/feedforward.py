@@ -38,7 +38,7 @@ def feedforward(
 
     def project(name: str) -> Array:
         y = linear(x, params[name]["weight"], params[name].get("bias"))
-        return constrain(y, ("batch", None, "mlp"), execution.rules)
+        return constrain(y, ("batch", "length", "mlp"), execution.rules)
 
     def rest(*projected: Array) -> Array:
         hidden = activation(projected[0]) * projected[1] if config.gated else activation(projected[0])

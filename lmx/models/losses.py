@@ -1,17 +1,31 @@
 """Heads and losses on top of hidden states: sums with weights, in chunks, so that full fp32 logits never exist."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
 from lmx.core.execution import Execution
+from lmx.core.params import ParamSpec
 from lmx.core.tree import Tree
-from lmx.core.weights import attend, dot, weight_gradient
+from lmx.core.weights import Split, attend, dot, values, weight_gradient
 from lmx.models.config import Transformer
-from lmx.parallel.rules import constrain
+from lmx.parallel import manual
+from lmx.parallel.rules import partition, placed
+
+
+class Static(NamedTuple):
+    """What a chunk needs to know: the logits' soft cap, the weight of log(Z)^2, the mesh axis over which the vocabulary is split."""
+
+    softcap: float | None
+    z_loss: float
+    master: type
+    axis: str | None = None
+
 
 CHUNK = 2**22
 """How many logits exist at once: 16 MB in fp32, on each device that holds a share of them."""
@@ -43,29 +57,70 @@ def cross_entropy(
       a constant to differentiation.
     """
     head = params["embed"] if config.tied else params["head"].T
+    head = placed({"head": head}, {"head": ParamSpec(head.shape, ("vocab", "embed"))}, execution)["head"]
     loss, metrics = _cross_entropy((config.logit_softcap, z_loss, execution.rules), head, hidden, targets, weights)
     return loss, jax.lax.stop_gradient(metrics)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(static, head, hidden, targets, weights) -> tuple[Array, Tree]:
-    return _over_chunks(static, head, hidden, targets, weights, gradients=False)[0]
+    return _on_mesh(static, head, hidden, targets, weights, gradients=False)[0]
 
 
 def _forward(static, head, hidden, targets, weights):
-    sums, d_head, d_hidden = _over_chunks(static, head, hidden, targets, weights, gradients=True)
+    sums, d_head, d_hidden = _on_mesh(static, head, hidden, targets, weights, gradients=True)
     return sums, (d_head, d_hidden, weights)
 
 
 def _backward(static, saved, cotangents):
     (d_head, d_hidden, weights), (factor, _) = saved, cotangents
-    return (factor * d_head).astype(d_head.dtype), (factor * d_hidden).astype(d_hidden.dtype), None, jnp.zeros_like(weights)
+    d_head, d_hidden = jax.tree.map(lambda d: (factor * d).astype(d.dtype), (d_head, d_hidden))
+    return d_head, d_hidden, None, jnp.zeros_like(weights)
 
 
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def _over_chunks(static, head, hidden, targets, weights, *, gradients: bool):
+def _on_mesh(static, head, hidden, targets, weights, *, gradients: bool):
+    """Each device computes its tokens against its part of the vocabulary. What crosses devices: three numbers a token for its loss and
+    the gradient of its hidden state (over parts of the vocabulary), and once for all chunks the gradient of the head (over tokens)."""
+    softcap, z_loss, rules = static
+    sizes = manual.axes()
+    if rules is None or not sizes:
+        return _over_chunks(Static(softcap, z_loss, head.dtype), head, hidden, targets, weights, gradients=gradients)
+    place = partial(partition, rules=rules, sizes=sizes)
+    tokens, between = place(("batch", "length"), targets.shape), place(("batch", "sequence"), targets.shape)
+    of_head = place(("vocab", None), head.shape)
+    scatter = of_head[0] in manual.names(between)  # hidden states come and go split along the sequence
+    over = manual.names(tokens)
+    parts, master = head.parts[1] if isinstance(head, Split) else None, head.dtype
+
+    def local(head, hidden, targets, weights):
+        if scatter:
+            hidden = jax.lax.all_gather(hidden, of_head[0], axis=1, tiled=True)
+        here = Static(softcap, z_loss, master, of_head[0])
+        sums, d_head, d_hidden = _over_chunks(here, head, hidden, targets, weights, gradients=gradients)
+        sums = jax.lax.psum(sums, over)
+        if not gradients:
+            return sums, None, None
+        if scatter:
+            d_hidden = jax.lax.psum_scatter(d_hidden, of_head[0], scatter_dimension=1, tiled=True)
+        elif of_head[0]:
+            d_hidden = jax.lax.psum(d_hidden, of_head[0])
+        if parts:
+            d_head = jax.lax.psum_scatter(d_head, parts, scatter_dimension=1, tiled=True)
+        return sums, jax.lax.psum(d_head, tuple(n for n in over if n != parts)), d_hidden
+
+    of_hidden = P(*between, None)
+    out = (P(), None, None) if not gradients else (P(), P(of_head[0], parts), of_hidden)
+    run = manual.manual(local, (of_head, of_hidden, tokens, tokens), out)
+    sums, d_head, d_hidden = run(values(head, hidden.dtype), hidden, targets, weights)
+    if not gradients:
+        return sums, None, None
+    return sums, head.replace(value=d_head) if isinstance(head, Split) else d_head, d_hidden
+
+
+def _over_chunks(static: Static, head, hidden, targets, weights, *, gradients: bool):
     """Sums over all chunks and, where wanted, gradients of the loss sum: of the head `[vocab, embed]` and of `hidden`."""
     (batch, length), vocab = targets.shape, head.shape[0]
     chunks = next(n for n in range(1, length + 1) if length % n == 0 and (batch * length // n * vocab <= CHUNK or n == length))
@@ -86,16 +141,21 @@ def _over_chunks(static, head, hidden, targets, weights, *, gradients: bool):
     return sums, d_head, None if d_hidden is None else jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
 
 
-def _chunk(static, head, hidden, targets, weights, *, gradients: bool):
-    softcap, z_loss, rules = static
-    rows = constrain(attend(hidden, head), ("batch", None, "vocab"), rules)
+def _chunk(static: Static, head, hidden, targets, weights, *, gradients: bool):
+    softcap, z_loss, axis = static.softcap, static.z_loss, static.axis
+
+    def over_vocab(reduce, a):
+        return a if axis is None else reduce(a, axis)
+
+    rows = attend(hidden, head)
     if softcap is not None:
         rows = softcap * jnp.tanh(rows / softcap)
     # A comparison with the vocabulary's indices, not a gather: it stays local when the vocabulary is sharded.
-    hit = jnp.arange(head.shape[0]) == targets[..., None]
-    largest = rows.max(-1, keepdims=True)
-    log_z = jnp.log(jnp.exp(rows - largest).sum(-1, keepdims=True)) + largest
-    target = jnp.where(hit, rows, 0.0).sum(-1)
+    first = 0 if axis is None else jax.lax.axis_index(axis) * head.shape[0]
+    hit = first + jnp.arange(head.shape[0]) == targets[..., None]
+    largest = over_vocab(jax.lax.pmax, rows.max(-1, keepdims=True))
+    log_z = jnp.log(over_vocab(jax.lax.psum, jnp.exp(rows - largest).sum(-1, keepdims=True))) + largest
+    target = over_vocab(jax.lax.psum, jnp.where(hit, rows, 0.0).sum(-1))
     entropy = jnp.sum(weights * (log_z[..., 0] - target))
     z = z_loss * jnp.sum(weights * log_z[..., 0] ** 2)
     sums = entropy + z, {"cross_entropy": entropy, "z_loss": z, "correct": jnp.sum(weights * (target >= largest[..., 0]))}
@@ -104,6 +164,6 @@ def _chunk(static, head, hidden, targets, weights, *, gradients: bool):
     d_rows = weights[..., None] * (jnp.exp(rows - log_z) * (1 + 2 * z_loss * log_z) - hit)
     if softcap is not None:
         d_rows = d_rows * (1 - jnp.square(rows / softcap))
-    d_rows = constrain(d_rows.astype(hidden.dtype), ("batch", None, "vocab"), rules)
-    d_head = weight_gradient(d_rows.reshape(-1, head.shape[0]), hidden.reshape(-1, head.shape[1]), head.dtype)
+    d_rows = d_rows.astype(hidden.dtype)
+    d_head = weight_gradient(d_rows, hidden, static.master)
     return sums, d_head, dot(d_rows, head.astype(d_rows.dtype), 2, 0)

@@ -8,7 +8,7 @@ from jax import Array
 
 from lmx.core.params import ONES, ZEROS, ParamSpec
 from lmx.core.tree import Tree
-from lmx.core.weights import sum_rows
+from lmx.core.weights import sum_rows, whole
 from lmx.models.config import Norm
 
 
@@ -20,7 +20,7 @@ def specs(kind: Norm, size: int, axis: str, *, bias: bool) -> Tree:
 
 def norm(x: Array, params: Tree, kind: Norm, epsilon: float) -> Array:
     """Normalises the last dimension of x; gives x's type."""
-    return _norm(kind, epsilon, x, params["scale"], params.get("bias"))
+    return _norm(kind, epsilon, x, whole(params["scale"]), whole(params["bias"]) if "bias" in params else None)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -53,7 +53,7 @@ def _backward(kind, epsilon, saved, g):
         dx = dx - h.mean(-1, keepdims=True)
 
     def summed(a: Array, like: Array) -> Array:
-        return sum_rows(a.reshape(-1, a.shape[-1]), like.dtype)
+        return sum_rows(a, like.dtype)
 
     return (factor * dx).astype(x.dtype), summed(g * y, scale), None if bias is None else summed(g, bias)
 

@@ -19,7 +19,7 @@ from lmx.models.attention import Context
 from lmx.models.config import Transformer
 from lmx.models.dropout import Dropout
 from lmx.models.positions import rope_table, sinusoids
-from lmx.parallel.rules import constrain
+from lmx.parallel.rules import constrain, placed
 
 
 @flax.struct.dataclass
@@ -105,6 +105,8 @@ def forward(
         positions = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), (batch, length))
     context, cache = _context(config, positions, segments, cache, dropout)
 
+    own = {name: value for name, value in params.items() if name != "layers"}
+    params = placed(own, {name: spec for name, spec in specs(config).items() if name in own}, execution) | {"layers": params["layers"]}
     x = lookup(tokens, params["embed"], dtype)
     if config.embed_scale:
         x = x * jnp.asarray(math.sqrt(config.embed), dtype)
@@ -112,7 +114,7 @@ def forward(
         x = x + lookup(positions, params["positions"], dtype)
     elif config.positions == "sinusoidal":
         x = x + sinusoids(positions, config.embed).astype(dtype)
-    x = drop.apply(constrain(x, ("batch", None, None), execution.rules), dropout, "embed", 0)
+    x = drop.apply(constrain(x, ("batch", "sequence", None), execution.rules), dropout, "embed", 0)
 
     x, layers = stack.run_layers(x, params["layers"], config, context, execution, None if cache is None else cache.layers)
     if "norm" in params:

@@ -5,12 +5,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lmx.parallel.layout import SHARDS
+
 Batch = dict[str, np.ndarray]
 
 
 def batch_sharding(mesh: Mesh, *, microbatches: bool) -> NamedSharding:
-    """Where a batch is: its rows over data and fsdp, behind a leading dimension of microbatches in training."""
-    return NamedSharding(mesh, P(None, ("data", "fsdp")) if microbatches else P(("data", "fsdp")))
+    """Where a batch is: its rows over data, fsdp and expert, behind a leading dimension of microbatches in training."""
+    return NamedSharding(mesh, P(None, SHARDS) if microbatches else P(SHARDS))
 
 
 def local_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,6 +1,8 @@
 """How a run is laid out over devices: a value, its checks, and the mesh made from it."""
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import numpy as np
@@ -8,7 +10,10 @@ from jax.sharding import AxisType, Mesh
 
 from lmx.core.execution import Remat
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")
+"""The mesh's axes, the one whose devices talk most last: neighbours on the mesh are neighbours on the machine."""
+SHARDS = ("data", "fsdp", "expert")
+"""The axes over which the batch is split."""
 
 
 @dataclass(frozen=True)
@@ -18,9 +23,27 @@ class Layout:
     data: int = 1
     """Replicas: each takes its share of the batch and holds everything."""
     fsdp: int = 1
-    """Devices that share the batch, and split parameters, gradients and optimizer state among them."""
+    """Devices that share the batch, and split what `zero` says among them."""
+    zero: Literal[0, 1, 2, 3] = 3
+    """What the fsdp devices split (ZeRO, Rajbhandari et al., 2020): 0 nothing, 1 the optimizer's state, 2 gradients too, 3 parameters too."""
     tensor: int = 1
-    """Devices that split each layer's heads, feed-forward and vocabulary among them."""
+    """Devices that split each layer's heads, feed-forward and vocabulary among them (Megatron-LM)."""
+    sequence: bool = True
+    """Whether the tensor devices also split what lies between those along the sequence (Korthikanti et al., 2022): less memory, no more
+    communication."""
+    context: int = 1
+    """Devices that split each sequence among them."""
+    exchange: Literal["ring", "alltoall"] = "ring"
+    """How attention sees the whole of a split sequence: ring (keys and values go round; Liu et al., 2023) or alltoall (heads are traded for
+    positions; Jacobs et al., 2023; the heads of a tensor device must divide)."""
+    pipeline: int = 1
+    """Stages into which the stack of layers is cut; microbatches flow through them."""
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    """In which order stages work: 1f1b keeps the inputs of a number of microbatches bounded by the stages, gpipe of all."""
+    rounds: int = 1
+    """Stages that each pipeline device holds (interleaved virtual stages, Narayanan et al., 2021): the bubble shrinks by this factor."""
+    expert: int = 1
+    """Devices that share the batch, and split the experts of a mixture among them."""
     remat: Remat = "none"
     """What the backward pass recomputes instead of keeping: none, dots (keeps products with weights), full (keeps layer inputs)."""
     ordered: int = 0
@@ -30,12 +53,12 @@ class Layout:
     @property
     def devices(self) -> int:
         """How many devices the layout uses."""
-        return self.data * self.fsdp * self.tensor
+        return math.prod(getattr(self, axis) for axis in AXES)
 
     @property
     def shards(self) -> int:
         """Into how many parts the batch is split."""
-        return self.data * self.fsdp
+        return math.prod(getattr(self, axis) for axis in SHARDS)
 
 
 def check(layout: Layout, sizes: dict[str, dict[str, int]], rows: int, available: int) -> None:
@@ -53,7 +76,7 @@ def check(layout: Layout, sizes: dict[str, dict[str, int]], rows: int, available
         if getattr(layout, axis) < 1:
             raise ValueError(f"layout.{axis}={getattr(layout, axis)} must be at least 1")
     if layout.devices > available:
-        degrees = " x ".join(f"{axis} {getattr(layout, axis)}" for axis in AXES)
+        degrees = " x ".join(f"{axis} {getattr(layout, axis)}" for axis in AXES if getattr(layout, axis) > 1)
         raise ValueError(
             f"the layout needs {layout.devices} devices ({degrees}) but {available} are here; lower layout.*, or simulate more on a "
             f"CPU with JAX_NUM_CPU_DEVICES={layout.devices}"
@@ -67,12 +90,12 @@ def check(layout: Layout, sizes: dict[str, dict[str, int]], rows: int, available
                 )
     if rows % layout.shards:
         raise ValueError(
-            f"a microbatch of {rows} rows (batch / microbatches) is not divisible by layout.data x layout.fsdp = {layout.shards}; "
+            f"a microbatch of {rows} rows (batch / microbatches) is not divisible by layout.data x layout.fsdp x layout.expert = {layout.shards}; "
             f"use a batch that is a multiple of {layout.shards} x microbatches, or {_one_of(divisors(rows))} shards"
         )
     if layout.ordered:
         if layout.devices != layout.data:
-            raise ValueError("layout.ordered sums over data replicas alone; set layout.fsdp and layout.tensor to 1, or drop layout.ordered")
+            raise ValueError("layout.ordered sums over data replicas alone; set every other layout.* degree to 1, or drop layout.ordered")
         for name, whole, part in (("layout.ordered", layout.ordered, layout.data), ("a microbatch's rows", rows, layout.ordered)):
             if whole % part:
                 raise ValueError(

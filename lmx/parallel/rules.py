@@ -1,23 +1,37 @@
 """Logical axes to mesh axes: where parameters live and where activations are."""
 
+from functools import partial
+
 import jax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lmx.core.execution import Rules
-from lmx.core.params import is_spec
+from lmx.core.execution import Execution, Rules
+from lmx.core.params import ParamSpec, is_spec
 from lmx.core.tree import Tree, name_of
+from lmx.core.weights import Split, Weight
+from lmx.parallel.layout import SHARDS, Layout
 
-RULES: Rules = (
-    ("batch", ("data", "fsdp")),
-    ("vocab", ("tensor",)),
-    ("heads", ("tensor",)),
-    ("kv_heads", ("tensor",)),
-    ("mlp", ("tensor",)),
-    ("embed", ("fsdp",)),
-)
-"""Which mesh axes shard each logical axis. An activation's embedding dimension is called None: it stays whole."""
+
+def rules(layout: Layout, *, split: bool = False) -> Rules:
+    """Which mesh axes shard each logical axis: of activations and of weights where they multiply; `split`: of what ZeRO splits.
+
+    `length` is the sequence inside a sublayer, `sequence` between sublayers. An activation's embedding dimension is called None: it stays
+    whole.
+    """
+    found: Rules = (
+        ("batch", SHARDS),
+        ("length", ("context",)),
+        ("sequence", ("context", "tensor") if layout.sequence else ("context",)),
+        ("vocab", ("tensor",)),
+        ("heads", ("tensor",)),
+        ("kv_heads", ("tensor",)),
+        ("mlp", ("tensor",)),
+        ("experts", ("expert",)),
+        ("layers", ("pipeline",)),
+    )
+    return (*found, ("embed", ("fsdp",))) if split else found
 
 
 def partition(axes: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules, sizes: dict[str, int]) -> P:
@@ -38,13 +52,13 @@ def partition(axes: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules
     return P(*spec)
 
 
-def shardings(specs: Tree, mesh: Mesh, rules: Rules = RULES) -> Tree:
+def shardings(specs: Tree, mesh: Mesh, rules: Rules) -> Tree:
     """A `NamedSharding` for every parameter of a table."""
     sizes = dict(mesh.shape)
     return jax.tree.map(lambda spec: NamedSharding(mesh, partition(spec.axes, spec.shape, rules, sizes)), specs, is_leaf=is_spec)
 
 
-def like_parameters(tree: Tree, specs: Tree, mesh: Mesh, rules: Rules = RULES) -> Tree:
+def like_parameters(tree: Tree, specs: Tree, mesh: Mesh, rules: Rules) -> Tree:
     """Shardings for a tree that holds trees of parameters somewhere inside (an optimizer's state).
 
     A leaf whose name ends in a parameter's name and that has its shape is sharded as the parameter; every other is replicated.
@@ -62,9 +76,37 @@ def like_parameters(tree: Tree, specs: Tree, mesh: Mesh, rules: Rules = RULES) -
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def placed(params: Tree, specs: Tree, execution: Execution) -> Tree:
+    """Parameters as ZeRO has them multiply: those that are split where they rest, or whose gradients are, stand as `Split`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if execution.split is None or mesh.empty:
+        return params
+    sizes = dict(mesh.shape)
+
+    def place(spec: ParamSpec, value: Array) -> Weight:
+        whole, parts = (partition(spec.axes, spec.shape, rules, sizes) for rules in (execution.rules, execution.split))
+        return value if whole == parts else Split(value, whole, parts)
+
+    return jax.tree.map(place, specs, params, is_leaf=is_spec)
+
+
 def constrain(x: Array, axes: tuple[str | None, ...], rules: Rules | None) -> Array:
-    """Says where an activation is, by the logical names of its dimensions. Without a mesh or rules it does nothing."""
+    """Says where an activation, and its cotangent, is by the logical names of its dimensions. Without a mesh or rules it does nothing."""
+    return move(x, axes, axes, rules)
+
+
+def move(x: Array, axes: tuple[str | None, ...], back: tuple[str | None, ...], rules: Rules | None) -> Array:
+    """Says where an activation is to be, and where its cotangent comes back to."""
     mesh = jax.sharding.get_abstract_mesh()
     if rules is None or mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, rules, dict(mesh.shape)))
+    there, here = (partition(a, x.shape, rules, dict(mesh.shape)) for a in (axes, back))
+    return _move(there, here, x)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _move(there: P, here: P, x: Array) -> Array:
+    return jax.lax.with_sharding_constraint(x, there)
+
+
+_move.defvjp(lambda there, here, x: (_move(there, here, x), None), lambda there, here, _, g: (jax.lax.with_sharding_constraint(g, here),))

@@ -15,7 +15,7 @@ from lmx.parallel.feed import batch_sharding
 from lmx.parallel.host import keep_pages
 from lmx.parallel.layout import make_mesh
 from lmx.parallel.ordered import ordered
-from lmx.parallel.rules import RULES
+from lmx.parallel.rules import rules
 from lmx.train import optimizers
 from lmx.train.experiment import Experiment
 from lmx.train.objectives import Batch
@@ -56,10 +56,18 @@ def build(experiment: Experiment, devices: list | None = None) -> Program:
     transform, rate = optimizers.build(experiment.optimizer, experiment.steps, specs)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     unroll = model.layers if on_cpu and model.layers <= SHALLOW and not layout.ordered else 1
-    execution = Execution(rules=None if layout.ordered else RULES, precision=precision, remat=layout.remat, unroll=unroll)
+    plain = layout.ordered > 0
+    execution = Execution(
+        rules=None if plain else rules(layout),
+        split=None if plain or layout.zero < 2 else rules(layout, split=True),
+        exchange=layout.exchange,
+        precision=precision,
+        remat=layout.remat,
+        unroll=unroll,
+    )
     task = Task(model, experiment.objective, execution)
     value_and_grad = ordered(accumulate(task), layout.ordered) if layout.ordered else accumulate(task)
-    shardings = state_shardings(specs, transform, precision, mesh)
+    shardings = state_shardings(specs, transform, precision, mesh, layout)
 
     # Optimised code rounds a normal number differently in a vector loop and in its remainder, so by where a shard ends.
     exactly = {"xla_backend_optimization_level": 0} if on_cpu else None

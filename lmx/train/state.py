@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 from lmx.core.params import abstract, initial_values
 from lmx.core.precision import LossScale, Precision, initial_loss_scale
 from lmx.core.tree import Tree
-from lmx.parallel.rules import RULES, like_parameters, shardings
+from lmx.parallel.layout import Layout
+from lmx.parallel.rules import like_parameters, rules, shardings
 
 
 @flax.struct.dataclass
@@ -35,13 +36,14 @@ class TrainState:
     loss_scale: LossScale | None = None
 
 
-def state_shardings(specs: Tree, transform: optax.GradientTransformation, precision: Precision, mesh: Mesh) -> TrainState:
+def state_shardings(specs: Tree, transform: optax.GradientTransformation, precision: Precision, mesh: Mesh, layout: Layout) -> TrainState:
     """A sharding for each leaf of the state: parameters and what is shaped like them by the rules, the rest replicated."""
     whole = NamedSharding(mesh, P())
     values = abstract(specs, precision.params)
     scale = jax.tree.map(lambda _: whole, jax.eval_shape(initial_loss_scale)) if precision.scaled else None
-    optimizer = like_parameters(jax.eval_shape(transform.init, values), specs, mesh, RULES)
-    return TrainState(whole, whole, shardings(specs, mesh, RULES), {}, optimizer, scale)
+    moments = rules(layout, split=layout.zero >= 1)
+    optimizer = like_parameters(jax.eval_shape(transform.init, values), specs, mesh, moments)
+    return TrainState(whole, whole, shardings(specs, mesh, rules(layout, split=layout.zero >= 3)), {}, optimizer, scale)
 
 
 def initial_state(seed: int, specs: Tree, transform: optax.GradientTransformation, precision: Precision) -> TrainState:

@@ -14,6 +14,7 @@ from lmx.core.tree import Tree
 from lmx.models.config import Transformer
 from lmx.models.dropout import Dropout
 from lmx.models.transformer import forward
+from lmx.parallel.context import arrange
 from lmx.train.objectives import Batch, CausalLM
 from lmx.train.state import TrainState
 
@@ -35,6 +36,7 @@ class Task:
 
     def sums(self, params: Tree, microbatch: Batch, key: Array | None) -> Sums:
         """Loss and metric sums of one microbatch. `key` has seed and step folded in; None: no dropout (evaluation)."""
+        microbatch = arrange(microbatch, self.execution)
         dropout = None
         if key is not None and self.model.dropout:
             dropout = Dropout(key, microbatch["example_id"], self.model.dropout)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmx.kernels import chunked
 from lmx.kernels.attention import IMPLEMENTATIONS, attention
 from lmx.kernels.masks import Mask
 
@@ -90,7 +91,7 @@ def value_and_pullback(q, k, v, mask, slopes, cotangent, *, scale, softcap, impl
 
 def refused(implementation: str, case: Case) -> bool:
     """Whether an implementation says that it has no soft cap."""
-    if implementation in ("reference", "single") or case.softcap is None:
+    if implementation != "dense" or case.softcap is None:
         return False
     with pytest.raises(ValueError, match=f"'{implementation}' takes .*soft cap"):
         attention(**case.inputs(4), softcap=case.softcap, implementation=implementation)
@@ -180,7 +181,7 @@ def test_auto_takes_the_single_query_where_it_applies():
     assert traced(1, "auto") == traced(1, "single") != traced(1, "reference")
     assert traced(1, "auto", softcap=1.0) == traced(1, "single", softcap=1.0)
     assert traced(4, "auto") in [traced(4, name) for name in WHOLE]
-    assert traced(4, "auto", softcap=1.0) == traced(4, "reference", softcap=1.0)
+    assert traced(4, "auto", softcap=1.0) == traced(4, "chunked", softcap=1.0)
     for queries in (1, 4):
         keep = np.ones((BATCH, HEADS, queries, KEYS), np.float32)
         assert traced(queries, "auto", keep) == traced(queries, "reference", keep)
@@ -217,3 +218,30 @@ def test_what_cannot_be_done_is_refused_by_name():
     one, keep = CASES["plain"].inputs(1), np.ones((BATCH, HEADS, 1, KEYS), np.float32)
     with pytest.raises(ValueError, match=r"'single' takes one query .*dropout"):
         attention(**one, keep=keep, implementation="single")
+
+
+@pytest.mark.parametrize("tile", [1, 2, 4])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_tiles_change_nothing_but_memory(monkeypatch, tile, shuffled):
+    monkeypatch.setattr(chunked, "TILE", tile)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(BATCH, 8, heads, DIM)), jnp.float32) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    segments = np.array([[1, 1, 1, 2, 2, 2, 2, 2], [1, 1, 2, 2, 2, 2, 0, 0]], np.int32)
+    positions = np.array([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 0, 1, 2, 3, 0, 0]], np.int32)
+    mask = Mask(window=3, query_segments=segments, key_segments=segments, query_positions=positions, key_positions=positions)
+    slopes = 2.0 ** -np.arange(1.0, HEADS + 1).astype(np.float32)
+    g = rng.normal(size=q.shape).astype(np.float32)
+
+    def pull(implementation, mask, q, k, v, g):
+        run = partial(attention, mask=mask, softcap=1.5, slopes=slopes, implementation=implementation)
+        out, vjp = jax.vjp(run, q, k, v)
+        return out, *vjp(g)
+
+    expected = pull("reference", mask, q, k, v, g)
+    order = rng.permutation(8) if shuffled else np.arange(8)
+    if shuffled:  # places are told, not counted
+        taken = {n: getattr(mask, n)[:, order] for n in ("query_segments", "key_segments", "query_positions", "key_positions")}
+        mask = mask.replace(query_index=jnp.asarray(order), key_index=jnp.asarray(order), **taken)
+    found = pull("chunked", mask, *(a[:, order] for a in (q, k, v, g)))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b[:, order], atol=2e-6 * float(jnp.abs(b).max()))

@@ -18,7 +18,9 @@ from lmx.models.dropout import Dropout
 from lmx.models.losses import cross_entropy
 from lmx.models.transformer import Cache, empty_cache, flops_per_token, forward, specs
 from lmx.parallel.layout import Layout, make_mesh
-from lmx.parallel.rules import RULES, shardings
+from lmx.parallel.rules import rules, shardings
+
+RULES = rules(Layout())
 
 LENGTH, SLOTS = 12, 16
 SIZES = {"vocab": 24, "embed": 16, "heads": 4, "mlp": 24, "context": 16}
@@ -260,7 +262,7 @@ def test_a_mesh_changes_neither_loss_gradients_nor_dropout():
     dropout = Dropout(jax.random.key(3), np.arange(10, 14, dtype=np.int32), 0.3)
     loss, gradient = jax.device_get(loss_and_gradient(params, config, batch, dropout=dropout))
     mesh = make_mesh(Layout(data=2, fsdp=2, tensor=2))
-    placed = jax.device_put(params, shardings(specs(config), mesh))
+    placed = jax.device_put(params, shardings(specs(config), mesh, RULES))
     there, examples = jax.device_put((batch, dropout.example_id), NamedSharding(mesh, P(("data", "fsdp"))))
     with jax.set_mesh(mesh):
         found = loss_and_gradient(placed, config, there, Execution(rules=RULES), dropout.replace(example_id=examples))

@@ -8,7 +8,9 @@ from jax.sharding import PartitionSpec as P
 
 from lmx.parallel.feed import batch_sharding, local_rows, place
 from lmx.parallel.layout import Layout, check, make_mesh
-from lmx.parallel.rules import RULES, constrain, partition
+from lmx.parallel.rules import constrain, partition, rules
+
+RULES = rules(Layout(), split=True)
 
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
 

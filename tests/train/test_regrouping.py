@@ -14,10 +14,12 @@ from lmx.models import transformer
 from lmx.models.config import Transformer
 from lmx.parallel.feed import batch_sharding, place
 from lmx.parallel.layout import Layout, make_mesh
-from lmx.parallel.rules import RULES
+from lmx.parallel.rules import rules
+
 from lmx.train.objectives import CausalLM
 from lmx.train.step import Task, accumulate
 
+RULES = rules(Layout())
 MODEL = Transformer(vocab=40, layers=2, embed=16, heads=2, mlp=32, context=32, init_std=0.2)
 LENGTH, TEXTS = 16, 8
 TASK = Task(MODEL, CausalLM(z_loss=1e-2), Execution(rules=RULES))

@@ -1,0 +1,211 @@
+"""Attention in tiles, with memory linear in the length (Rabe and Staats, 2021; Dao et al., 2022), in plain XLA.
+
+Tiles in which no query may see any key are skipped when the program runs. `forward` also gives each query's log-sum-exp, and `backward`
+takes it, so that several calls over different keys can be merged into one attention (`merge`; ring attention does).
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from lmx.kernels.masks import Mask
+
+TILE = 512
+"""Queries, and keys, of a tile at most."""
+NONE = -1e30
+"""The log-sum-exp of a query that sees no key."""
+
+
+def attention(
+    q: Float[Array, "batch queries heads head_dim"],
+    k: Float[Array, "batch keys kv_heads head_dim"],
+    v: Float[Array, "batch keys kv_heads head_dim"],
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    slopes: Float[Array, "heads"] | None = None,
+) -> Float[Array, "batch queries heads head_dim"]:
+    """As `reference.attention`, without dropout."""
+    return _attention((scale, softcap), q, k, v, mask, slopes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(static, q, k, v, mask, slopes):
+    return forward(static, q, k, v, mask, slopes)[0].astype(q.dtype)
+
+
+def _attention_forward(static, q, k, v, mask, slopes):
+    out, lse = forward(static, q, k, v, mask, slopes)
+    out = out.astype(q.dtype)
+    return out, (q, k, v, mask, slopes, out, lse)
+
+
+def _attention_backward(static, saved, g):
+    q, k, v, mask, slopes, out, lse = saved
+    dq, dk, dv = backward(static, q, k, v, mask, slopes, lse, weigh(g, out), g)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def merge(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+    """The attention over two sets of keys, from outputs and log-sum-exps over each."""
+    (out, lse), (more, lse_more) = one, other
+    total = jnp.logaddexp(lse, lse_more)
+    return out * jnp.exp(lse - total)[..., None] + more * jnp.exp(lse_more - total)[..., None], total
+
+
+def weigh(g: Array, out: Array) -> Float[Array, "batch queries heads"]:
+    """What the backward pass subtracts from each row of the weights' cotangent."""
+    return jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1)
+
+
+def forward(static, q: Array, k: Array, v: Array, mask: Mask, slopes: Array | None) -> tuple[Array, Array]:
+    """The output, fp32 of q's shape, and each query's log-sum-exp, fp32 `[batch, queries, heads]`; `static`: scale and soft cap."""
+    tiles_q, tiles_k = _tiles(q, k, v, mask)
+
+    def queries(tile):
+        q, rows = tile
+        start = (jnp.zeros((*q.shape[:-1], v.shape[-1]), jnp.float32), *(jnp.full(q.shape[:-1], x, jnp.float32) for x in (NONE, 0.0)))
+
+        def step(carry, other):
+            k, v, columns = other
+
+            def see(carry):
+                out, top, total = carry
+                scores, _ = _scores(static, q, k, rows, columns, mask, slopes)
+                higher = jnp.maximum(top, scores.max(-1))
+                weights, shrink = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
+                mixed = jnp.einsum("bhgqk,bkhd->bhgqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+                return out * shrink[..., None] + mixed, higher, total * shrink + weights.sum(-1)
+
+            return jax.lax.cond(_visible(rows, columns, mask), see, lambda carry: carry, carry), None
+
+        (out, top, total), _ = jax.lax.scan(step, start, tiles_k)
+        some = total > 0
+        total = jnp.where(some, total, 1.0)
+        return out / total[..., None], jnp.where(some, top + jnp.log(total), NONE)
+
+    out, lse = jax.lax.map(queries, tiles_q)
+    return _untiled(out, q.shape[:3]), _untiled(lse, q.shape[:3])
+
+
+def backward(static, q, k, v, mask, slopes, lse, delta, g) -> tuple[Array, Array, Array]:
+    """Gradients of q, k and v in fp32, given the log-sum-exp over all keys and `delta = weigh(g, out)`."""
+    scale, softcap = static
+    tiles_q, tiles_k = _tiles(q, k, v, mask)
+    split = partial(_tiled, groups=q.shape[2] // k.shape[2], size=tiles_q[0].shape[-2])
+    tiles_q = (*tiles_q, split(g), split(lse), split(delta))
+
+    def keys(total, tile):
+        k, v, columns = tile
+        zero = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (k, v))
+
+        def step(carry, other):
+            q, rows, g, lse, delta = other
+
+            def see(carry):
+                dk, dv = carry
+                scores, capped = _scores(static, q, k, rows, columns, mask, slopes)
+                weights = jnp.exp(scores - lse[..., None])
+                dv = dv + jnp.einsum("bhgqk,bhgqd->bkhd", weights.astype(g.dtype), g, preferred_element_type=jnp.float32)
+                d_weights = jnp.einsum("bhgqd,bkhd->bhgqk", g, v, preferred_element_type=jnp.float32)
+                d_scores = scale * weights * (d_weights - delta[..., None])
+                if softcap is not None:
+                    d_scores = d_scores * (1 - jnp.square(capped / softcap))
+                d_scores = d_scores.astype(q.dtype)
+                dk = dk + jnp.einsum("bhgqk,bhgqd->bkhd", d_scores, q, preferred_element_type=jnp.float32)
+                return (dk, dv), jnp.einsum("bhgqk,bkhd->bhgqd", d_scores, k, preferred_element_type=jnp.float32)
+
+            none = partial(lambda shape, carry: (carry, jnp.zeros(shape, jnp.float32)), q.shape)
+            return jax.lax.cond(_visible(rows, columns, mask), see, none, carry)
+
+        found, dq = jax.lax.scan(step, zero, tiles_q)
+        return total + dq, found
+
+    dq, (dk, dv) = jax.lax.scan(keys, jnp.zeros(tiles_q[0].shape, jnp.float32), tiles_k)
+    together = [jnp.moveaxis(a, 0, 1).reshape(b.shape) for a, b in ((dk, k), (dv, v))]
+    return _untiled(dq, q.shape[:3]), *together
+
+
+def _tiles(q, k, v, mask):
+    """Queries as `[tiles, batch, kv_heads, group, tile, head_dim]` and keys as `[tiles, batch, tile, kv_heads, head_dim]`, each with what
+    the mask says of them: `(index [tile], segments, positions [batch, tile] or None)`."""
+    (batch, queries), keys = q.shape[:2], k.shape[1]
+    of_q, of_k = _divisor(queries), _divisor(keys)
+
+    def rows(n, size, index, segments, positions):
+        index = (jnp.arange(n) if index is None else index).reshape(-1, size)
+        cut = [
+            None if a is None else jnp.moveaxis(jnp.broadcast_to(a, (batch, n)).reshape(batch, -1, size), 1, 0)
+            for a in (segments, positions)
+        ]
+        return index, *cut
+
+    def cut(a):
+        return jnp.moveaxis(a.reshape(batch, keys // of_k, of_k, *a.shape[2:]), 1, 0)
+
+    tiles_q = (_tiled(q, q.shape[2] // k.shape[2], of_q), rows(queries, of_q, mask.query_index, mask.query_segments, mask.query_positions))
+    tiles_k = (cut(k), cut(v), rows(keys, of_k, mask.key_index, mask.key_segments, mask.key_positions))
+    return tiles_q, tiles_k
+
+
+def _tiled(a: Array, groups: int, size: int) -> Array:
+    """`[batch, queries, heads, ...]` as `[tiles, batch, kv_heads, group, tile, ...]`."""
+    batch, queries, heads, *rest = a.shape
+    a = a.reshape(batch, queries // size, size, heads // groups, groups, *rest)
+    return jnp.moveaxis(a, (1, 0, 3, 4, 2), (0, 1, 2, 3, 4))
+
+
+def _untiled(a: Array, shape: tuple[int, ...]) -> Array:
+    return jnp.moveaxis(a, (0, 1, 2, 3, 4), (1, 0, 3, 4, 2)).reshape(*shape, *a.shape[5:])
+
+
+def _scores(static, q, k, rows, columns, mask, slopes):
+    """Scores of a tile with what is hidden at -inf, and the soft-capped scores before the mask and ALiBi; fp32."""
+    scale, softcap = static
+    scores = scale * jnp.einsum("bhgqd,bkhd->bhgqk", q, k, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    tile = _mask(rows, columns, mask)
+    queries, keys = q.shape[-2], k.shape[1]
+    hidden = jnp.where(tile.dense(queries, keys), 0.0, -jnp.inf)[:, None, None]
+    if slopes is None:
+        return scores + hidden, scores
+    distances = tile.distances(queries, keys)[:, None, None]
+    return scores + hidden - slopes.reshape(1, *q.shape[1:3], 1, 1) * distances, scores
+
+
+def _mask(rows, columns, mask: Mask) -> Mask:
+    (index, segments, positions), (key_index, key_segments, key_positions) = rows, columns
+    return mask.replace(
+        query_index=index,
+        key_index=key_index,
+        query_segments=segments,
+        key_segments=key_segments,
+        query_positions=positions,
+        key_positions=key_positions,
+    )
+
+
+def _visible(rows, columns, mask: Mask) -> Array:
+    """Whether any query of a tile may see any of its keys, as far as order tells."""
+    if mask.order == "positions":
+        first_q, last_q, first_k, last_k = (f(a) for a in (rows[2], columns[2]) for f in (jnp.min, jnp.max))
+    else:
+        first_q, last_q, first_k, last_k = (f(a) for a in (rows[0], columns[0]) for f in (jnp.min, jnp.max))
+    seen = jnp.bool_(True)
+    if mask.causal:
+        seen &= last_q >= first_k
+    if mask.window is not None:
+        seen &= first_q - last_k < mask.window
+    return seen
+
+
+def _divisor(n: int) -> int:
+    return next(size for size in range(min(n, TILE), 0, -1) if n % size == 0)

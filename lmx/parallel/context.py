@@ -1,0 +1,147 @@
+"""Attention over sequences that the `context` axis splits: inside a manual region, on each device's part.
+
+Two ways. In a ring (Liu et al., 2023) each device keeps its queries, and keys and values go round, each hop's attention merged into the
+last. Causal work is balanced by giving device i of n the 2n-ths i and 2n-1-i of each sequence ("zig-zag"): `arrange` puts a batch in that
+order, and everything else in a forward is indifferent to it, since positions and segments are data. In an all-to-all (DeepSpeed-Ulysses,
+Jacobs et al., 2023) devices trade their parts of all heads for all of their part of the heads; sequences stay in order.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lmx.core.execution import Execution
+from lmx.kernels import chunked
+from lmx.kernels.masks import Mask
+from lmx.parallel.manual import axes
+
+AXIS = "context"
+
+
+def arrange(batch: dict[str, Array], execution: Execution) -> dict[str, Array]:
+    """A batch of `[rows, length]` (and `[rows]`) in the order in which its forward wants the length: zig-zag for a ring."""
+    n = axes().get(AXIS, 1)
+    if execution.rules is None or n == 1 or execution.exchange != "ring":
+        return batch
+
+    def order(a: Array) -> Array:
+        if a.ndim < 2:
+            return a
+        if a.shape[1] % (2 * n):
+            raise ValueError(f"a length of {a.shape[1]} is not divisible by 2 x layout.context={n}; change data.length")
+        chunks = a.reshape(a.shape[0], 2 * n, -1)
+        zigzag = np.stack([np.arange(n), 2 * n - 1 - np.arange(n)], 1).reshape(-1)
+        return chunks[:, zigzag].reshape(a.shape)
+
+    return {name: order(a) for name, a in batch.items()}
+
+
+def places(device: Array, n: int, length: int) -> Array:
+    """Where in the sequence the numbers of a device's part are; `length` is the part's."""
+    half = jnp.arange(length // 2)
+    return jnp.concatenate([device * (length // 2) + half, (2 * n - 1 - device) * (length // 2) + half])
+
+
+def alltoall(attend: Callable, q: Array, k: Array, v: Array, mask: Mask, slopes: Array | None) -> Array:
+    """Attention of each device's part `[batch, length / n, heads, head_dim]`, in order, through heads of the whole sequence."""
+    n, me = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
+    trade = partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=2, concat_axis=1, tiled=True)
+    gather = partial(jax.lax.all_gather, axis_name=AXIS, axis=1, tiled=True)
+    mine = q.shape[2] // n
+
+    def of_keys(a: Array) -> Array:
+        if a.shape[2] % n == 0:
+            return trade(a)
+        share = q.shape[2] // a.shape[2]
+        return jax.lax.dynamic_slice_in_dim(gather(a), me * mine // share, max(1, mine // share), 2)
+
+    if slopes is not None:
+        slopes = jax.lax.dynamic_slice_in_dim(slopes, me * mine, mine)
+    mixed = attend(trade(q), of_keys(k), of_keys(v), jax.tree.map(gather, mask), slopes=slopes)
+    return jax.lax.all_to_all(mixed, AXIS, split_axis=1, concat_axis=2, tiled=True)
+
+
+def ring(q: Array, k: Array, v: Array, mask: Mask, *, scale: float, softcap: float | None, slopes: Array | None) -> Array:
+    """Attention of each device's part `[batch, length / n, heads, head_dim]`, in zig-zag order, over the whole sequence."""
+    return _ring((scale, softcap), q, k, v, mask, slopes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ring(static, q, k, v, mask, slopes):
+    return _forward(static, q, k, v, mask, slopes)[0]
+
+
+def _forward(static, q, k, v, mask, slopes):
+    def hop(found, k, v, mask):
+        return chunked.merge(found, chunked.forward(static, q, k, v, mask, slopes))
+
+    nothing = jnp.zeros((*q.shape[:-1], v.shape[-1]), jnp.float32), jnp.full(q.shape[:-1], chunked.NONE, jnp.float32)
+    out, lse = _round(hop, nothing, (k, v), mask)
+    out = out.astype(q.dtype)
+    return out, (q, k, v, mask, slopes, out, lse)
+
+
+def _backward(static, saved, g):
+    q, k, v, mask, slopes, out, lse = saved
+    delta = chunked.weigh(g, out)
+
+    def hop(found, k, v, mask):
+        dq, dk, dv = chunked.backward(static, q, k, v, mask, slopes, lse, delta, g)
+        return found[0] + dq, (dk, dv)
+
+    n = jax.lax.axis_size(AXIS)
+
+    # The gradients of keys and values travel with them, one hop behind, and come home with the last.
+    def step(carry, h):
+        dq, (k, v, about), gradients = carry
+        following = _next((k, v, about))
+        (dq, found) = hop((dq, None), k, v, _at(mask, about, h))
+        gradients = jax.tree.map(jnp.add, _next(gradients), found)
+        return (dq, following, gradients), None
+
+    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (q, (k, v)))
+    (dq, _, gradients), _ = jax.lax.scan(step, (zero[0], (k, v, _of_keys(mask)), zero[1]), jnp.arange(n))
+    dk, dv = _next(gradients)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+
+
+_ring.defvjp(_forward, _backward)
+
+
+def _round(hop: Callable, found, keys: tuple[Array, Array], mask: Mask):
+    """`hop(found, k, v, mask)` over every device's keys, the next ones under way while these are worked on."""
+    n = jax.lax.axis_size(AXIS)
+
+    def step(carry, h):
+        found, (k, v, about) = carry
+        following = _next((k, v, about))
+        return (hop(found, k, v, _at(mask, about, h)), following), None
+
+    (found, (k, v, about)), _ = jax.lax.scan(step, (found, (*keys, _of_keys(mask))), jnp.arange(n - 1))
+    return hop(found, k, v, _at(mask, about, n - 1))
+
+
+def _next(tree):
+    n = jax.lax.axis_size(AXIS)
+    return jax.tree.map(lambda a: jax.lax.ppermute(a, AXIS, [(i, (i + 1) % n) for i in range(n)]), tree)
+
+
+def _of_keys(mask: Mask):
+    return mask.key_segments, mask.key_positions
+
+
+def _at(mask: Mask, about, hops: Array) -> Mask:
+    """The mask between this device's queries and the keys that have come `hops` devices far."""
+    n, me = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
+    length = mask.query_positions.shape[1]
+    segments, positions = about
+    return mask.replace(
+        query_index=places(me, n, length),
+        key_index=places((me - hops) % n, n, length),
+        key_segments=segments,
+        key_positions=positions,
+    )
