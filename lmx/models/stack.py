@@ -93,6 +93,13 @@ def run_layers(
     return x, None if cache is None else tuple(caches)
 
 
+def run_part(x: Array, layers: Tree, config: Transformer, context: Context, execution: Execution, first: Array) -> Array:
+    """Runs consecutive repeats of a stack that is one group, from the repeat `first` on: a stage of a pipeline."""
+    period = len(config.pattern)
+    group = Group(config.pattern, jax.tree.leaves(layers)[0].shape[0], first * period)
+    return _scan(x, layers, None, group, config, context, execution)[0]
+
+
 def _unrolled(x, layers, cache, group, config, context, execution):
     new = []
     for i, params in enumerate(layers):

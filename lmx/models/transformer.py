@@ -11,7 +11,6 @@ from jaxtyping import Float, Int
 from lmx.core.execution import Execution
 from lmx.core.params import Normal, ParamSpec, is_spec
 from lmx.core.tree import Tree
-from lmx.core.weights import lookup
 from lmx.kernels.masks import Mask
 from lmx.models import dropout as drop
 from lmx.models import norms, stack
@@ -20,6 +19,7 @@ from lmx.models.config import Transformer
 from lmx.models.dropout import Dropout
 from lmx.models.positions import rope_table, sinusoids
 from lmx.parallel.rules import constrain, placed
+from lmx.parallel.tensor import lookup
 
 
 @flax.struct.dataclass
@@ -105,21 +105,43 @@ def forward(
         positions = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), (batch, length))
     context, cache = _context(config, positions, segments, cache, dropout)
 
-    own = {name: value for name, value in params.items() if name != "layers"}
-    params = placed(own, {name: spec for name, spec in specs(config).items() if name in own}, execution) | {"layers": params["layers"]}
-    x = lookup(tokens, params["embed"], dtype)
+    x = enter(params, config, tokens, positions, dropout, execution)
+    x, layers = stack.run_layers(x, params["layers"], config, context, execution, None if cache is None else cache.layers)
+    hidden = leave(params, config, x, execution)
+    return Output(hidden, None if cache is None else cache.replace(layers=layers, used=cache.used + length))
+
+
+def enter(
+    params: Tree, config: Transformer, tokens: Array, positions: Array, dropout: Dropout | None, execution: Execution
+) -> Float[Array, "batch length embed"]:
+    """What the first layer reads."""
+    params, dtype = _own(params, config, execution), jnp.dtype(execution.precision.compute)
+    x = lookup(tokens, params["embed"], dtype, execution.rules)
     if config.embed_scale:
         x = x * jnp.asarray(math.sqrt(config.embed), dtype)
     if config.positions == "learned":
-        x = x + lookup(positions, params["positions"], dtype)
+        x = x + lookup(positions, params["positions"], dtype, execution.rules, None)
     elif config.positions == "sinusoidal":
         x = x + sinusoids(positions, config.embed).astype(dtype)
-    x = drop.apply(constrain(x, ("batch", "sequence", None), execution.rules), dropout, "embed", 0)
+    return drop.apply(constrain(x, ("batch", "sequence", None), execution.rules), dropout, "embed", 0)
 
-    x, layers = stack.run_layers(x, params["layers"], config, context, execution, None if cache is None else cache.layers)
-    if "norm" in params:
-        x = norms.norm(x, params["norm"], config.norm, config.norm_epsilon)
-    return Output(x, None if cache is None else cache.replace(layers=layers, used=cache.used + length))
+
+def leave(params: Tree, config: Transformer, x: Array, execution: Execution) -> Float[Array, "batch length embed"]:
+    """Hidden states, from what the last layer gives."""
+    if config.norm_placement == "post":
+        return x
+    return norms.norm(x, _own(params, config, execution)["norm"], config.norm, config.norm_epsilon)
+
+
+def _own(params: Tree, config: Transformer, execution: Execution) -> Tree:
+    """The parameters outside the stack."""
+    own = {name: value for name, value in params.items() if name != "layers"}
+    return placed(own, {name: spec for name, spec in specs(config).items() if name in own}, execution)
+
+
+def share(config: Transformer, positions: Array, segments: Array | None, dropout: Dropout | None) -> Context:
+    """What the layers of one forward without a cache share."""
+    return _context(config, positions, segments, None, dropout)[0]
 
 
 def _context(config, positions, segments, cache, dropout) -> tuple[Context, Cache | None]:

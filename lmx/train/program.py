@@ -11,6 +11,7 @@ from lmx.core.execution import Execution
 from lmx.core.precision import POLICIES, Precision
 from lmx.core.tree import Tree
 from lmx.models import transformer
+from lmx.parallel import pipeline
 from lmx.parallel.feed import batch_sharding
 from lmx.parallel.host import keep_pages
 from lmx.parallel.layout import make_mesh
@@ -52,7 +53,7 @@ def build(experiment: Experiment, devices: list | None = None) -> Program:
     """Makes the program of an experiment whose vocabulary is settled (`lmx.train.experiment.resolve`); compiles on first use."""
     keep_pages()
     model, layout, precision = experiment.model, experiment.layout, POLICIES[experiment.precision]
-    mesh, specs = make_mesh(layout, devices), transformer.specs(model)
+    mesh, specs = make_mesh(layout, devices), pipeline.arranged(transformer.specs(model), layout)
     transform, rate = optimizers.build(experiment.optimizer, experiment.steps, specs)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     unroll = model.layers if on_cpu and model.layers <= SHALLOW and not layout.ordered else 1
@@ -66,7 +67,12 @@ def build(experiment: Experiment, devices: list | None = None) -> Program:
         unroll=unroll,
     )
     task = Task(model, experiment.objective, execution)
-    value_and_grad = ordered(accumulate(task), layout.ordered) if layout.ordered else accumulate(task)
+    value_and_grad, sums = accumulate(task), task.sums
+    if layout.ordered:
+        value_and_grad = ordered(value_and_grad, layout.ordered)
+    elif layout.pipeline > 1:
+        staged = task.staged()
+        value_and_grad, sums = pipeline.value_and_grad(staged, layout), pipeline.sums(staged, layout)
     shardings = state_shardings(specs, transform, precision, mesh, layout)
 
     # Optimised code rounds a normal number differently in a vector loop and in its remainder, so by where a shard ends.
@@ -82,7 +88,7 @@ def build(experiment: Experiment, devices: list | None = None) -> Program:
         mesh,
         initial=_on(mesh, jax.jit(start, out_shardings=shardings, compiler_options=exactly)),
         step=_on(mesh, jax.jit(step, in_shardings=(shardings, placed), out_shardings=(shardings, None), donate_argnums=0)),
-        evaluate=_on(mesh, jax.jit(make_evaluation(task))),
+        evaluate=_on(mesh, jax.jit(make_evaluation(task, sums))),
         abstract=jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings),
     )
 

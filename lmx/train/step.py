@@ -13,7 +13,10 @@ from lmx.core.precision import all_finite, update_loss_scale
 from lmx.core.tree import Tree
 from lmx.models.config import Transformer
 from lmx.models.dropout import Dropout
+from lmx.models import transformer
+from lmx.models.stack import run_part
 from lmx.models.transformer import forward
+from lmx.parallel import pipeline
 from lmx.parallel.context import arrange
 from lmx.train.objectives import Batch, CausalLM
 from lmx.train.state import TrainState
@@ -37,11 +40,36 @@ class Task:
     def sums(self, params: Tree, microbatch: Batch, key: Array | None) -> Sums:
         """Loss and metric sums of one microbatch. `key` has seed and step folded in; None: no dropout (evaluation)."""
         microbatch = arrange(microbatch, self.execution)
-        dropout = None
-        if key is not None and self.model.dropout:
-            dropout = Dropout(key, microbatch["example_id"], self.model.dropout)
-        output = forward(params, self.model, dropout=dropout, execution=self.execution, **self.objective.inputs(microbatch))
+        output = forward(
+            params, self.model, dropout=self._dropout(microbatch, key), execution=self.execution, **self.objective.inputs(microbatch)
+        )
         return self.objective.loss(params, self.model, output.hidden, microbatch, self.execution)
+
+    def staged(self) -> pipeline.Model:
+        """The same, cut where a pipeline cuts it."""
+        model, execution = self.model, self.execution
+
+        def inputs(microbatch: Batch, key: Array | None) -> tuple[Batch, Dropout | None]:
+            microbatch = arrange(microbatch, execution)
+            return self.objective.inputs(microbatch), self._dropout(microbatch, key)
+
+        def enter(outer: Tree, microbatch: Batch, key: Array | None) -> Array:
+            read, dropout = inputs(microbatch, key)
+            return transformer.enter(outer, model, read["tokens"], read["positions"], dropout, execution)
+
+        def stage(layers: Tree, x: Array, microbatch: Batch, key: Array | None, first: Array) -> tuple[Array, Sums]:
+            read, dropout = inputs(microbatch, key)
+            context = transformer.share(model, read["positions"], read["segments"], dropout)
+            return run_part(x, layers, model, context, execution, first), (jnp.float32(0), {})
+
+        def leave(outer: Tree, x: Array, microbatch: Batch) -> Sums:
+            hidden = transformer.leave(outer, model, x, execution)
+            return self.objective.loss(outer, model, hidden, arrange(microbatch, execution), execution)
+
+        return pipeline.Model(enter, stage, leave)
+
+    def _dropout(self, microbatch: Batch, key: Array | None) -> Dropout | None:
+        return None if key is None or not self.model.dropout else Dropout(key, microbatch["example_id"], self.model.dropout)
 
 
 def accumulate(task: Task) -> ValueAndGrad:
@@ -104,11 +132,11 @@ def make_step(
     return step
 
 
-def make_evaluation(task: Task) -> Callable[[Tree, Batch], dict[str, Array]]:
+def make_evaluation(task: Task, sums: Callable[[Tree, Batch, None], Sums]) -> Callable[[Tree, Batch], dict[str, Array]]:
     """The function from parameters and a batch of `[rows, ...]` to sums: `weight`, `loss` and the objective's metrics."""
 
     def evaluate(params: Tree, batch: Batch) -> dict[str, Array]:
-        loss, sums = task.sums(params, batch, None)
-        return {"loss": loss, "weight": task.objective.weight(batch)} | sums
+        loss, metrics = sums(params, batch, None)
+        return {"loss": loss, "weight": task.objective.weight(batch)} | metrics
 
     return evaluate

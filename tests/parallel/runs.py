@@ -9,11 +9,14 @@ from lmx.data.recipe import Data
 from lmx.models.config import Transformer
 from lmx.parallel.feed import batch_sharding, local_rows, place
 from lmx.parallel.layout import Layout
+from lmx.parallel.pipeline import natural
 from lmx.train.experiment import Experiment
 from lmx.train.optimizers import SGD, Schedule
 from lmx.train.program import build
 
-MODEL = Transformer(vocab=48, layers=2, embed=16, heads=4, kv_heads=2, head_dim=8, mlp=32, context=32, init_std=0.1, bias=True, norm="layernorm")
+MODEL = Transformer(
+    vocab=48, layers=2, embed=16, heads=4, kv_heads=2, head_dim=8, mlp=32, context=32, init_std=0.1, bias=True, norm="layernorm"
+)
 LENGTH, ROWS = 32, 16
 
 
@@ -58,7 +61,8 @@ def train(run: Experiment, steps: int = 3) -> dict:
         losses.append(float(metrics["loss"]))
         if k == 0:  # the momentum after one step is the gradient
             gradients = jax.device_get(_momentum(state.optimizer))
-    return {"losses": np.array(losses), "gradients": gradients, "params": jax.device_get(state.params)}
+    found = {"losses": np.array(losses), "gradients": gradients, "params": jax.device_get(state.params)}
+    return natural(found, run.layout)
 
 
 def _momentum(optimizer):
