@@ -10,6 +10,9 @@ from lmx.models.attention import Context
 from lmx.models.config import Transformer
 from lmx.parallel.rules import constrain, move, placed
 
+Aux = dict[str, Float[Array, "batch"]]
+"""What layers give beside their output, by name: fp32, a number a row, to be summed over layers. Empty for most."""
+
 
 def specs(config: Transformer) -> Tree:
     """Parameters of one layer. Norms are named after the sublayer that they stand before (or, `_post`, after)."""
@@ -32,8 +35,8 @@ def block(
     local: bool,
     layer: Array | int,
     cache: Tree | None = None,
-) -> tuple[Float[Array, "batch length embed"], Tree | None]:
-    """One layer; gives its output and the cache with this layer's new keys and values (see `attention.attention`)."""
+) -> tuple[Float[Array, "batch length embed"], Tree | None, Aux]:
+    """One layer; gives its output, the cache with this layer's new keys and values (see `attention.attention`), and auxiliary values."""
 
     params = placed(params, specs(config), execution)
 
@@ -56,11 +59,11 @@ def block(
     if config.norm_placement == "post":
         y, cache = attend(gathered(x))
         x = settle(normed(x + y, "attention_norm_post"))
-        return settle(normed(x + feed(gathered(x)), "feedforward_norm_post")), cache
+        return settle(normed(x + feed(gathered(x)), "feedforward_norm_post")), cache, {}
     read = gathered(normed(x, "attention_norm"))
     y, cache = attend(read)
     y = normed(y, "attention_norm_post")
     if config.parallel:
-        return settle(x + y + normed(feed(read), "feedforward_norm_post")), cache
+        return settle(x + y + normed(feed(read), "feedforward_norm_post")), cache, {}
     x = settle(x + y)
-    return settle(x + normed(feed(gathered(normed(x, "feedforward_norm"))), "feedforward_norm_post")), cache
+    return settle(x + normed(feed(gathered(normed(x, "feedforward_norm"))), "feedforward_norm_post")), cache, {}

@@ -20,6 +20,7 @@ from lmx.core.tree import Tree
 from lmx.core.weights import PRODUCT
 from lmx.models import block
 from lmx.models.attention import Context
+from lmx.models.block import Aux
 from lmx.models.config import LayerKind, Transformer
 
 
@@ -82,15 +83,22 @@ def run_layers(
     context: Context,
     execution: Execution,
     cache: Tree | None = None,
-) -> tuple[Float[Array, "batch length embed"], Tree | None]:
-    """Runs every layer, whichever form each group is in; gives the output and the cache in the form it came in."""
-    caches = []
+) -> tuple[Float[Array, "batch length embed"], Tree | None, Aux]:
+    """Runs every layer, whichever form each group is in; gives the output, the cache in the form it came in, and auxiliary values summed
+    over layers."""
+    caches, aux = [], {}
     for g, (group, layers) in enumerate(zip(groups(config), params, strict=True)):
         before = None if cache is None else cache[g]
         run = _scan if isinstance(layers, dict) else _unrolled
-        x, after = run(x, layers, before, group, config, context, execution)
+        x, after, more = run(x, layers, before, group, config, context, execution)
         caches.append(after)
-    return x, None if cache is None else tuple(caches)
+        aux = added(aux, more)
+    return x, None if cache is None else tuple(caches), aux
+
+
+def added(aux: Aux, more: Aux) -> Aux:
+    """Auxiliary values of two lots of layers, of which either may lack some."""
+    return aux | {name: aux[name] + value if name in aux else value for name, value in more.items()}
 
 
 def run_part(x: Array, layers: Tree, config: Transformer, context: Context, execution: Execution, first: Array) -> Array:
@@ -101,28 +109,32 @@ def run_part(x: Array, layers: Tree, config: Transformer, context: Context, exec
 
 
 def _unrolled(x, layers, cache, group, config, context, execution):
-    new = []
+    new, aux = [], {}
     for i, params in enumerate(layers):
         repeat, place = divmod(i, len(group.pattern))
         local = group.pattern[place] == "local"
         kept = None if cache is None else cache[i]
-        x, after = block.block(x, params, config, context, execution, local=local, layer=group.layer(repeat, place), cache=kept)
+        x, after, more = block.block(x, params, config, context, execution, local=local, layer=group.layer(repeat, place), cache=kept)
         new.append(after)
-    return x, None if cache is None else tuple(new)
+        aux = added(aux, more)
+    return x, None if cache is None else tuple(new), aux
 
 
 def _scan(x, layers, cache, group, config, context, execution):
     def repeat(x, inputs):
         index, params, kept = inputs
-        new = {}
+        new, aux = {}, {}
         for p, kind in enumerate(group.pattern):
             before = None if kept is None else kept[str(p)]
-            x, new[str(p)] = block.block(
+            x, new[str(p)], more = block.block(
                 x, params[str(p)], config, context, execution, local=kind == "local", layer=group.layer(index, p), cache=before
             )
-        return x, None if kept is None else new
+            aux = added(aux, more)
+        return x, (None if kept is None else new, aux)
 
-    return jax.lax.scan(_remat(repeat, execution), x, (jnp.arange(group.repeats), layers, cache), unroll=execution.unroll)
+    inputs = (jnp.arange(group.repeats), layers, cache)
+    x, (new, aux) = jax.lax.scan(_remat(repeat, execution), x, inputs, unroll=execution.unroll)
+    return x, new, jax.tree.map(lambda a: a.sum(0), aux)
 
 
 def _remat(function, execution: Execution):

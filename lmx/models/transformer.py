@@ -15,6 +15,7 @@ from lmx.kernels.masks import Mask
 from lmx.models import dropout as drop
 from lmx.models import norms, stack
 from lmx.models.attention import Context
+from lmx.models.block import Aux
 from lmx.models.config import Transformer
 from lmx.models.dropout import Dropout
 from lmx.models.positions import rope_table, sinusoids
@@ -41,10 +42,17 @@ class Cache:
 
 @flax.struct.dataclass
 class Output:
-    """What a forward gives: hidden states after the final norm, in the compute type, and the cache if there was one."""
+    """What a forward gives.
+
+    Attributes:
+      hidden: hidden states after the final norm, in the compute type.
+      cache: the cache, if there was one.
+      aux: auxiliary values, a number a row, summed over layers (`lmx.models.block.Aux`).
+    """
 
     hidden: Float[Array, "batch length embed"]
     cache: Cache | None = None
+    aux: Aux = flax.struct.field(default_factory=dict)
 
 
 def specs(config: Transformer) -> Tree:
@@ -99,16 +107,15 @@ def forward(
       dropout: None, or what is dropped from where.
     """
     batch, length = tokens.shape
-    dtype = jnp.dtype(execution.precision.compute)
     if positions is None:
         start = 0 if cache is None else cache.used
         positions = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), (batch, length))
     context, cache = _context(config, positions, segments, cache, dropout)
 
     x = enter(params, config, tokens, positions, dropout, execution)
-    x, layers = stack.run_layers(x, params["layers"], config, context, execution, None if cache is None else cache.layers)
+    x, layers, aux = stack.run_layers(x, params["layers"], config, context, execution, None if cache is None else cache.layers)
     hidden = leave(params, config, x, execution)
-    return Output(hidden, None if cache is None else cache.replace(layers=layers, used=cache.used + length))
+    return Output(hidden, None if cache is None else cache.replace(layers=layers, used=cache.used + length), aux)
 
 
 def enter(
