@@ -9,6 +9,7 @@ The backward passes are written out because XLA:CPU is particular about how a pr
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import flax.struct
@@ -22,11 +23,13 @@ PRODUCT = "product"
 """What a rematerialisation policy calls the result of a product with a weight."""
 NARROW = 256
 """Up to this width of its output, a weight's gradient is computed transposed."""
+TILE = 64
+"""Rows that a CPU multiplies at once with one expert's weight; 8 where experts have fewer (decoding)."""
 
 
 @flax.struct.dataclass
 class Split:
-    """A weight that lies split over devices: gathered, in the type it multiplies in, where it is used, and its gradient split again.
+    """A weight on a mesh: gathered, in the type it multiplies in, where it is used, and its gradient summed and split again.
 
     Attributes:
       value: the weight.
@@ -51,13 +54,35 @@ class Split:
         return Split(self.value.T, P(*reversed(self.whole)), P(*reversed(self.parts)))
 
 
-Weight = Array | Split
+@flax.struct.dataclass
+class Part:
+    """One device's part of a weight, as a manual region holds it: what `Split` is outside of one, by collectives of its own.
+
+    Attributes:
+      value: the part.
+      over: pairs of a dimension and the mesh axis that splits it.
+    """
+
+    value: Array
+    over: tuple[tuple[int, str], ...] = flax.struct.field(pytree_node=False)
+
+    @property
+    def dtype(self):
+        return self.value.dtype
+
+
+Weight = Array | Split | Part
 
 
 def values(weight: Weight, dtype) -> Array:
     """A weight's numbers as a product takes them."""
     if isinstance(weight, Split):
         return jax.lax.with_sharding_constraint(weight.value.astype(dtype), weight.whole)
+    if isinstance(weight, Part):
+        numbers = weight.value.astype(dtype)
+        for dimension, axis in weight.over:
+            numbers = jax.lax.all_gather(numbers, axis, axis=dimension, tiled=True)
+        return numbers
     return weight.astype(dtype)
 
 
@@ -65,6 +90,10 @@ def gradient_of(weight: Weight, gradient: Array) -> Weight:
     """The cotangent of a weight from the gradient of its numbers."""
     if isinstance(weight, Split):
         return weight.replace(value=jax.lax.with_sharding_constraint(gradient, weight.parts))
+    if isinstance(weight, Part):
+        for dimension, axis in weight.over:
+            gradient = jax.lax.psum_scatter(gradient, axis, scatter_dimension=dimension, tiled=True)
+        return weight.replace(value=gradient)
     return gradient
 
 
@@ -84,6 +113,15 @@ def lookup(tokens: Array, weight: Weight, dtype) -> Array:
 def attend(x: Array, weight: Array) -> Array:
     """Logits of a tied head: x `[..., embed]` against each row of weight `[vocab, embed]`; fp32 `[..., vocab]`."""
     return dot(x, weight.astype(x.dtype), x.ndim - 1, 1, jnp.float32)
+
+
+def ragged(x: Array, weight: Weight, sizes: Array | None = None) -> Array:
+    """Rows times the matrix of the expert that each belongs to.
+
+    Shapes: weight `[experts, in, out]`; x `[rows, in]`, expert after expert, `sizes` (int `[experts]`) rows of each and any rest, which
+    gives zeros; or, without sizes, x `[experts, rows, in]`. Gives x's shape with `out` in place of `in`, in x's type, accumulated in fp32.
+    """
+    return checkpoint_name(_ragged(x, weight, sizes), PRODUCT)
 
 
 def dot(a: Array, b: Array, i: int, j: int, dtype=None) -> Array:
@@ -141,6 +179,81 @@ def _linear_backward(inputs, saved, g):
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
+
+
+@jax.custom_vjp
+def _ragged(x: Array, weight: Weight, sizes: Array | None) -> Array:
+    return _by_expert(x, values(weight, x.dtype), sizes)
+
+
+def _ragged_backward(saved, g):
+    x, weight, sizes = saved
+    dx = _by_expert(g, values(weight, g.dtype).swapaxes(1, 2), sizes)
+    return dx, gradient_of(weight, _gradient_by_expert(x, g, sizes, weight.dtype)), None
+
+
+_ragged.defvjp(lambda x, weight, sizes: (_ragged(x, weight, sizes), (x, weight, sizes)), _ragged_backward)
+
+
+def _by_expert(x: Array, weight: Array, sizes: Array | None) -> Array:
+    if sizes is None:
+        return jax.lax.dot_general(x, weight, (((2,), (1,)), ((0,), (0,))))
+    # XLA:CPU's ragged_dot multiplies every row with every expert.
+    return jax.lax.platform_dependent(x, weight, sizes, cpu=in_tiles, default=jax.lax.ragged_dot)
+
+
+def _gradient_by_expert(x: Array, g: Array, sizes: Array | None, dtype) -> Array:
+    """`x^T g` of each expert's rows, `[experts, in, out]`."""
+    if sizes is None:
+        return jax.lax.dot_general(x, g, (((1,), (1,)), ((0,), (0,))), preferred_element_type=dtype)
+    numbers = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+    grouped = partial(jax.lax.ragged_dot_general, ragged_dot_dimension_numbers=numbers, preferred_element_type=dtype)
+    return jax.lax.platform_dependent(x, g, sizes, cpu=partial(gradient_in_tiles, dtype=dtype), default=grouped)
+
+
+def in_tiles(x: Array, weight: Array, sizes: Array) -> Array:
+    """`jax.lax.ragged_dot` as a loop over experts that have rows, and over tiles of their rows. A tile that reaches beyond its expert's
+    rows writes over the next one's, whose turn is still to come."""
+    tile, starts = _tile(x, sizes), jnp.cumsum(sizes) - sizes
+    padded = jnp.pad(x, ((0, tile), (0, 0)))
+
+    def expert(e: Array, y: Array) -> Array:
+        matrix = weight[e]
+
+        def step(i: Array, y: Array) -> Array:
+            rows = jax.lax.dynamic_slice_in_dim(padded, starts[e] + i * tile, tile)
+            return jax.lax.dynamic_update_slice_in_dim(y, rows @ matrix, starts[e] + i * tile, 0)
+
+        return jax.lax.fori_loop(0, -(-sizes[e] // tile), step, y)
+
+    y = _over_used(expert, sizes, jnp.zeros((padded.shape[0], weight.shape[2]), x.dtype))
+    return jnp.where(jnp.arange(len(x))[:, None] < sizes.sum(), y[: len(x)], 0)
+
+
+def gradient_in_tiles(x: Array, g: Array, sizes: Array, dtype) -> Array:
+    """`x^T g` of each expert's rows, `[experts, in, out]`, in the same way."""
+    tile, starts = _tile(x, sizes), jnp.cumsum(sizes) - sizes
+    x, g = (jnp.pad(a, ((0, tile), (0, 0))) for a in (x, g))
+
+    def expert(e: Array, gradients: Array) -> Array:
+        def step(i: Array, gradient: Array) -> Array:
+            a, b = (jax.lax.dynamic_slice_in_dim(z, starts[e] + i * tile, tile) for z in (x, g))
+            own = jnp.arange(tile)[:, None] < sizes[e] - i * tile
+            return gradient + dot(jnp.where(own, a, 0), b, 0, 0, dtype)
+
+        return gradients.at[e].set(jax.lax.fori_loop(0, -(-sizes[e] // tile), step, jnp.zeros(gradients.shape[1:], dtype)))
+
+    return _over_used(expert, sizes, jnp.zeros((len(sizes), x.shape[1], g.shape[1]), dtype))
+
+
+def _tile(x: Array, sizes: Array) -> int:
+    return TILE if len(x) >= TILE * len(sizes) else 8
+
+
+def _over_used(expert: Callable[[Array, Array], Array], sizes: Array, found: Array) -> Array:
+    """`found = expert(e, found)` for each expert that has rows, in order: the others' weights are not even read."""
+    used = jnp.argsort(sizes == 0, stable=True)
+    return jax.lax.fori_loop(0, (sizes > 0).sum(), lambda i, found: expert(used[i], found), found)
 
 
 def _flat(x: Array, last: int) -> Array:

@@ -7,7 +7,7 @@ Activation = Literal["gelu", "gelu_tanh", "relu", "relu_squared", "silu"]
 Norm = Literal["layernorm", "rmsnorm"]
 Placement = Literal["pre", "post", "sandwich"]
 Positions = Literal["rope", "alibi", "learned", "sinusoidal", "none"]
-LayerKind = Literal["global", "local"]
+LayerKind = Literal["global", "local", "global_dense", "local_dense"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,21 @@ class Transformer:
     window: int | None = None
     """How many tokens, itself included, a query of a local layer sees."""
     pattern: tuple[LayerKind, ...] = ("global",)
-    """Kinds of layers, repeated over the stack; local layers use the window."""
+    """Kinds of layers, repeated over the stack; local layers use the window. In a model with experts every layer has them but those named
+    global_dense or local_dense, which have one feed-forward: ("global_dense", "global") is a mixture in every other layer."""
+    experts: int = 0
+    """Feed-forwards of which each token passes through a few, in layers that are a mixture of experts. 0: one, for all."""
+    experts_per_token: int = 2
+    """Through how many."""
+    expert_mlp: int | None = None
+    """Width of an expert's hidden layer. None: that of mlp."""
+    expert_capacity: float | None = None
+    """How many tokens of a sequence an expert takes, as a multiple of its even share; later ones pass it by, in training and evaluation
+    (generation drops none). None: all."""
+    shared_experts: int = 0
+    """Experts that every token passes through besides, as one feed-forward of their joint width."""
+    renormalize_experts: bool = True
+    """Whether the weights of a token's experts sum to 1 (Mixtral), or are their probabilities among all."""
     embed_scale: bool = False
     """Whether embeddings are multiplied by sqrt(embed)."""
     dropout: float = 0.0
@@ -79,10 +93,29 @@ class Transformer:
     def hidden(self) -> int:
         return 4 * self.embed if self.mlp is None else self.mlp
 
+    @property
+    def expert_hidden(self) -> int:
+        return self.hidden if self.expert_mlp is None else self.expert_mlp
+
+    @property
+    def mixtures(self) -> int:
+        """Layers that are a mixture of experts."""
+        return sum(is_mixture(self, self.pattern[i % len(self.pattern)]) for i in range(self.layers))
+
+
+def is_local(kind: LayerKind) -> bool:
+    """Whether a layer of this kind sees the window alone."""
+    return kind.startswith("local")
+
+
+def is_mixture(config: Transformer, kind: LayerKind) -> bool:
+    """Whether a layer of this kind has experts."""
+    return config.experts > 0 and not kind.endswith("_dense")
+
 
 def check(config: Transformer) -> None:
     """Refuses a config that is no model, with one line that names the knob. Raises ValueError."""
-    for knob in ("vocab", "layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "context"):
+    for knob in ("vocab", "layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "context", "experts_per_token", "expert_mlp"):
         value = getattr(config, knob)
         if value is not None and value < 1:
             raise ValueError(f"model.{knob}={value} must be at least 1")
@@ -94,7 +127,7 @@ def check(config: Transformer) -> None:
         raise ValueError(f"rope turns pairs of dimensions, so model.head_dim={config.head_size} must be even")
     if not config.pattern:
         raise ValueError('model.pattern is empty; ("global",) is a stack of plain layers')
-    if ("local" in config.pattern) != (config.window is not None):
+    if any(is_local(kind) for kind in config.pattern) != (config.window is not None):
         raise ValueError(
             f"model.window={config.window} with model.pattern={config.pattern}: the window is of local layers, so set both or neither"
         )
@@ -105,5 +138,27 @@ def check(config: Transformer) -> None:
     for knob in ("logit_softcap", "attention_softcap"):
         if getattr(config, knob) is not None and not getattr(config, knob) > 0:
             raise ValueError(f"model.{knob}={getattr(config, knob)} must be above 0; None caps nothing")
+    _check_experts(config)
     if not 0 <= config.dropout < 1:
         raise ValueError(f"model.dropout={config.dropout} must be at least 0 and below 1")
+
+
+def _check_experts(config: Transformer) -> None:
+    for knob in ("experts", "shared_experts"):
+        if getattr(config, knob) < 0:
+            raise ValueError(f"model.{knob}={getattr(config, knob)} must be at least 0")
+    if not config.experts:
+        for knob, unset in (("expert_mlp", None), ("expert_capacity", None), ("shared_experts", 0)):
+            if getattr(config, knob) != unset:
+                raise ValueError(f"model.{knob}={getattr(config, knob)} is of a mixture of experts; set model.experts, or leave it {unset}")
+        if any(kind.endswith("_dense") for kind in config.pattern):
+            raise ValueError(f"model.pattern={config.pattern} names dense layers, which only a model with model.experts tells from others")
+        return
+    if config.experts_per_token > config.experts:
+        raise ValueError(f"model.experts_per_token={config.experts_per_token} is more than model.experts={config.experts}")
+    if not config.mixtures:
+        raise ValueError(
+            f"model.experts={config.experts} but no layer of model.pattern={config.pattern} has them; name one global or local"
+        )
+    if config.expert_capacity is not None and not config.expert_capacity > 0:
+        raise ValueError(f"model.expert_capacity={config.expert_capacity} must be above 0; 1.25 is usual, None drops nothing")

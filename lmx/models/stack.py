@@ -20,8 +20,8 @@ from lmx.core.tree import Tree
 from lmx.core.weights import PRODUCT
 from lmx.models import block
 from lmx.models.attention import Context
-from lmx.models.block import Aux
 from lmx.models.config import LayerKind, Transformer
+from lmx.models.experts import Aux
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ def specs(config: Transformer) -> Tree:
 
     def of(group: Group) -> Tree:
         places = range(len(group.pattern))
-        return {str(p): stacked(block.specs(config), tuple(group.layer(r, p) for r in range(group.repeats))) for p in places}
+        layers = {p: tuple(group.layer(r, p) for r in range(group.repeats)) for p in places}
+        return {str(p): stacked(block.specs(config, group.pattern[p]), layers[p]) for p in places}
 
     return tuple(of(group) for group in groups(config))
 
@@ -101,20 +102,23 @@ def added(aux: Aux, more: Aux) -> Aux:
     return aux | {name: aux[name] + value if name in aux else value for name, value in more.items()}
 
 
-def run_part(x: Array, layers: Tree, config: Transformer, context: Context, execution: Execution, first: Array) -> Array:
+def run_part(
+    x: Array, layers: Tree, config: Transformer, context: Context, execution: Execution, first: Array
+) -> tuple[Float[Array, "batch length embed"], Aux]:
     """Runs consecutive repeats of a stack that is one group, from the repeat `first` on: a stage of a pipeline."""
     period = len(config.pattern)
     group = Group(config.pattern, jax.tree.leaves(layers)[0].shape[0], first * period)
-    return _scan(x, layers, None, group, config, context, execution)[0]
+    x, _, aux = _scan(x, layers, None, group, config, context, execution)
+    return x, aux
 
 
 def _unrolled(x, layers, cache, group, config, context, execution):
     new, aux = [], {}
     for i, params in enumerate(layers):
         repeat, place = divmod(i, len(group.pattern))
-        local = group.pattern[place] == "local"
         kept = None if cache is None else cache[i]
-        x, after, more = block.block(x, params, config, context, execution, local=local, layer=group.layer(repeat, place), cache=kept)
+        kind, layer = group.pattern[place], group.layer(repeat, place)
+        x, after, more = block.block(x, params, config, context, execution, kind=kind, layer=layer, cache=kept)
         new.append(after)
         aux = added(aux, more)
     return x, None if cache is None else tuple(new), aux
@@ -127,7 +131,7 @@ def _scan(x, layers, cache, group, config, context, execution):
         for p, kind in enumerate(group.pattern):
             before = None if kept is None else kept[str(p)]
             x, new[str(p)], more = block.block(
-                x, params[str(p)], config, context, execution, local=kind == "local", layer=group.layer(index, p), cache=before
+                x, params[str(p)], config, context, execution, kind=kind, layer=group.layer(index, p), cache=before
             )
             aux = added(aux, more)
         return x, (None if kept is None else new, aux)

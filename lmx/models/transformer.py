@@ -15,9 +15,9 @@ from lmx.kernels.masks import Mask
 from lmx.models import dropout as drop
 from lmx.models import norms, stack
 from lmx.models.attention import Context
-from lmx.models.block import Aux
 from lmx.models.config import Transformer
 from lmx.models.dropout import Dropout
+from lmx.models.experts import Aux
 from lmx.models.positions import rope_table, sinusoids
 from lmx.parallel.rules import constrain, placed
 from lmx.parallel.tensor import lookup
@@ -47,7 +47,7 @@ class Output:
     Attributes:
       hidden: hidden states after the final norm, in the compute type.
       cache: the cache, if there was one.
-      aux: auxiliary values, a number a row, summed over layers (`lmx.models.block.Aux`).
+      aux: auxiliary values, a number a row, summed over layers (`lmx.models.experts.Aux`).
     """
 
     hidden: Float[Array, "batch length embed"]
@@ -175,8 +175,13 @@ def _context(config, positions, segments, cache, dropout) -> tuple[Context, Cach
 
 
 def flops_per_token(config: Transformer, length: int) -> float:
-    """FLOPs of training on one token, forward and backward, as MFU counts them (PaLM, appendix B): 6 for each weight that multiplies,
-    and 12 x layers x heads x head_dim x length for attention's scores and sums, masked halves included; nothing recomputed."""
+    """FLOPs of training on one token, forward and backward, as MFU counts them (PaLM, appendix B): 6 for each weight that multiplies it
+    (of experts, the share that a token passes through), and 12 x layers x heads x head_dim x length for attention's scores and sums,
+    masked halves included; nothing recomputed."""
+
+    def active(spec: ParamSpec) -> float:
+        return math.prod(spec.shape) * (config.experts_per_token / config.experts if "experts" in spec.axes else 1)
+
     leaves = jax.tree.leaves(specs(config), is_leaf=is_spec)
-    weights = sum(math.prod(spec.shape) for spec in leaves if spec.inputs) + (config.vocab * config.embed if config.tied else 0)
+    weights = sum(active(spec) for spec in leaves if spec.inputs) + (config.vocab * config.embed if config.tied else 0)
     return 6.0 * weights + 12.0 * config.layers * config.heads * config.head_size * length

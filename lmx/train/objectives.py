@@ -6,12 +6,15 @@ An objective has two parts, so that a pipeline can run its stages between them: 
 
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
 from lmx.core.execution import Execution
 from lmx.core.tree import Tree
 from lmx.models.config import Transformer
+from lmx.models.experts import Aux
 from lmx.models.losses import cross_entropy
 
 Batch = dict[str, Array]
@@ -23,6 +26,10 @@ class CausalLM:
 
     z_loss: float = 0.0
     """Weight of log(Z)^2, which keeps logits from drifting (PaLM uses 1e-4)."""
+    balance_loss: float = 0.01
+    """Weight of each mixture's balance loss, which spreads the tokens of a sequence over the experts (Switch uses 0.01)."""
+    router_z_loss: float = 0.0
+    """Weight of each mixture's log(Z)^2 of the router (ST-MoE uses 1e-3)."""
 
     def weight(self, batch: Batch) -> Float[Array, ""]:
         """The weight sum of a batch, known from the data before anything is computed."""
@@ -37,3 +44,16 @@ class CausalLM:
     ) -> tuple[Float[Array, ""], Tree]:
         """The loss summed over supervised tokens (nats), and metrics as sums."""
         return cross_entropy(params, config, hidden, microbatch["targets"], microbatch["weights"], z_loss=self.z_loss, execution=execution)
+
+    def auxiliary(self, config: Transformer, aux: Aux, microbatch: Batch) -> tuple[Float[Array, ""], Tree]:
+        """What layers add to the loss, and metrics (means over mixtures), as sums.
+
+        A row's auxiliary value counts as often as the row has supervised tokens: these too are sums over rows, whatever the grouping, and
+        divided by the weight sum of the batch they are weighted means over its rows.
+        """
+        rows = microbatch["weights"].sum(-1)
+        sums = {name: jnp.sum(rows * value) for name, value in aux.items()}
+        if not sums:
+            return jnp.float32(0), {}
+        loss = self.balance_loss * sums["balance"] + self.router_z_loss * sums["router_z"]
+        return loss, {name: jax.lax.stop_gradient(value) / config.mixtures for name, value in sums.items()}

@@ -11,9 +11,9 @@ from jax import Array
 from lmx.core.execution import Execution
 from lmx.core.precision import all_finite, update_loss_scale
 from lmx.core.tree import Tree
+from lmx.models import transformer
 from lmx.models.config import Transformer
 from lmx.models.dropout import Dropout
-from lmx.models import transformer
 from lmx.models.stack import run_part
 from lmx.models.transformer import forward
 from lmx.parallel import pipeline
@@ -43,7 +43,9 @@ class Task:
         output = forward(
             params, self.model, dropout=self._dropout(microbatch, key), execution=self.execution, **self.objective.inputs(microbatch)
         )
-        return self.objective.loss(params, self.model, output.hidden, microbatch, self.execution)
+        loss, metrics = self.objective.loss(params, self.model, output.hidden, microbatch, self.execution)
+        more, others = self.objective.auxiliary(self.model, output.aux, microbatch)
+        return loss + more, metrics | others
 
     def staged(self) -> pipeline.Model:
         """The same, cut where a pipeline cuts it."""
@@ -60,7 +62,8 @@ class Task:
         def stage(layers: Tree, x: Array, microbatch: Batch, key: Array | None, first: Array) -> tuple[Array, Sums]:
             read, dropout = inputs(microbatch, key)
             context = transformer.share(model, read["positions"], read["segments"], dropout)
-            return run_part(x, layers, model, context, execution, first), (jnp.float32(0), {})
+            x, aux = run_part(x, layers, model, context, execution, first)
+            return x, self.objective.auxiliary(model, aux, microbatch)
 
         def leave(outer: Tree, x: Array, microbatch: Batch) -> Sums:
             hidden = transformer.leave(outer, model, x, execution)
