@@ -14,12 +14,13 @@ from lmx.data.recipe import check as check_data
 from lmx.models import config as model_config
 from lmx.models.config import Transformer
 from lmx.parallel import layout as layouts
+from lmx.parallel.hosts import Hosts
 from lmx.parallel.layout import Layout
 from lmx.train.checkpoints import Checkpoints
 from lmx.train.objectives import CausalLM
 from lmx.train.optimizers import AdamW, Optimizer
 
-RESUMABLE = ("layout", "steps", "log_every", "evaluation", "samples", "checkpoints", "folder", "start")
+RESUMABLE = ("layout", "hosts", "steps", "log_every", "evaluation", "samples", "checkpoints", "folder", "start")
 """What may change when a run is resumed; anything else would make it another run."""
 
 
@@ -63,6 +64,8 @@ class Experiment:
     """How parameters move."""
     layout: Layout = field(default_factory=Layout)
     """Over which devices."""
+    hosts: Hosts = field(default_factory=Hosts)
+    """By which processes."""
     precision: PrecisionName = "fp32"
     """fp32; bf16 (fp32 master parameters, bf16 compute); bf16_pure; fp16 (with dynamic loss scaling)."""
     steps: int = 1000

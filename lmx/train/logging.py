@@ -237,6 +237,25 @@ class Logger:
         return (time.monotonic() - began) / (self._step - step) * (self.steps - self._step)
 
 
+class Silence:
+    """What all processes but the first have for a `Logger`: it shows and writes nothing."""
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def log(self, step: int, metrics: Mapping[str, Any], split: Split = "train") -> None:
+        pass
+
+    def progress(self, step: int) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
+
+
 def draw_curve(run: str | Path | list[dict[str, Any]], path: str | Path | None = None, *, unit: str = "nats/token") -> Path:
     """Draws the losses of a run as a PNG: training, raw and smoothed, and validation.
 

@@ -6,25 +6,26 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
 import jax
 
-from lmx.core.config import command_line, exits_with_one_line, from_json, refuse_changes
+from lmx.core.config import ConfigError, command_line, exits_with_one_line, from_json, refuse_changes
 from lmx.core.tree import Tree
 from lmx.data.pipeline import Batches, iterate, require_supervised
 from lmx.data.recipe import Prepared, prepare
 from lmx.infer import generate
 from lmx.models.transformer import flops_per_token
+from lmx.parallel import hosts
 from lmx.parallel.chips import peak_flops
 from lmx.parallel.feed import batch_sharding, local_rows, place
 from lmx.parallel.host import keep_pages
 from lmx.train.checkpoints import Manager
 from lmx.train.experiment import RESUMABLE, Experiment, check, resolve
-from lmx.train.logging import RECORD, Logger, draw_curve, read_record, write_record
+from lmx.train.logging import RECORD, Logger, Silence, draw_curve, read_record, write_record
 from lmx.train.program import Program, build, mean_over
 from lmx.train.state import TrainState
 
@@ -66,19 +67,24 @@ def main(experiment: Experiment, argv: list[str] | None = None) -> Result:
     """The door of every experiment module: command line, checks, run.
 
     Leaves with code 2 and one line when something is wrong before the run, with code 1 and one line when loss or gradients are no
-    numbers any more, and with 128 + the signal's number, everything saved, when Ctrl-C or SIGTERM ended it.
+    numbers any more or another process of the run is lost, and with 128 + the signal's number, everything saved, when Ctrl-C or SIGTERM
+    ended it. Of several processes all leave with the same code, whichever got the signal.
     """
     keep_pages()
     description = sys.modules["__main__"].__doc__ or "Trains a language model."
     experiment, sources = command_line(experiment, argv, description=description)
     if jax.config.jax_compilation_cache_dir is None:
         _keep_compiled(Path(experiment.data.cache) / "compiled")
-    with exits_with_one_line():
-        start = prepare_run(experiment, sources)
+    speaks = True
     try:
-        result = run(start)
+        with ExitStack() as stack:
+            with exits_with_one_line():
+                stack.enter_context(hosts.together(experiment.hosts, agreed=(NotFiniteError,)))
+                start = prepare_run(experiment, sources)
+            speaks = hosts.is_first()
+            result = run(start)
     except NotFiniteError as error:
-        sys.exit(str(error))
+        sys.exit(str(error) if speaks else 1)
     if result.stopped is not None:
         sys.exit(128 + result.stopped)
     return result
@@ -97,20 +103,13 @@ def prepare_run(experiment: Experiment, sources: dict[str, str] | None = None) -
     Raises:
       ValueError, FileNotFoundError: one line that says what is wrong and what to do.
     """
-    check(experiment)
-    folder, resuming = experiment.path, experiment.start == "resume"
-    held = (folder / RECORD).exists()
-    if held and experiment.start == "new":
-        raise ValueError(f"{folder} holds a run; --start resume goes on with it, --start overwrite deletes it, --name NAME keeps both")
-    if resuming and not held:
-        raise ValueError(f"{folder} holds no run to resume; drop --start resume, or set --name and --folder to a run's")
-    prepared = prepare(experiment.data)
+    prepared = hosts.first(lambda: _settle(experiment)) or prepare(experiment.data)  # which the others find in the cache
     experiment = resolve(experiment, prepared)
     program = build(experiment)
-    start = Start(experiment, prepared, program, sources=sources or {})
-    if not resuming:
+    folder, start = experiment.path, Start(experiment, prepared, program, sources=sources or {})
+    if experiment.start != "resume":
         if experiment.start == "overwrite":
-            shutil.rmtree(folder, ignore_errors=True)
+            hosts.first(lambda: shutil.rmtree(folder, ignore_errors=True))
         return start
     record = read_record(folder)
     refuse_changes(from_json(Experiment, record["config"]), experiment, allowed=RESUMABLE)
@@ -122,6 +121,23 @@ def prepare_run(experiment: Experiment, sources: dict[str, str] | None = None) -
             return start
         state, position = manager.restore(program.abstract)
     return replace(start, state=state, example=position["example"])
+
+
+def _settle(experiment: Experiment) -> Prepared:
+    """Refuses what is wrong with an experiment or its folder, and reads its text."""
+    check(experiment)
+    processes, devices = jax.process_count(), len(jax.devices())
+    if processes > 1 and experiment.layout.devices != devices:
+        raise ConfigError(
+            f"the layout uses {experiment.layout.devices} of the {devices} devices that {processes} processes have; they must use all: "
+            f"raise layout.*, or start fewer"
+        )
+    folder, held = experiment.path, (experiment.path / RECORD).exists()
+    if held and experiment.start == "new":
+        raise ValueError(f"{folder} holds a run; --start resume goes on with it, --start overwrite deletes it, --name NAME keeps both")
+    if experiment.start == "resume" and not held:
+        raise ValueError(f"{folder} holds no run to resume; drop --start resume, or set --name and --folder to a run's")
+    return prepare(experiment.data)
 
 
 def hashes(prepared: Prepared) -> dict[str, str]:
@@ -139,18 +155,22 @@ def run(start: Start) -> Result:
     experiment, program, folder = start.experiment, start.program, start.experiment.path
     state = program.initial() if start.state is None else start.state
     resumed_at = int(state.step) if experiment.start == "resume" else None
-    write_record(folder, replace(experiment, start="new"), sources=start.sources, data=hashes(start.prepared))
+    first = hosts.is_first()
+    if first:
+        recorded = replace(experiment, start="new", hosts=hosts.Hosts())
+        write_record(folder, recorded, sources=start.sources, data=hashes(start.prepared))
     with (
         Manager(folder / "checkpoints", experiment.checkpoints) as manager,
-        Logger(folder, steps=experiment.steps, resumed_at=resumed_at) as logger,
+        Logger(folder, steps=experiment.steps, resumed_at=resumed_at) if first else Silence() as logger,
         _signals() as caught,
     ):
         result = _train(start, state, manager, logger, caught)
-    draw_curve(folder)
+    if first:
+        draw_curve(folder)
     return result
 
 
-def _train(start: Start, state: TrainState, manager: Manager, logger: Logger, caught: list[int]) -> Result:
+def _train(start: Start, state: TrainState, manager: Manager, logger: Logger | Silence, caught: list[int]) -> Result:
     experiment, program = start.experiment, start.program
     shape = (experiment.microbatches, experiment.batch // experiment.microbatches)
     sharding = batch_sharding(program.mesh, microbatches=True)
@@ -159,13 +179,14 @@ def _train(start: Start, state: TrainState, manager: Manager, logger: Logger, ca
     source = Batches(start.prepared.train, rows=experiment.batch, length=data.length, seed=experiment.seed, packing=data.packing)
     step, metrics, validation, sample = int(state.step), {}, {}, ""
     meter = _Meter(experiment, program)
-    pending = None
+    pending, several, stopped = None, jax.process_count() > 1, 0
 
     def settle() -> None:
         """Looks at the metrics of the last step: after the next one was issued where possible, so that the device does not wait."""
-        nonlocal metrics, pending
+        nonlocal metrics, pending, stopped
         if pending is not None:
-            (at, arrays), pending = pending, None
+            (at, arrays, called), pending = pending, None
+            stopped = stopped or int(called)
             metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}
             _require_finite(at, metrics)
             meter.count(metrics["tokens"])
@@ -176,12 +197,14 @@ def _train(start: Start, state: TrainState, manager: Manager, logger: Logger, ca
                 logger.progress(at)
 
     with iterate(source, start_example=start.example, rows=rows) as batches:
-        while step < experiment.steps and not caught:
+        while step < experiment.steps and not stopped:
             batch = next(batches)
             require_supervised(batch, f"the batch of step {step + 1}")
             state, arrays = program.step(state, place(batch, rows, shape, sharding))
+            # A signal may reach only some processes: like the metrics, that they are called is known to all one step later.
+            called = hosts.largest(program.mesh, caught[0] if caught else 0) if several else 0
             settle()
-            step, pending = step + 1, (step + 1, arrays)
+            step, pending = step + 1, (step + 1, arrays, called)
             last, loss = step == experiment.steps, None
             if start.prepared.validation is not None and _due(step, experiment.evaluation.every, last):
                 settle()
@@ -195,14 +218,17 @@ def _train(start: Start, state: TrainState, manager: Manager, logger: Logger, ca
             if experiment.samples.prompt and _due(step, experiment.samples.every, last):
                 settle()
                 sample = _sample(start, state.params)
-                logger.message(f"--- sample at step {step} ---\n{sample}\n---")
-                _append(experiment, step, sample)
+                if hosts.is_first():
+                    logger.message(f"--- sample at step {step} ---\n{sample}\n---")
+                    _append(experiment, step, sample)
                 meter.restart()
+            if caught and not several:
+                stopped = caught[0]
         settle()
-        if caught:
+        if stopped:
             manager.save(step, state, batches.get_state())
-            logger.message(f"{signal.Signals(caught[0]).name}: saved step {step}; --start resume goes on from it")
-    return Result(state, metrics, validation, sample, caught[0] if caught else None)
+            logger.message(f"{signal.Signals(stopped).name}: saved step {step}; --start resume goes on from it")
+    return Result(state, metrics, validation, sample, stopped or None)
 
 
 def evaluate(start: Start, params: Tree) -> dict[str, float]:
@@ -219,6 +245,9 @@ def evaluate(start: Start, params: Tree) -> dict[str, float]:
 
 
 def _sample(start: Start, params: Tree) -> str:
+    """Text that process 0 alone writes, on its first device if there are several processes; empty elsewhere."""
+    if (params := hosts.gathered(params)) is None:
+        return ""
     experiment, wanted = start.experiment, start.experiment.samples
     tokenizer = start.prepared.tokenizer
     new = generate(
