@@ -16,7 +16,7 @@ class Execution:
     Attributes:
       rules: which mesh axes shard each logical axis, of activations and of weights where they multiply (`lmx.parallel.rules`), or None
         to constrain nothing.
-      split: which mesh axes shard the gradient of each weight, where that differs (ZeRO); else None.
+      split: which mesh axes shard the gradient of each weight (ZeRO splits it further than `rules` does); None to leave that open.
       exchange: how attention sees the whole of a sequence that `rules` split: `"ring"` or `"alltoall"` (`lmx.parallel.context`).
       precision: types of parameters and activations.
       attention: the attention implementation; `"auto"` picks (`lmx.kernels.attention`).

@@ -61,12 +61,13 @@ class Layout:
         return math.prod(getattr(self, axis) for axis in SHARDS)
 
 
-def check(layout: Layout, sizes: dict[str, dict[str, int]], rows: int, available: int) -> None:
+def check(layout: Layout, sizes: dict[str, dict[str, int]], rows: int, microbatches: int, available: int) -> None:
     """Refuses a layout that does not fit, before anything is compiled.
 
     Args:
       sizes: for each axis of the mesh (`"fsdp"`, `"tensor"`), the sizes it must divide, by the name of their knob.
       rows: rows of one microbatch.
+      microbatches: of a step.
       available: devices at hand.
 
     Raises:
@@ -88,6 +89,15 @@ def check(layout: Layout, sizes: dict[str, dict[str, int]], rows: int, available
                 raise ValueError(
                     f"{knob}={size} is not divisible by layout.{axis}={degree}; use {_one_of(divisors(size))} for layout.{axis}"
                 )
+    if layout.zero not in range(4):
+        raise ValueError(f"layout.zero={layout.zero} must be 0, 1, 2 or 3")
+    if layout.rounds < 1 or (layout.rounds > 1 and layout.pipeline == 1):
+        raise ValueError(f"layout.rounds={layout.rounds} are stages of a pipeline's devices: set it to 1, or layout.pipeline above 1")
+    if layout.rounds > 1 and microbatches % layout.pipeline:
+        raise ValueError(
+            f"microbatches={microbatches} is not divisible by layout.pipeline={layout.pipeline}, and with layout.rounds={layout.rounds} they "
+            f"go in flights of that many; use a multiple, or layout.rounds=1"
+        )
     if rows % layout.shards:
         raise ValueError(
             f"a microbatch of {rows} rows (batch / microbatches) is not divisible by layout.data x layout.fsdp x layout.expert = {layout.shards}; "

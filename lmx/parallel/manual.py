@@ -8,13 +8,11 @@ from jax.sharding import PartitionSpec as P
 
 
 def axes() -> dict[str, int]:
-    """Sizes of the mesh axes that the compiler still shards over; empty where there is no mesh."""
+    """Sizes of the mesh axes that the compiler still shards over; empty where there is no mesh, or one of a single device."""
     mesh = jax.sharding.get_abstract_mesh()
-    return (
-        {}
-        if mesh.empty
-        else {n: mesh.shape[n] for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
-    )
+    if mesh.empty or mesh.size == 1:
+        return {}
+    return {n: mesh.shape[n] for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
 
 
 def manual(function: Callable, in_specs, out_specs) -> Callable:

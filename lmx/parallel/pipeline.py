@@ -12,6 +12,7 @@ devices, M microbatches and v rounds a share `(p - 1) / (M v + p - 1)` of the ti
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -146,7 +147,7 @@ def natural(tree: Tree, layout: Layout, *, back: bool = False) -> Tree:
         lies = order(layout, leaf.shape[0])
         return leaf[np.array(lies if back else np.argsort(lies))]
 
-    return jax.tree_util.tree_map_with_path(of, tree)
+    return jax.jit(partial(jax.tree_util.tree_map_with_path, of), out_shardings=jax.tree.map(lambda a: a.sharding, tree))(tree)
 
 
 def value_and_grad(model: Model, layout: Layout) -> Callable:
@@ -164,9 +165,9 @@ def value_and_grad(model: Model, layout: Layout) -> Callable:
 
             def tick(carry, t, *, forward: bool, backward: bool):
                 if forward:
-                    carry = does.forward(carry, plan.forward(t, device))
+                    carry = does.forward(carry, t)
                 if backward:
-                    carry = does.backward(carry, plan.backward(t, device), seed)
+                    carry = does.backward(carry, t, seed)
                 return carry, None
 
             first = 0
@@ -206,10 +207,10 @@ def sums(model: Model, layout: Layout) -> Callable:
                 x, found = carry
                 turn, here = jnp.divmod(t, plan.stages)
                 item = Item(here == device, jnp.int32(0), turn, jnp.int32(0))
-                y, added, _ = does.work(item, x)
-                last = item.valid & (device == plan.stages - 1) & (turn == plan.rounds - 1)
-                left = jax.lax.cond(last, lambda: model.leave(outer, y, does.microbatch(item)), lambda: does.no_sums()[0])
-                return (_along(y, 1), does.sum(item, found, left, added)), None
+                now = item._replace(valid=jnp.bool_(True))
+                y, added = does.stage(item, does.microbatch(item))(does.mine(item, layers), does.entered(item, now, x))
+                now = now._replace(valid=here == plan.stages - 1)
+                return (_along(y, 1), does.sum(item, found, does.left(item, now, y), added)), None
 
             (_, found), _ = jax.lax.scan(tick, (does.nothing(), does.no_sums()), jnp.arange(plan.stages * plan.rounds))
             return _together(found)
@@ -252,34 +253,27 @@ class _Device(NamedTuple):
             "sums": self.no_sums(),
         }
 
-    def forward(self, carry: Tree, item: Item) -> Tree:
-        y, _, x = self.work(item, carry["x"])
+    def forward(self, carry: Tree, tick: Array) -> Tree:
+        item = self.plan.forward(tick, self.device)
+        x = self.entered(item, self.plan.forward(tick, 0), carry["x"])
+        y, _ = self.stage(item, self.microbatch(item))(self.mine(item, self.layers), x)
         kept = jax.lax.dynamic_update_index_in_dim(carry["kept"], jnp.where(item.valid, x, carry["kept"][item.slot]), item.slot, 0)
         return carry | {"x": _along(y, 1), "kept": kept}
 
-    def backward(self, carry: Tree, item: Item, seed: Array) -> Tree:
+    def backward(self, carry: Tree, tick: Array, seed: Array) -> Tree:
+        item = self.plan.backward(tick, self.device)
         microbatch, x = self.microbatch(item), carry["kept"][item.slot]
-        stage = self.stage(item, microbatch)
-        (y, added), pull = jax.vjp(stage, self.mine(item, self.layers), x)
-        last = item.valid & (self.device == self.plan.stages - 1) & (item.turn == self.plan.rounds - 1)
-
-        def leave():
-            found, pull = jax.vjp(lambda outer, y: self.model.leave(outer, y, microbatch), self.outer, y)
-            return found, *pull(self.seeded(found, seed))
-
-        def pass_on():
-            return self.no_sums()[0], jax.tree.map(jnp.zeros_like, self.outer), carry["dx"]
-
-        left, d_outer, dy = jax.lax.cond(last, leave, pass_on)
-        weight = jnp.where(item.valid, seed, 0)
-        d_layers, dx = pull((jnp.where(item.valid, dy, 0), self.seeded(added, weight)))
-        first = item.valid & (self.device == 0) & (item.turn == 0)
+        (y, added), pull = jax.vjp(self.stage(item, microbatch), self.mine(item, self.layers), x)
+        left, d_outer, dy = self.left_with_gradients(item, self.plan.backward(tick, self.plan.stages - 1), y, seed)
+        dy = jnp.where(self.is_last(item), dy, carry["dx"])
+        d_layers, dx = pull((jnp.where(item.valid, dy, 0), _seeded(added, jnp.where(item.valid, seed, 0))))
 
         def enter(d_outer):
             _, pull = jax.vjp(lambda outer: self.model.enter(outer, microbatch, self.key), self.outer)
-            return jax.tree.map(jnp.add, d_outer, pull(dx)[0])
+            return jax.tree.map(jnp.add, d_outer, pull(jnp.where(item.valid & self.is_first(item), dx, 0))[0])
 
-        d_outer = jax.lax.cond(first, enter, lambda d: d, d_outer)
+        first = self.plan.backward(tick, 0)
+        d_outer = jax.lax.cond(first.valid & (first.turn == 0), enter, lambda d: d, d_outer)
         return carry | {
             "dx": _along(dx, -1),
             "layers": self.add(item, carry["layers"], d_layers),
@@ -287,12 +281,48 @@ class _Device(NamedTuple):
             "sums": self.sum(item, carry["sums"], left, added),
         }
 
-    def work(self, item: Item, arrived: Array) -> tuple[Array, Any, Array]:
-        """A stage's output and sums, and its input."""
-        microbatch = self.microbatch(item)
-        first = (self.device == 0) & (item.turn == 0)
-        x = jax.lax.cond(first, lambda: self.model.enter(self.outer, microbatch, self.key), lambda: arrived)
-        return *self.stage(item, microbatch)(self.mine(item, self.layers), x), x
+    # Devices that take different branches may wait for each other in collectives for ever. So whether something enters or leaves is asked
+    # of the tick, which all devices share; they all do the work, which costs no time since they would wait for the one that must.
+
+    def entered(self, item: Item, entering: Item, arrived: Array) -> Array:
+        """A stage's input: what enters the first stage, what arrived elsewhere."""
+
+        def enter():
+            return self.model.enter(self.outer, self.microbatch(entering), self.key)
+
+        x = jax.lax.cond(entering.valid & (entering.turn == 0), enter, lambda: arrived)
+        return jnp.where(self.is_first(item), x, arrived)
+
+    def left(self, item: Item, leaving: Item, y: Array) -> Any:
+        """Sums of what leaves the last stage; nothing elsewhere."""
+        sums = jax.lax.cond(self.leaves(leaving), lambda: self.model.leave(self.outer, y, self.microbatch(item)), lambda: self.no_sums()[0])
+        return self.only(item, sums)
+
+    def left_with_gradients(self, item: Item, leaving: Item, y: Array, seed: Array) -> tuple:
+        """The same, with gradients of `seed * loss` by the outer parameters and by y."""
+        microbatch, seed = self.microbatch(item), jnp.where(item.valid & self.is_last(item), seed, 0)
+
+        def leave():
+            sums, pull = jax.vjp(lambda outer, y: self.model.leave(outer, y, microbatch), self.outer, y)
+            return sums, *pull(_seeded(sums, seed))
+
+        def stay():
+            return self.no_sums()[0], *jax.tree.map(jnp.zeros_like, (self.outer, y))
+
+        sums, d_outer, dy = jax.lax.cond(self.leaves(leaving), leave, stay)
+        return self.only(item, sums), d_outer, dy
+
+    def leaves(self, item: Item) -> Array:
+        return item.valid & (item.turn == self.plan.rounds - 1)
+
+    def only(self, item: Item, sums: Any) -> Any:
+        return jax.tree.map(lambda a: jnp.where(item.valid & self.is_last(item), a, 0), sums)
+
+    def is_first(self, item: Item) -> Array:
+        return (self.device == 0) & (item.turn == 0)
+
+    def is_last(self, item: Item) -> Array:
+        return (self.device == self.plan.stages - 1) & (item.turn == self.plan.rounds - 1)
 
     def stage(self, item: Item, microbatch: Tree) -> Callable:
         size = jax.tree.leaves(self.layers)[0].shape[0] // self.plan.rounds
@@ -313,11 +343,6 @@ class _Device(NamedTuple):
             return jax.tree.map(jnp.add, total, gradient)
         turns = jax.tree.map(lambda a: a.reshape(self.plan.rounds, -1, *a.shape[1:]), total)
         return jax.tree.map(lambda a, g, t: a.at[item.turn].add(g).reshape(t.shape), turns, gradient, total)
-
-    def seeded(self, found, seed: Array):
-        """The cotangent of sums: that of the loss is `seed`, of metrics nothing."""
-        loss, metrics = found
-        return seed.astype(loss.dtype), jax.tree.map(jnp.zeros_like, metrics)
 
     def nothing(self) -> Array:
         microbatch = jax.tree.map(lambda a: a[0], self.batch)
@@ -341,3 +366,9 @@ def _together(sums: tuple):
     """All devices' sums as one loss and its metrics."""
     (loss, metrics), (more, others) = jax.lax.psum(sums, AXIS)
     return loss + more, metrics | others
+
+
+def _seeded(sums, seed: Array):
+    """The cotangent of sums: that of the loss is `seed`, of metrics nothing."""
+    loss, metrics = sums
+    return seed.astype(loss.dtype), jax.tree.map(jnp.zeros_like, metrics)

@@ -12,6 +12,7 @@ from lmx.core.params import ParamSpec, is_spec
 from lmx.core.tree import Tree, name_of
 from lmx.core.weights import Split, Weight
 from lmx.parallel.layout import SHARDS, Layout
+from lmx.parallel.manual import axes
 
 
 def rules(layout: Layout, *, split: bool = False) -> Rules:
@@ -77,30 +78,28 @@ def like_parameters(tree: Tree, specs: Tree, mesh: Mesh, rules: Rules) -> Tree:
 
 
 def placed(params: Tree, specs: Tree, execution: Execution) -> Tree:
-    """Parameters as ZeRO has them multiply: those that are split where they rest, or whose gradients are, stand as `Split`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if execution.split is None or mesh.empty:
+    """Parameters as `Split`: gathered by the execution's `rules` where they multiply, their gradients placed by its `split`."""
+    sizes = axes()
+    if execution.split is None or not sizes:
         return params
-    sizes = dict(mesh.shape)
 
     def place(spec: ParamSpec, value: Array) -> Weight:
-        whole, parts = (partition(spec.axes, spec.shape, rules, sizes) for rules in (execution.rules, execution.split))
-        return value if whole == parts else Split(value, whole, parts)
+        return Split(value, *(partition(spec.axes, spec.shape, rules, sizes) for rules in (execution.rules, execution.split)))
 
     return jax.tree.map(place, specs, params, is_leaf=is_spec)
 
 
-def constrain(x: Array, axes: tuple[str | None, ...], rules: Rules | None) -> Array:
+def constrain(x: Array, names: tuple[str | None, ...], rules: Rules | None) -> Array:
     """Says where an activation, and its cotangent, is by the logical names of its dimensions. Without a mesh or rules it does nothing."""
-    return move(x, axes, axes, rules)
+    return move(x, names, names, rules)
 
 
-def move(x: Array, axes: tuple[str | None, ...], back: tuple[str | None, ...], rules: Rules | None) -> Array:
+def move(x: Array, to: tuple[str | None, ...], back: tuple[str | None, ...], rules: Rules | None) -> Array:
     """Says where an activation is to be, and where its cotangent comes back to."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if rules is None or mesh.empty:
+    sizes = axes()
+    if rules is None or not sizes:
         return x
-    there, here = (partition(a, x.shape, rules, dict(mesh.shape)) for a in (axes, back))
+    there, here = (partition(names, x.shape, rules, sizes) for names in (to, back))
     return _move(there, here, x)
 
 

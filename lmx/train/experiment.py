@@ -112,17 +112,65 @@ def check(experiment: Experiment) -> None:
         )
     if experiment.batch % experiment.microbatches:
         raise ConfigError(f"batch={experiment.batch} is not divisible by microbatches={experiment.microbatches}")
+    layout = experiment.layout
     sizes = {
         "tensor": {"model.heads": model.heads, "the feed-forward width (model.mlp)": model.hidden},
-        "fsdp": {"model.embed": model.embed},
+        "fsdp": {"model.embed": model.embed} if layout.zero else {},
+        "context": {},
     }
     # Fewer key heads than tensor shards are replicated; more must divide.
-    if model.key_heads % experiment.layout.tensor and experiment.layout.tensor % model.key_heads:
+    if model.key_heads % layout.tensor and layout.tensor % model.key_heads:
         sizes["tensor"]["model.kv_heads"] = model.key_heads
     if model.vocab:
         sizes["tensor"]["model.vocab"] = model.vocab
-    layouts.check(experiment.layout, sizes, experiment.batch // experiment.microbatches, len(jax.devices()))
+    if model.experts:
+        sizes["expert"] = {"model.experts": model.experts}
+        sizes["tensor"]["the experts' width (model.expert_mlp)"] = model.expert_hidden
+    layouts.check(layout, sizes, experiment.batch // experiment.microbatches, experiment.microbatches, len(jax.devices()))
+    _check_sequence(experiment)
+    _check_pipeline(experiment)
     check_data(experiment.data)
+
+
+def _check_sequence(experiment: Experiment) -> None:
+    layout, model, length = experiment.layout, experiment.model, experiment.data.length
+    between = layout.context * (layout.tensor if layout.sequence else 1)
+    if length % between:
+        raise ConfigError(
+            f"data.length={length} is not divisible by layout.context={layout.context} x layout.tensor={layout.tensor}, which split it"
+            f"{'; change it, or set layout.sequence to False' if length % layout.context == 0 else '; change one of them'}"
+        )
+    if layout.context == 1:
+        return
+    if model.expert_capacity is not None:
+        raise ConfigError(
+            f"model.expert_capacity={model.expert_capacity} counts an expert's slots along a whole sequence, which layout.context splits; "
+            "set it to None (dropless), or layout.context to 1"
+        )
+    if model.dropout:
+        raise ConfigError(
+            f"model.dropout={model.dropout} cannot drop attention weights of sequences that layout.context splits; set it to 0"
+        )
+    if layout.exchange == "ring" and length % (2 * layout.context):
+        raise ConfigError(
+            f"data.length={length} is not divisible by 2 x layout.context={layout.context}: a ring cuts it in that many pieces"
+        )
+    heads = model.heads // layout.tensor
+    if layout.exchange == "alltoall" and heads % layout.context:
+        raise ConfigError(
+            f"layout.exchange=alltoall trades {heads} heads (model.heads / layout.tensor) among layout.context={layout.context} devices, "
+            f"which does not divide them; use ring, or another degree"
+        )
+
+
+def _check_pipeline(experiment: Experiment) -> None:
+    layout, model = experiment.layout, experiment.model
+    stages = layout.pipeline * layout.rounds
+    if stages > 1 and model.layers % (stages * len(model.pattern)):
+        raise ConfigError(
+            f"model.layers={model.layers} is not divisible by layout.pipeline={layout.pipeline} x layout.rounds={layout.rounds} x "
+            f"{len(model.pattern)} (the length of model.pattern): every stage holds as many whole patterns"
+        )
 
 
 def resolve(experiment: Experiment, prepared: Prepared) -> Experiment:

@@ -36,7 +36,9 @@ class Program:
       initial: the state before the first step.
       step: from a state (donated) and a batch `[microbatches, rows, ...]` to the next state and its metrics.
       evaluate: from parameters and a batch `[rows, ...]` to sums.
-      abstract: the state's shapes, types and shardings, to restore into.
+      natural: a state, or parameters, with layers in their order: what is saved and sampled from. A pipeline with rounds holds another.
+      arranged: the inverse of `natural`.
+      abstract: the state's shapes, types and shardings, to restore into (in natural order).
     """
 
     experiment: Experiment
@@ -46,6 +48,8 @@ class Program:
     initial: Callable[[], TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     evaluate: Callable[[Tree, Batch], dict[str, jax.Array]]
+    natural: Callable[[Tree], Tree]
+    arranged: Callable[[Tree], Tree]
     abstract: TrainState
 
 
@@ -60,7 +64,7 @@ def build(experiment: Experiment, devices: list | None = None) -> Program:
     plain = layout.ordered > 0
     execution = Execution(
         rules=None if plain else rules(layout),
-        split=None if plain or layout.zero < 2 else rules(layout, split=True),
+        split=None if plain else rules(layout, split=layout.zero >= 2),
         exchange=layout.exchange,
         precision=precision,
         remat=layout.remat,
@@ -89,6 +93,8 @@ def build(experiment: Experiment, devices: list | None = None) -> Program:
         initial=_on(mesh, jax.jit(start, out_shardings=shardings, compiler_options=exactly)),
         step=_on(mesh, jax.jit(step, in_shardings=(shardings, placed), out_shardings=(shardings, None), donate_argnums=0)),
         evaluate=_on(mesh, jax.jit(make_evaluation(task, sums))),
+        natural=partial(pipeline.natural, layout=layout),
+        arranged=partial(pipeline.natural, layout=layout, back=True),
         abstract=jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings),
     )
 

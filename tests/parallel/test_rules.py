@@ -46,12 +46,12 @@ def test_a_batch_is_placed_row_by_row_where_its_sharding_says():
 
 def test_layouts_that_do_not_fit_are_refused_by_knob():
     sizes = {"tensor": {"model.heads": 12}, "fsdp": {"model.embed": 8}}
-    check(Layout(data=2, tensor=4), sizes, 8, 8)
+    check(Layout(data=2, tensor=4), sizes, 8, 1, 8)
     with pytest.raises(ValueError, match=r"model\.heads=12 is not divisible by layout\.tensor=8; use 1, 2, 3, 4, 6 or 12"):
-        check(Layout(tensor=8), sizes, 8, 8)
+        check(Layout(tensor=8), sizes, 8, 1, 8)
     with pytest.raises(ValueError, match=r"needs 16 devices .* but 8 are here"):
-        check(Layout(data=16), sizes, 16, 8)
+        check(Layout(data=16), sizes, 16, 1, 8)
     with pytest.raises(ValueError, match=r"layout\.data=0 must be at least 1"):
-        check(Layout(data=0), sizes, 8, 8)
+        check(Layout(data=0), sizes, 8, 1, 8)
     with pytest.raises(ValueError, match=r"3 rows .* not divisible"):
-        check(Layout(data=2), sizes, 3, 8)
+        check(Layout(data=2), sizes, 3, 1, 8)

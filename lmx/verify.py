@@ -1,0 +1,194 @@
+"""Is this layout right? Trains a small copy of an experiment on one device and on its layout, and compares the numbers.
+
+`python -m lmx.verify experiments.NAME [--layout.tensor 2 ...]` takes the knobs of the experiment. Devices are simulated on the CPU, so it
+runs anywhere. The copy has fewer and narrower layers, but the same code path: kinds of layers, objective, precision, layout, microbatches
+are the experiment's own. What differs by more than the bound is a bug, not noise.
+"""
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from lmx.core.config import ConfigError, command_line, exits_with_one_line
+from lmx.core.tree import Tree, disagreement
+from lmx.parallel.feed import batch_sharding, local_rows, place
+from lmx.parallel.layout import Layout
+from lmx.train.experiment import Experiment
+from lmx.train.optimizers import SGD, Schedule
+from lmx.train.program import build
+
+BOUND = 2e-5
+"""Worst relative difference in fp32 (by `lmx.core.tree.disagreement`). In other precisions: twice what rounding does on one device."""
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Report:
+    """How far a layout's numbers are from one device's.
+
+    Attributes:
+      bound: what is still rounding.
+      worst: the largest difference of each quantity: `losses`, `grad_norms` (relative), and every gradient and parameter by its name.
+    """
+
+    bound: float
+    worst: dict[str, float]
+
+    @property
+    def right(self) -> bool:
+        """Whether every difference is within the bound."""
+        return all(value <= self.bound for value in self.worst.values())  # a NaN is not
+
+
+def verify(experiment: Experiment, steps: int = STEPS) -> Report:
+    """Compares a small copy of the experiment on its layout with one device. Needs as many devices as the layout uses.
+
+    The optimizer is plain descent with momentum: Adam would turn a gradient that is zero but for rounding into steps of full size.
+    """
+    small = shrink(experiment)
+    alone = replace(small, layout=Layout(), microbatches=1)
+    exact, found = train(replace(alone, precision="fp32"), steps), train(small, steps)
+    if small.precision == "fp32":
+        return Report(BOUND, differences(found, exact))
+    rounding = differences(train(alone, steps), exact)
+    return Report(2 * max(rounding.values()), differences(found, exact))
+
+
+def shrink(experiment: Experiment) -> Experiment:
+    """The smallest experiment that takes the same path: its sizes divide as the layout needs."""
+    model, layout = experiment.model, experiment.layout
+    split = layout.tensor * (layout.context if layout.exchange == "alltoall" else 1)
+    key_heads = split if model.key_heads % layout.tensor == 0 else model.key_heads
+    share = max(model.heads // model.key_heads, math.lcm(split, key_heads) // key_heads)
+    between = 2 * layout.context * layout.tensor
+    length = min(between * max(1, 32 // between), max(between, experiment.data.length))
+    period = len(model.pattern)
+    stages = layout.pipeline * layout.rounds
+    microbatches = experiment.microbatches if experiment.microbatches <= 2 * layout.pipeline else 2 * layout.pipeline
+    rows = layout.shards * -(-max(2, layout.ordered) // layout.shards)
+    small = replace(
+        model,
+        vocab=16 * layout.tensor,
+        layers=period * max(stages, 2),
+        embed=16 * layout.fsdp,
+        heads=key_heads * share,
+        kv_heads=key_heads,
+        head_dim=8,
+        mlp=16 * layout.tensor,
+        context=length,
+        window=None if model.window is None else min(model.window, length // 4),
+        init_std=0.1,
+    )
+    return replace(
+        experiment,
+        model=small,
+        data=replace(experiment.data, length=length),
+        optimizer=SGD(learning_rate=0.1, momentum=0.9, clip=0.0, schedule=Schedule(kind="constant", warmup=0)),
+        batch=rows * microbatches,
+        microbatches=microbatches,
+    )
+
+
+def train(experiment: Experiment, steps: int) -> dict[str, Any]:
+    """Losses and gradient norms by step, the first step's gradients, and the parameters after the last, on random packed rows."""
+    program = build(experiment)
+    shape = (experiment.microbatches, experiment.batch // experiment.microbatches)
+    sharding = batch_sharding(program.mesh, microbatches=True)
+    rows = local_rows(sharding, shape)
+    state, losses, norms, gradients = program.initial(), [], [], None
+    for k in range(steps):
+        batch = {name: a[rows] for name, a in packed(experiment, k).items()}
+        state, metrics = program.step(state, place(batch, rows, shape, sharding))
+        losses.append(float(metrics["loss"]))
+        norms.append(float(metrics["grad_norm"]))
+        if k == 0:  # the momentum after one step is the gradient
+            gradients = jax.device_get(program.natural(_momentum(state.optimizer)))
+    params = jax.device_get(program.natural(state.params))
+    return {"losses": np.array(losses), "grad_norms": np.array(norms), "gradients": gradients, "params": params}
+
+
+def packed(experiment: Experiment, step: int) -> dict[str, np.ndarray]:
+    """A batch of random tokens: three texts and padding a row, tokens of any weight, and one row of nothing but padding."""
+    rng, rows, length = np.random.default_rng(step), experiment.batch, experiment.data.length
+    tokens = rng.integers(0, experiment.model.vocab, (rows, length + 1)).astype(np.int32)
+    segments, positions = np.zeros((2, rows, length), np.int32)
+    for row in range(1, rows):
+        start = 0
+        for segment, end in enumerate(np.sort(rng.choice(np.arange(length // 8 + 1, length + 1), 3, replace=False)), 1):
+            segments[row, start:end], positions[row, start:end] = segment, np.arange(end - start)
+            start = end
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": ((segments > 0) * rng.uniform(0.5, 1.5, (rows, length))).astype(np.float32),
+        "segments": segments,
+        "positions": positions,
+        "example_id": (rows * step + np.arange(rows)).astype(np.int32),
+    }
+
+
+def differences(found: dict[str, Any], exact: dict[str, Any]) -> dict[str, float]:
+    """The worst of each quantity."""
+    relative = {part: float(np.abs(found[part] / exact[part] - 1).max()) for part in ("losses", "grad_norms")}
+    trees = {part: disagreement(found[part], exact[part]) for part in ("gradients", "params")}
+    return relative | {f"{part}/{name}": value for part, tree in trees.items() for name, value in tree.items()}
+
+
+def _momentum(optimizer: Tree) -> Tree:
+    """The one momentum in the state of plain descent."""
+    leaves = jax.tree.leaves(optimizer, is_leaf=lambda part: isinstance(part, optax.TraceState))
+    (found,) = (leaf.trace for leaf in leaves if isinstance(leaf, optax.TraceState))
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The door: prints the table, saves it beside the run as `verify.json`, and leaves with 1 when a difference is beyond the bound."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    with exits_with_one_line():
+        if not argv or argv[0].startswith("-"):
+            raise ConfigError("name an experiment's module first: python -m lmx.verify experiments.NAME [--layout.tensor 2 ...]")
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        jax.config.update("jax_platforms", "cpu")
+        try:
+            experiment = importlib.import_module(argv[0]).experiment
+        except (ModuleNotFoundError, AttributeError) as error:
+            raise ConfigError(f"{argv[0]} is no module with an `experiment` in it ({error})") from error
+    experiment, _ = command_line(experiment, argv[1:], description=__doc__)
+    jax.config.update("jax_num_cpu_devices", experiment.layout.devices)
+    with exits_with_one_line():
+        report = verify(experiment)
+    _print(experiment, report)
+    experiment.path.mkdir(parents=True, exist_ok=True)
+    (experiment.path / "verify.json").write_text(json.dumps(dataclasses.asdict(report) | {"layout": dataclasses.asdict(experiment.layout)}))
+    if not report.right:
+        sys.exit(1)
+
+
+def _print(experiment: Experiment, report: Report) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    degrees = ", ".join(f"{f.name} {getattr(experiment.layout, f.name)}" for f in dataclasses.fields(Layout))
+    table = Table(title=f"{experiment.name}, small, on one device and on {experiment.layout.devices} ({degrees})")
+    for name in ("quantity", "worst relative difference", "bound"):
+        table.add_column(name, justify="left" if name == "quantity" else "right")
+    for name, value in sorted(report.worst.items(), key=lambda item: -np.nan_to_num(item[1], nan=np.inf)):
+        within = value <= report.bound
+        table.add_row(name, f"{value:.1e}", f"{report.bound:.1e}", style=None if within else "bold red")
+    console = Console()
+    console.print(table)
+    console.print("right: all of it is rounding" if report.right else "[bold red]wrong: what is red is no rounding[/]")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Loss, gradients and parameters after three steps are one device's under every layout: a covering set of their combinations."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import composition
+import numpy as np
+import pytest
+import runs
+
+from lmx.core.tree import disagreement
+from lmx.parallel.layout import Layout
+from lmx.train.experiment import check
+from lmx.verify import BOUND, differences
+
+CASES = composition.cover()
+README = Path(__file__).parents[2] / "README.md"
+
+
+@cache
+def one_device(model, precision: str) -> dict:
+    return runs.train(runs.experiment(model=model, precision=precision, layout=Layout()))
+
+
+@pytest.mark.parametrize("case", CASES, ids=composition.name)
+def test_numbers_do_not_depend_on_the_layout(case):
+    run = composition.experiment(case)
+    check(run)
+    exact = one_device(run.model, "fp32")
+    bound = BOUND if run.precision == "fp32" else 2 * max(differences(one_device(run.model, run.precision), exact).values())
+    found = differences(runs.train(run), exact)
+    assert max(found.values()) < bound, {name: value for name, value in found.items() if not value < bound}
+
+
+def test_every_pair_of_settings_is_covered():
+    assert len(CASES) >= 60
+    for a, b in composition.PAIRS:
+        for x in composition.KNOBS[a]:
+            for y in composition.KNOBS[b]:
+                assert sum(case[a] == x and case[b] == y for case in CASES) >= composition.ROUNDS, (x, y)
+
+
+def test_training_moves_every_parameter():
+    """Equality would mean little of gradients that are all noise."""
+    run = one_device(runs.MODEL, "fp32")
+    assert np.isfinite(run["losses"]).all()
+    assert run["losses"][-1] < run["losses"][0]
+    assert len(set(disagreement(run["params"], run["gradients"]))) == len(disagreement(run["gradients"], run["gradients"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "model", "message"),
+    [
+        ({"layout": Layout(context=2)}, {"dropout": 0.1}, "cannot drop attention weights"),
+        ({"layout": Layout(context=2, tensor=4, exchange="alltoall")}, {}, "trades 1 heads"),
+        ({"layout": Layout(context=8, tensor=1)}, {"context": 24, "vocab": 48}, "data.length=24 is not divisible by 2 x layout.context=8"),
+        ({"layout": Layout(pipeline=4)}, {}, "model.layers=2 is not divisible by layout.pipeline=4"),
+        (
+            {"layout": Layout(pipeline=2, rounds=2), "microbatches": 1},
+            {"layers": 4},
+            "microbatches=1 is not divisible by layout.pipeline=2",
+        ),
+        ({"layout": Layout(rounds=2)}, {}, "layout.rounds=2 are stages of a pipeline's devices"),
+        ({"layout": Layout(zero=4)}, {}, "layout.zero=4 must be 0, 1, 2 or 3"),
+        ({"layout": Layout(tensor=8)}, {}, "model.heads=4 is not divisible by layout.tensor=8"),
+        ({"layout": Layout(data=16)}, {}, "the layout needs 16 devices"),
+        ({"layout": Layout(data=8), "microbatches": 4}, {}, "a microbatch of 4 rows"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_compiled(changes, model, message):
+    run = runs.experiment(**changes, model=replace(runs.MODEL, **model))
+    if model.get("context") == 24:
+        run = replace(run, data=replace(run.data, length=24))
+    with pytest.raises(ValueError, match=message):
+        check(run)
