@@ -81,6 +81,15 @@ def llama(heads: int, kv_heads: int, *, tied: bool, sandwich: bool = False) -> t
     return outside, layer
 
 
+def mixtral(heads: int, kv_heads: int) -> tuple[dict, dict]:
+    outside, layer = llama(heads, kv_heads, tied=False)
+    at = "model.layers.{}.block_sparse_moe."
+    layer = {ours: entry for ours, entry in layer.items() if not ours.startswith("feedforward/")}
+    for ours, theirs in (("gate", "w1"), ("down", "w2"), ("up", "w3")):
+        layer[f"experts/{ours}/weight"] = (f"{at}experts.*.{theirs}.weight", lambda a: a.swapaxes(1, 2))
+    return outside, layer | {"experts/router/weight": (at + "gate.weight", turned)}
+
+
 def gpt2() -> tuple[dict, dict]:
     def pairs(ours, theirs, weight, bias=same, scale="weight"):
         return {f"{ours}/{scale}": (f"{theirs}.weight", weight), f"{ours}/bias": (f"{theirs}.bias", bias)}
@@ -125,6 +134,7 @@ MODELS = {
     "llama": (Transformer(**SIZES | LLAMA), Names(*llama(4, 2, tied=False))),
     "mistral": (Transformer(**SIZES | LLAMA, window=6, pattern=("local",)), Names(*llama(4, 2, tied=False))),
     "opt": (Transformer(**SIZES | GPT2, mlp=96, activation="relu"), Names(*opt())),
+    "mixtral": (Transformer(**SIZES | LLAMA | {"norm_epsilon": 1e-5}, experts=4, rope_theta=1e6), Names(*mixtral(4, 2))),
     # Gemma's norms multiply by one plus their parameter.
     "gemma": (Transformer(**SIZES | GEMMA, kv_heads=1, norm_epsilon=1e-4), Names(*llama(4, 1, tied=True), PLUS_ONE)),
     # Gemma 2 scales scores by query_pre_attn_scalar ** -0.5, which the query projection can carry.
@@ -136,6 +146,15 @@ MODELS = {
         Names(*llama(4, 2, tied=True, sandwich=True), PLUS_ONE, {"attention/query/weight": (16 / 24) ** 0.5}),
     ),
 }  # fmt: skip
+
+
+def load(file) -> dict[str, np.ndarray]:
+    """A file's tensors; those of numbered experts, where all are there, as one that has `*` for the number."""
+    tensors = load_file(file)
+    for name in sorted(name for name in tensors if ".experts.0." in name):
+        each = [name.replace(".experts.0.", f".experts.{e}.") for e in range(4)]
+        tensors[name.replace(".experts.0.", ".experts.*.")] = np.stack([tensors.pop(n) for n in each])
+    return tensors
 
 
 def mapped(names: Names, config: Transformer, tensors: dict[str, np.ndarray]):
@@ -167,7 +186,7 @@ def case(request, shared):
         pytest.skip(f"the reference case {request.param} is not in ../shared/goldens")
     config, names = MODELS[request.param]
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == config.vocab
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load(folder / "model.safetensors")
     used = {theirs.format(i) for theirs, _ in (names.outside | names.layer).values() for i in range(config.layers)}
     assert used == set(tensors), "every tensor of the checkpoint has a place"
     params = mapped(names, config, tensors)
@@ -221,7 +240,12 @@ def test_gradients_are_those_of_transformers(case, computed):
     entries = [(found[ours], ours, *entry) for ours, entry in names.outside.items()]
     for i in range(config.layers):
         for ours, (theirs, function) in names.layer.items():
-            entries.append((found[f"layers/0/{i % period}/{ours}"][i // period], ours, theirs.format(i), function))
+            gradient = found[f"layers/0/{i % period}/{ours}"][i // period]
+            if "*" not in theirs:
+                entries.append((gradient, ours, theirs.format(i), function))
+                continue
+            for e, own in enumerate(gradient):
+                entries.append((own, ours, theirs.format(i).replace("*", str(e)), lambda a, function=function: function(a[None])[0]))
     for gradient, ours, theirs, function in entries:
         if f"grad.{theirs}" in golden:
             expected = function(golden[f"grad.{theirs}"]) / names.scaled.get(ours, 1.0)
