@@ -85,6 +85,7 @@ def shrink(experiment: Experiment) -> Experiment:
         kv_heads=key_heads,
         head_dim=8,
         mlp=16 * layout.tensor,
+        expert_mlp=None if model.expert_mlp is None else 8 * layout.tensor,
         context=length,
         window=None if model.window is None else min(model.window, length // 4),
         init_std=0.1,

@@ -1,7 +1,7 @@
 """Attention in tiles, with memory linear in the length (Rabe and Staats, 2021; Dao et al., 2022), in plain XLA.
 
 Tiles in which no query may see any key are skipped when the program runs. `forward` also gives each query's log-sum-exp, and `backward`
-takes it, so that several calls over different keys can be merged into one attention (`merge`; ring attention does).
+takes it, so that one attention can be several calls over different keys, each going on from the last (ring attention).
 """
 
 from functools import partial
@@ -35,12 +35,11 @@ def attention(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(static, q, k, v, mask, slopes):
-    return forward(static, q, k, v, mask, slopes)[0].astype(q.dtype)
+    return untiled(forward(static, q, k, v, mask, slopes, nothing(q, k, v)), q)[0]
 
 
 def _attention_forward(static, q, k, v, mask, slopes):
-    out, lse = forward(static, q, k, v, mask, slopes)
-    out = out.astype(q.dtype)
+    out, lse = untiled(forward(static, q, k, v, mask, slopes, nothing(q, k, v)), q)
     return out, (q, k, v, mask, slopes, out, lse)
 
 
@@ -53,25 +52,26 @@ def _attention_backward(static, saved, g):
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def merge(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
-    """The attention over two sets of keys, from outputs and log-sum-exps over each."""
-    (out, lse), (more, lse_more) = one, other
-    total = jnp.logaddexp(lse, lse_more)
-    return out * jnp.exp(lse - total)[..., None] + more * jnp.exp(lse_more - total)[..., None], total
-
-
 def weigh(g: Array, out: Array) -> Float[Array, "batch queries heads"]:
     """What the backward pass subtracts from each row of the weights' cotangent."""
     return jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1)
 
 
-def forward(static, q: Array, k: Array, v: Array, mask: Mask, slopes: Array | None) -> tuple[Array, Array]:
-    """The output, fp32 of q's shape, and each query's log-sum-exp, fp32 `[batch, queries, heads]`; `static`: scale and soft cap."""
+def nothing(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    """What `forward` gives of no keys."""
+    shape = (*q.shape[:-1], v.shape[-1])
+    out, lse = jnp.zeros(shape, jnp.float32), jnp.full(shape[:-1], NONE, jnp.float32)
+    return tuple(_tiled(a, q.shape[2] // k.shape[2], _divisor(q.shape[1])) for a in (out, lse))
+
+
+def forward(static, q: Array, k: Array, v: Array, mask: Mask, slopes: Array | None, so_far: tuple) -> tuple[Array, Array]:
+    """The output and each query's log-sum-exp, fp32 and in tiles (`untiled` puts them in order); `static`: scale and soft cap; `so_far`:
+    both, over other keys, which are then counted in (`nothing` at first)."""
     tiles_q, tiles_k = _tiles(q, k, v, mask)
 
     def queries(tile):
-        q, rows = tile
-        start = (jnp.zeros((*q.shape[:-1], v.shape[-1]), jnp.float32), *(jnp.full(q.shape[:-1], x, jnp.float32) for x in (NONE, 0.0)))
+        q, rows, out, lse = tile
+        start = out, lse, jnp.where(lse > NONE, 1.0, 0.0)
 
         def step(carry, other):
             k, v, columns = other
@@ -91,8 +91,13 @@ def forward(static, q: Array, k: Array, v: Array, mask: Mask, slopes: Array | No
         total = jnp.where(some, total, 1.0)
         return out / total[..., None], jnp.where(some, top + jnp.log(total), NONE)
 
-    out, lse = jax.lax.map(queries, tiles_q)
-    return _untiled(out, q.shape[:3]), _untiled(lse, q.shape[:3])
+    return jax.lax.map(queries, (*tiles_q, *so_far))
+
+
+def untiled(found: tuple[Array, Array], q: Array) -> tuple[Array, Array]:
+    """What `forward` gives, as `[batch, queries, heads, head_dim]` in q's type and fp32 `[batch, queries, heads]`."""
+    out, lse = found
+    return _untiled(out.astype(q.dtype), q.shape[:3]), _untiled(lse, q.shape[:3])
 
 
 def backward(static, q, k, v, mask, slopes, lse, delta, g) -> tuple[Array, Array, Array]:

@@ -1,7 +1,7 @@
 """Attention over sequences that the `context` axis splits: inside a manual region, on each device's part.
 
-Two ways. In a ring (Liu et al., 2023) each device keeps its queries, and keys and values go round, each hop's attention merged into the
-last. Causal work is balanced by giving device i of n the 2n-ths i and 2n-1-i of each sequence ("zig-zag"): `arrange` puts a batch in that
+Two ways. In a ring (Liu et al., 2023) each device keeps its queries, and keys and values go round, each hop's attention going on from
+the last. Causal work is balanced by giving device i of n the 2n-ths i and 2n-1-i of each sequence ("zig-zag"): `arrange` puts a batch in that
 order, and everything else in a forward is indifferent to it, since positions and segments are data. In an all-to-all (DeepSpeed-Ulysses,
 Jacobs et al., 2023) devices trade their parts of all heads for all of their part of the heads; sequences stay in order.
 """
@@ -54,8 +54,8 @@ def alltoall(attend: Callable, q: Array, k: Array, v: Array, mask: Mask, slopes:
     mine = q.shape[2] // n
 
     def of_keys(a: Array) -> Array:
-        if a.shape[2] % n == 0:
-            return trade(a)
+        if a.shape[2] % n == 0 or n % a.shape[2] == 0:
+            return trade(jnp.repeat(a, max(1, n // a.shape[2]), axis=2))
         share = q.shape[2] // a.shape[2]
         return jax.lax.dynamic_slice_in_dim(gather(a), me * mine // share, max(1, mine // share), 2)
 
@@ -77,11 +77,9 @@ def _ring(static, q, k, v, mask, slopes):
 
 def _forward(static, q, k, v, mask, slopes):
     def hop(found, k, v, mask):
-        return chunked.merge(found, chunked.forward(static, q, k, v, mask, slopes))
+        return chunked.forward(static, q, k, v, mask, slopes, found)
 
-    nothing = jnp.zeros((*q.shape[:-1], v.shape[-1]), jnp.float32), jnp.full(q.shape[:-1], chunked.NONE, jnp.float32)
-    out, lse = _round(hop, nothing, (k, v), mask)
-    out = out.astype(q.dtype)
+    out, lse = chunked.untiled(_round(hop, chunked.nothing(q, k, v), (k, v), mask), q)
     return out, (q, k, v, mask, slopes, out, lse)
 
 

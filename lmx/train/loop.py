@@ -120,6 +120,7 @@ def prepare_run(experiment: Experiment, sources: dict[str, str] | None = None) -
         if manager.latest is None:
             return start
         state, position = manager.restore(program.abstract)
+    state = program.arranged(state)
     return replace(start, state=state, example=position["example"])
 
 
@@ -214,10 +215,10 @@ def _train(start: Start, state: TrainState, manager: Manager, logger: Logger | S
                 meter.restart()
             if _due(step, experiment.checkpoints.every, last):
                 settle()
-                manager.save(step, state, batches.get_state(), loss)
+                manager.save(step, program.natural(state), batches.get_state(), loss)
             if experiment.samples.prompt and _due(step, experiment.samples.every, last):
                 settle()
-                sample = _sample(start, state.params)
+                sample = _sample(start, program.natural(state.params))
                 if hosts.is_first():
                     logger.message(f"--- sample at step {step} ---\n{sample}\n---")
                     _append(experiment, step, sample)
@@ -226,9 +227,9 @@ def _train(start: Start, state: TrainState, manager: Manager, logger: Logger | S
                 stopped = caught[0]
         settle()
         if stopped:
-            manager.save(step, state, batches.get_state())
+            manager.save(step, program.natural(state), batches.get_state())
             logger.message(f"{signal.Signals(stopped).name}: saved step {step}; --start resume goes on from it")
-    return Result(state, metrics, validation, sample, stopped or None)
+    return Result(program.natural(state), metrics, validation, sample, stopped or None)
 
 
 def evaluate(start: Start, params: Tree) -> dict[str, float]:

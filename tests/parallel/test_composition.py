@@ -7,11 +7,12 @@ from pathlib import Path
 import composition
 import numpy as np
 import pytest
-import runs
 
+import runs
 from lmx.core.tree import disagreement
 from lmx.parallel.layout import Layout
 from lmx.train.experiment import check
+from lmx.train.objectives import CausalLM
 from lmx.verify import BOUND, differences
 
 CASES = composition.cover()
@@ -19,16 +20,16 @@ README = Path(__file__).parents[2] / "README.md"
 
 
 @cache
-def one_device(model, precision: str) -> dict:
-    return runs.train(runs.experiment(model=model, precision=precision, layout=Layout()))
+def one_device(model, objective, precision: str) -> dict:
+    return runs.train(runs.experiment(model=model, objective=objective, precision=precision, layout=Layout()))
 
 
 @pytest.mark.parametrize("case", CASES, ids=composition.name)
 def test_numbers_do_not_depend_on_the_layout(case):
     run = composition.experiment(case)
     check(run)
-    exact = one_device(run.model, "fp32")
-    bound = BOUND if run.precision == "fp32" else 2 * max(differences(one_device(run.model, run.precision), exact).values())
+    exact = one_device(run.model, run.objective, "fp32")
+    bound = BOUND if run.precision == "fp32" else 2 * max(differences(one_device(run.model, run.objective, run.precision), exact).values())
     found = differences(runs.train(run), exact)
     assert max(found.values()) < bound, {name: value for name, value in found.items() if not value < bound}
 
@@ -38,12 +39,13 @@ def test_every_pair_of_settings_is_covered():
     for a, b in composition.PAIRS:
         for x in composition.KNOBS[a]:
             for y in composition.KNOBS[b]:
-                assert sum(case[a] == x and case[b] == y for case in CASES) >= composition.ROUNDS, (x, y)
+                refused = (x, y) in composition.REFUSED
+                assert refused or sum(case[a] == x and case[b] == y for case in CASES) >= composition.ROUNDS, (x, y)
 
 
 def test_training_moves_every_parameter():
     """Equality would mean little of gradients that are all noise."""
-    run = one_device(runs.MODEL, "fp32")
+    run = one_device(runs.MODEL, CausalLM(), "fp32")
     assert np.isfinite(run["losses"]).all()
     assert run["losses"][-1] < run["losses"][0]
     assert len(set(disagreement(run["params"], run["gradients"]))) == len(disagreement(run["gradients"], run["gradients"]))

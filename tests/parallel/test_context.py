@@ -1,0 +1,92 @@
+"""Attention over sequences that are split: long ones against exact rows, and what a device needs for them."""
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lmx.core.execution import Execution
+from lmx.kernels import chunked
+from lmx.kernels.masks import Mask
+from lmx.parallel.attention import attention
+from lmx.parallel.context import arrange
+from lmx.parallel.layout import Layout, make_mesh
+from lmx.parallel.rules import rules
+
+LENGTH, HEADS, KV_HEADS, DIM = 32768, 8, 2, 32
+
+
+def inputs(length: int) -> dict[str, np.ndarray]:
+    """One packed row: three texts of different lengths, and padding at the end."""
+    rng = np.random.default_rng(0)
+    arrays = {n: rng.normal(size=(1, length, h, DIM)).astype(np.float32) for n, h in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS))}
+    ends = [0, length // 8, length // 2, length - length // 16]
+    segments = np.zeros((1, length), np.int32)
+    positions = np.zeros((1, length), np.int32)
+    for segment, (start, end) in enumerate(itertools.pairwise(ends), 1):
+        segments[0, start:end], positions[0, start:end] = segment, np.arange(end - start)
+    return arrays | {"segments": segments, "positions": positions}
+
+
+def exact_row(a: dict, i: int, window: int | None) -> np.ndarray:
+    """One query's output, `[heads, head_dim]`, in float64."""
+    first = 0 if window is None else max(0, i - window + 1)
+    seen = np.arange(first, i + 1)
+    seen = seen[a["segments"][0, seen] == a["segments"][0, i]]
+    if a["segments"][0, i] == 0:
+        return np.zeros((HEADS, DIM))
+    k, v = (np.repeat(a[n][0, seen].astype(np.float64), HEADS // KV_HEADS, 1) for n in "kv")
+    scores = np.einsum("hd,khd->hk", a["q"][0, i].astype(np.float64), k) / np.sqrt(DIM)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("hk,khd->hd", weights / weights.sum(-1, keepdims=True), v)
+
+
+class Run:
+    """The attention of a layout: its function, its arguments in place, and the order in which it gives rows."""
+
+    def __init__(self, layout: Layout, a: dict, window: int | None):
+        self.mesh = make_mesh(layout)
+        execution = Execution(rules=rules(layout), exchange=layout.exchange)
+
+        def run(q, k, v, segments, positions):
+            mask = Mask(window=window, query_segments=segments, key_segments=segments, query_positions=positions, key_positions=positions)
+            return attention(q, k, v, mask, execution)
+
+        with jax.set_mesh(self.mesh):
+            order = jax.jit(partial(arrange, execution=execution))({"x": jnp.arange(LENGTH)[None]})["x"]
+            self.order = np.asarray(order)[0]
+            self.arguments = [jax.device_put(x[:, self.order], NamedSharding(self.mesh, P(None, "context"))) for x in a.values()]
+        self.function = run
+
+    def __call__(self) -> np.ndarray:
+        """The output, `[length, heads, head_dim]`, in order."""
+        out = np.empty((LENGTH, HEADS, DIM), np.float32)
+        with jax.set_mesh(self.mesh):
+            out[self.order] = np.asarray(jax.jit(self.function)(*self.arguments))[0]
+        return out
+
+    def bytes_to_train(self) -> int:
+        """What a device needs for the gradient."""
+        with jax.set_mesh(self.mesh):
+            gradient = jax.jit(jax.grad(lambda *a: jnp.sum(self.function(*a) ** 2), (0, 1, 2)))
+            memory = gradient.lower(*self.arguments).compile().memory_analysis()
+        return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [None, 3000])
+@pytest.mark.parametrize("exchange", ["ring", "alltoall"])
+def test_32k_tokens_on_eight_devices(exchange, window, monkeypatch):
+    monkeypatch.setattr(chunked, "TILE", 256)  # what a tile needs does not shrink with the devices
+    a = inputs(LENGTH)
+    split, alone = Run(Layout(context=8, exchange=exchange), a, window), Run(Layout(), a, window)
+    if window is None:
+        assert split.bytes_to_train() < 1.6 / 8 * alone.bytes_to_train()
+    out = split()
+    for i in np.random.default_rng(1).choice(LENGTH, 24, replace=False):
+        np.testing.assert_allclose(out[i], exact_row(a, i, window), atol=2e-5)
