@@ -1,16 +1,62 @@
-"""Peaks of known chips."""
+"""What is known of chips: peaks, memory, and the links between them. From the makers' data sheets; times made from it are bounds."""
 
-PEAK_FLOPS: dict[str, dict[str, float]] = {
-    "NVIDIA H100 80GB HBM3": {"bfloat16": 989e12, "float16": 989e12, "float32": 495e12},
-    "NVIDIA H100 PCIe": {"bfloat16": 756e12, "float16": 756e12, "float32": 378e12},
-    "NVIDIA H200": {"bfloat16": 989e12, "float16": 989e12, "float32": 495e12},
-    "NVIDIA A100-SXM4-80GB": {"bfloat16": 312e12, "float16": 312e12, "float32": 156e12},
-    "NVIDIA A100-SXM4-40GB": {"bfloat16": 312e12, "float16": 312e12, "float32": 156e12},
-    "NVIDIA B200": {"bfloat16": 2250e12, "float16": 2250e12, "float32": 1125e12},
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One kind of accelerator, and the host that it comes in.
+
+    Attributes:
+      kind: what JAX calls it (`device_kind`).
+      flops: dense FLOP/s by compute type; float32 is TF32, what a product of floats runs at.
+      memory: bytes of its memory.
+      bandwidth: bytes a second of its memory.
+      near: bytes a second that a device sends to others of its host (one direction; NVLink).
+      far: bytes a second that it sends to another host (its share of the network).
+      host_link: bytes a second to and from its host's memory (one direction; PCIe).
+      per_host: devices of one host.
+    """
+
+    kind: str
+    flops: dict[str, float]
+    memory: int
+    bandwidth: float
+    near: float
+    far: float
+    host_link: float
+    per_host: int = 8
+
+
+def _half(tera: float) -> dict[str, float]:
+    return {"bfloat16": tera * 1e12, "float16": tera * 1e12, "float32": tera / 2 * 1e12}
+
+
+CHIPS: dict[str, Chip] = {
+    "h100": Chip("NVIDIA H100 80GB HBM3", _half(989), 84_942_979_072, 3.35e12, 450e9, 50e9, 64e9),
+    "h100-pcie": Chip("NVIDIA H100 PCIe", _half(756), 85_175_697_408, 2.0e12, 64e9, 50e9, 64e9),
+    "h200": Chip("NVIDIA H200", _half(989), 150_121_545_728, 4.8e12, 450e9, 50e9, 64e9),
+    "a100": Chip("NVIDIA A100-SXM4-80GB", _half(312), 85_175_697_408, 2.04e12, 300e9, 25e9, 32e9),
+    "a100-40": Chip("NVIDIA A100-SXM4-40GB", _half(312), 42_297_786_368, 1.55e12, 300e9, 25e9, 32e9),
+    "b200": Chip("NVIDIA B200", _half(2250), 191_503_138_816, 8.0e12, 900e9, 50e9, 64e9),
 }
-"""Dense FLOP/s by `device_kind` and compute type, from the makers' data sheets; float32 is TF32, what a product of floats runs at."""
+"""Known chips by the short name that `python -m lmx.plan --chip` takes."""
+
+USABLE = 0.93
+"""The share of a chip's memory that a step may fill: the rest is the context, the libraries' own buffers and fragmentation."""
+
+
+def chip(name: str) -> Chip:
+    """A chip by its short name.
+
+    Raises:
+      ValueError: it is not known.
+    """
+    if name not in CHIPS:
+        raise ValueError(f"chip={name!r} is not known; use one of {', '.join(CHIPS)}")
+    return CHIPS[name]
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
     """A chip's peak FLOP/s in a type, or None where it is not known (a CPU)."""
-    return PEAK_FLOPS.get(device_kind, {}).get(dtype)
+    return next((known.flops.get(dtype) for known in CHIPS.values() if known.kind == device_kind), None)
