@@ -31,7 +31,7 @@ from lmx.core.tree import Tree
 
 CLUSTERS = {"SLURM_STEP_NODELIST": "Slurm", "OMPI_COMM_WORLD_SIZE": "Open MPI", "JOB_COMPLETION_INDEX": "a Kubernetes job"}
 """What a process that a cluster started finds in its environment. JAX's own detection then says the rest."""
-ARRIVAL, HEARTBEAT, DEPARTURE = 300, 60, 30
+ARRIVAL, HEARTBEAT, DEPARTURE = 300, 45, 30
 """Seconds: until all must have come; of silence after which JAX gives up a process that hangs; until all must have gone."""
 GRACE = 3.0
 """Seconds that an error waits for the news of a loss, which may be its cause."""
@@ -107,13 +107,26 @@ def _start(address: str, processes: int, index: int) -> "_Watch":
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
+
+    def late() -> None:
+        print(
+            f"process {index} of {processes} waited {ARRIVAL} s at {address} and not all others came; see what they say, and whether this "
+            f"address is process 0's and its port can be reached",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)
+
+    timer = threading.Timer(ARRIVAL, late)  # JAX would abort
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             address if index == 0 else f"127.0.0.1:{_forward(host, int(port))}",
             processes,
             index,
             cluster_detection_method="deactivate",
-            initialization_timeout=ARRIVAL,
+            initialization_timeout=2 * ARRIVAL,
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=DEPARTURE,
         )
