@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import runs
+import tables
 from lmx.core.tree import disagreement
 from lmx.parallel.layout import Layout
 from lmx.train.experiment import check
@@ -29,7 +30,10 @@ def test_numbers_do_not_depend_on_the_layout(case):
     run = composition.experiment(case)
     check(run)
     exact = one_device(run.model, run.objective, "fp32")
-    bound = BOUND if run.precision == "fp32" else 2 * max(differences(one_device(run.model, run.objective, run.precision), exact).values())
+    bound = BOUND
+    if run.precision != "fp32":
+        # Which experts a token gets is a choice: rounding changes it for those at the border, for other tokens on every layout.
+        bound = (6 if run.model.experts else 2) * max(differences(one_device(run.model, run.objective, run.precision), exact).values())
     found = differences(runs.train(run), exact)
     assert max(found.values()) < bound, {name: value for name, value in found.items() if not value < bound}
 
@@ -41,6 +45,10 @@ def test_every_pair_of_settings_is_covered():
             for y in composition.KNOBS[b]:
                 refused = (x, y) in composition.REFUSED
                 assert refused or sum(case[a] == x and case[b] == y for case in CASES) >= composition.ROUNDS, (x, y)
+
+
+def test_the_readme_has_the_table():
+    assert tables.block("composition", composition.table(CASES)) in README.read_text()
 
 
 def test_training_moves_every_parameter():
