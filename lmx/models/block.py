@@ -38,7 +38,7 @@ def block(
     """One layer; gives its output, the cache with this layer's new keys and values (see `attention.attention`), and auxiliary values."""
 
     params = placed(params, specs(config, kind), execution)
-    mixture, aux = is_mixture(config, kind), {}
+    mixture = is_mixture(config, kind)
 
     def normed(y: Array, name: str) -> Array:
         return norms.norm(y, params[name], config.norm, config.norm_epsilon) if name in params else y
@@ -47,15 +47,14 @@ def block(
         y, new = attention.attention(y, params["attention"], config, context, execution, local=is_local(kind), layer=layer, cache=cache)
         return dropout.apply(y, context.dropout, "attention", layer), new
 
-    def feed(y: Array) -> Array:
+    def feed(y: Array) -> tuple[Array, Aux]:
+        aux = {}
         if mixture:
-            y, found = experts.experts(
-                y, params["experts"], config, execution, segments=context.mask.query_segments, decoding=cache is not None
-            )
-            aux.update(found)
+            segments, decoding = context.mask.query_segments, cache is not None
+            y, aux = experts.experts(y, params["experts"], config, execution, segments=segments, decoding=decoding)
         else:
             y = feedforward.feedforward(y, params["feedforward"], config, execution)
-        return dropout.apply(y, context.dropout, "feedforward", layer)
+        return dropout.apply(y, context.dropout, "feedforward", layer), aux
 
     def settle(y: Array) -> Array:
         return constrain(y, ("batch", "sequence", None), execution.rules)
@@ -66,13 +65,16 @@ def block(
     # A mixture routes what each device has before it gathers anything.
     read_by_feed = (lambda y: y) if mixture else gathered
     if config.norm_placement == "post":
-        y, cache = attend(gathered(x))
+        y, new = attend(gathered(x))
         x = settle(normed(x + y, "attention_norm_post"))
-        return settle(normed(x + feed(read_by_feed(x)), "feedforward_norm_post")), cache, aux
+        y, aux = feed(read_by_feed(x))
+        return settle(normed(x + y, "feedforward_norm_post")), new, aux
     read = gathered(normed(x, "attention_norm"))
-    y, cache = attend(read)
+    y, new = attend(read)
     y = normed(y, "attention_norm_post")
     if config.parallel:
-        return settle(x + y + normed(feed(read), "feedforward_norm_post")), cache, aux
+        fed, aux = feed(read)
+        return settle(x + y + normed(fed, "feedforward_norm_post")), new, aux
     x = settle(x + y)
-    return settle(x + normed(feed(read_by_feed(normed(x, "feedforward_norm"))), "feedforward_norm_post")), cache, aux
+    y, aux = feed(read_by_feed(normed(x, "feedforward_norm")))
+    return settle(x + normed(y, "feedforward_norm_post")), new, aux

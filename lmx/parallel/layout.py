@@ -105,7 +105,9 @@ def check(layout: Layout, sizes: dict[str, dict[str, int]], rows: int, microbatc
         )
     if layout.ordered:
         if layout.devices != layout.data:
-            raise ValueError("layout.ordered sums over data replicas alone; set every other layout.* degree to 1, or drop layout.ordered")
+            raise ValueError(
+                "layout.ordered sums over data replicas alone; set layout.fsdp, layout.tensor and the others to 1, or drop layout.ordered"
+            )
         for name, whole, part in (("layout.ordered", layout.ordered, layout.data), ("a microbatch's rows", rows, layout.ordered)):
             if whole % part:
                 raise ValueError(

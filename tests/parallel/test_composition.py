@@ -7,9 +7,9 @@ from pathlib import Path
 import composition
 import numpy as np
 import pytest
+import tables
 
 import runs
-import tables
 from lmx.core.tree import disagreement
 from lmx.parallel.layout import Layout
 from lmx.train.experiment import check

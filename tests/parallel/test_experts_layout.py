@@ -20,13 +20,12 @@ CAPACITY = replace(DROPLESS, expert_capacity=0.75)
 MIXED = replace(CAPACITY, layers=4, pattern=("global_dense", "local"), window=6, norm_placement="post", bias=False)
 MODELS = {"dropless": DROPLESS, "capacity": CAPACITY, "capacity, mixed": MIXED, "dropless, parallel": replace(DROPLESS, parallel=True)}
 
-BOTH = {
-    "data=2": Layout(data=2),
+LAYOUTS = {
     "expert=2": Layout(expert=2),
     "expert=4 data=2": Layout(expert=4, data=2),
     "expert=2 fsdp=2 tensor=2": Layout(expert=2, fsdp=2, tensor=2),
-    "expert=2 fsdp=2 zero=2": Layout(expert=2, fsdp=2, zero=2),
     "expert=2 fsdp=2 zero=1": Layout(expert=2, fsdp=2, zero=1),
+    "expert=2 fsdp=2 zero=2": Layout(expert=2, fsdp=2, zero=2),
     "expert=4 tensor=2, sequence whole": Layout(expert=4, tensor=2, sequence=False),
     "fsdp=2 tensor=4": Layout(fsdp=2, tensor=4),
     "expert=2 fsdp=2 remat full": Layout(expert=2, fsdp=2, remat="full"),
@@ -34,14 +33,21 @@ BOTH = {
     "pipeline=2 expert=2 tensor=2": Layout(pipeline=2, expert=2, tensor=2),
     "pipeline=2 expert=2 fsdp=2": Layout(pipeline=2, expert=2, fsdp=2),
     "ordered": Layout(data=2, ordered=4),
-}
-CASES = [("dropless", name) for name in BOTH] + [("capacity", name) for name in BOTH]
-CASES += [("capacity, mixed", name) for name in ("expert=2 fsdp=2 tensor=2", "pipeline=2 expert=2 fsdp=2")]
-CASES += [("dropless, parallel", "expert=2 fsdp=2 tensor=2")]
-SPLIT = {
     "ring=2 expert=2 tensor=2": Layout(context=2, expert=2, tensor=2),
     "alltoall=2 expert=2 fsdp=2": Layout(context=2, exchange="alltoall", expert=2, fsdp=2),
 }
+CASES = {
+    "dropless": (
+        "expert=2", "expert=4 data=2", "expert=2 fsdp=2 tensor=2", "expert=2 fsdp=2 zero=1", "fsdp=2 tensor=4", "expert=2 fsdp=2 remat full",
+        "pipeline=2 expert=2 tensor=2", "ring=2 expert=2 tensor=2", "alltoall=2 expert=2 fsdp=2",
+    ),
+    "capacity": (
+        "expert=4 data=2", "expert=2 fsdp=2 tensor=2", "expert=2 fsdp=2 zero=2", "expert=4 tensor=2, sequence whole",
+        "expert=2 tensor=2 remat dots", "pipeline=2 expert=2 tensor=2", "ordered",
+    ),
+    "capacity, mixed": ("pipeline=2 expert=2 fsdp=2",),
+    "dropless, parallel": ("expert=2 fsdp=2 tensor=2",),
+}  # fmt: skip
 
 
 @cache
@@ -58,14 +64,9 @@ def compare(model: str, layout: Layout, microbatches: int = 2):
         assert max(disagreement(found[part], expected[part]).values()) < 2e-5, part
 
 
-@pytest.mark.parametrize(("model", "layout"), CASES, ids=" on ".join)
+@pytest.mark.parametrize(("model", "layout"), [(model, layout) for model, layouts in CASES.items() for layout in layouts])
 def test_numbers_do_not_depend_on_the_layout(model, layout):
-    compare(model, BOTH[layout])
-
-
-@pytest.mark.parametrize("layout", SPLIT)
-def test_dropless_numbers_do_not_depend_on_how_sequences_are_split(layout):
-    compare("dropless", SPLIT[layout])
+    compare(model, LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("model", ["dropless", "capacity"])
