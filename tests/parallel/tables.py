@@ -1,0 +1,27 @@
+"""Rewrites the README's generated tables: `python tests/parallel/tables.py`."""
+
+import re
+from pathlib import Path
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def block(name: str, table: str) -> str:
+    """A table between its markers."""
+    return f"<!-- {name} -->\n\n{table}\n\n<!-- /{name} -->"
+
+
+def main() -> None:
+    import composition
+    import test_planted
+
+    text = README.read_text()
+    for name, table in (("planted bugs", test_planted.table()), ("composition", composition.table(composition.cover()))):
+        text, found = re.subn(f"<!-- {name} -->.*<!-- /{name} -->", lambda _, b=block(name, table): b, text, flags=re.DOTALL)
+        if found != 1:
+            raise SystemExit(f"README.md has no place for the table {name!r}: put <!-- {name} --> and <!-- /{name} --> into it")
+    README.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
