@@ -7,6 +7,7 @@ compiles cannot be run here, but its text, its collectives and its bytes a devic
 import ctypes
 import os
 import sysconfig
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,10 +41,17 @@ _LIBRARIES = (
     *("libcusolver", "libnccl", "libnvshmem_host"),
 )
 
+_PREPARED = threading.Event()
+
 
 def installed() -> bool:
     """Whether the CUDA plugin's wheels are here."""
     return any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+
+
+def prepared() -> bool:
+    """Whether `prepare` has been called."""
+    return _PREPARED.is_set()
 
 
 def prepare() -> None:
@@ -56,6 +64,8 @@ def prepare() -> None:
     """
     if not installed():
         raise ModuleNotFoundError(f"compiling for absent GPUs needs the CUDA plugin's wheels; {HINT}")
+    if prepared():
+        return
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     if not Path("/dev/nvidiactl").exists():
         jax.config.update("jax_platforms", "cpu")
@@ -67,6 +77,7 @@ def prepare() -> None:
                 break
             except OSError:
                 continue
+    _PREPARED.set()
 
 
 def devices(number: int, chip: str = "h100") -> list:

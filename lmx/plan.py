@@ -1,0 +1,540 @@
+"""What will a step cost? Bytes, communication, FLOPs and time of each device, before anything runs.
+
+`python -m lmx.plan experiments.NAME [--devices 64] [--chip h100] [--compile] [--search] [--layout.tensor 2 ...]` takes the knobs of the
+experiment. Nothing is allocated, so it runs on a laptop for thousands of devices. `--devices` widens (or narrows) `layout.fsdp` to as many;
+`--compile` adds what the compiler makes of it, for the real chip where the extra `cuda` is installed (no GPU is needed) and else for
+simulated CPU devices; `--search` ranks layouts of as many devices.
+"""
+
+import dataclasses
+import importlib
+import itertools
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+
+from lmx.core.config import ConfigError, command_line, exits_with_one_line
+from lmx.core.precision import POLICIES
+from lmx.core.tree import Tree
+from lmx.data.recipe import Data
+from lmx.kernels.attention import LONG
+from lmx.models import transformer
+from lmx.models.config import Transformer
+from lmx.parallel import absent, chips, cost, hlo
+from lmx.parallel.chips import Chip
+from lmx.parallel.cost import Time, Traffic, Work
+from lmx.parallel.feed import batch_sharding
+from lmx.parallel.layout import AXES, Layout, divisors
+from lmx.train import optimizers
+from lmx.train.experiment import Experiment, check
+from lmx.train.program import build
+from lmx.train.state import initial_state, state_shardings
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a step.
+
+    Attributes:
+      target: what it was compiled for.
+      arguments, temporary, total: bytes of a device; total is arguments + results that are no arguments + temporaries.
+      collectives: as found in the text.
+      seconds: that lowering and compiling took.
+    """
+
+    target: str
+    arguments: int
+    temporary: int
+    total: int
+    collectives: tuple[hlo.Collective, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step's cost on one device.
+
+    Attributes:
+      memory: bytes by row, at the step's fullest moment.
+      traffic: collectives of a step, larger ones first.
+      flops: of a step on one device as MFU counts them, and with what is recomputed.
+      time: the roofline.
+      compiled: the compiler's own figures, where asked for.
+    """
+
+    experiment: Experiment
+    chip: Chip
+    memory: dict[str, int]
+    traffic: tuple[Traffic, ...]
+    flops: tuple[float, float]
+    time: Time
+    compiled: Compiled | None = None
+
+    @property
+    def total(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= chips.USABLE * self.chip.memory
+
+    @property
+    def mfu(self) -> float:
+        """The share of the chips' peak that the predicted step reaches (PaLM, appendix B)."""
+        return self.flops[0] / self.time.step / self.chip.flops[_compute_type(self.experiment)]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A knob to turn, and what it gives."""
+
+    knob: str
+    plan: Plan
+
+
+def plan(experiment: Experiment, *, chip: str = "h100", compiled: bool = False) -> Plan:
+    """Plans an experiment on its layout, whatever devices are here; `compiled` compiles it too (`compile_step`).
+
+    Raises:
+      ValueError: one line that says what is wrong with the experiment, or what cannot be planned yet.
+    """
+    experiment = settled(experiment)
+    kind = chips.chip(chip)
+    found, specs, precision = work(experiment), transformer.specs(experiment.model), POLICIES[experiment.precision]
+    whole = state_bytes(experiment.model, experiment.optimizer, experiment.steps, experiment.precision, _of_state(experiment.layout))
+    rest = whole["rest"] + _batch_bytes(experiment)
+    memory = cost.memory(found, specs, parameters=whole["parameters"], optimizer=whole["optimizer"], rest=rest)
+    if precision.compute == "float16":
+        memory["batch and the rest"] += 12  # the loss scale
+    traffic = cost.traffic(found, specs)
+    tokens = experiment.batch * experiment.data.length
+    model = transformer.flops_per_token(experiment.model, experiment.data.length) * tokens / experiment.layout.devices
+    flops = (model, model + _recomputed(experiment) / experiment.layout.devices)
+    moved = _moved(found, memory)
+    timed = cost.seconds(found, traffic, flops[1], kind, moved)
+    made = compile_step(experiment, chip) if compiled else None
+    return Plan(experiment, kind, memory, tuple(traffic), flops, timed, made)
+
+
+def settled(experiment: Experiment) -> Experiment:
+    """The experiment with a vocabulary, checked in all but its text and the devices at hand.
+
+    Raises:
+      ValueError: something does not fit together, or cannot be planned.
+    """
+    layout, model = experiment.layout, experiment.model
+    for knob, unplanned in (("pipeline", layout.pipeline > 1), ("expert", layout.expert > 1), ("ordered", layout.ordered > 0)):
+        if unplanned:
+            raise ConfigError(
+                f"layout.{knob}={getattr(layout, knob)} cannot be planned yet; plan with it at {1 if knob != 'ordered' else 0}"
+            )
+    if model.experts:
+        raise ConfigError(f"model.experts={model.experts}: mixtures of experts cannot be planned yet")
+    if not model.vocab:
+        kind, _, size = experiment.data.tokenizer.partition(":")
+        if kind not in ("bpe", "unigram") or not size.isdigit():
+            raise ConfigError("model.vocab=0 takes the tokenizer's vocabulary, which a plan does not read; set model.vocab")
+        model = replace(model, vocab=-(-int(size) // 8) * 8)
+    experiment = replace(experiment, model=model)
+    anywhere = _Anywhere(**{f.name: getattr(layout, f.name) for f in dataclasses.fields(layout)})
+    check(replace(experiment, layout=anywhere, data=Data(train="tfds:unread", length=experiment.data.length)))
+    return experiment
+
+
+@dataclass(frozen=True)
+class _Anywhere(Layout):
+    """A layout to be checked where its devices are not."""
+
+    devices: int = 0
+
+
+def work(experiment: Experiment) -> Work:
+    """What the cost of an experiment's step depends on."""
+    model, layout, precision = experiment.model, experiment.layout, POLICIES[experiment.precision]
+    ring = layout.context > 1 and layout.exchange == "ring"
+    return Work(
+        layout=layout,
+        rows=experiment.batch // experiment.microbatches,
+        microbatches=experiment.microbatches,
+        length=experiment.data.length,
+        layers=model.layers,
+        embed=model.embed,
+        heads=model.heads,
+        kv_heads=model.key_heads,
+        head_dim=model.head_size,
+        mlp=model.hidden,
+        vocab=model.vocab,
+        gated=model.gated,
+        norms=4 if model.norm_placement == "sandwich" else 1 if model.parallel else 2,
+        reads=1 if model.parallel else 2,
+        qk_norm=model.qk_norm,
+        tied=model.tied,
+        positions=model.context if model.positions == "learned" else 0,
+        dense=not ring and experiment.data.length <= LONG and model.attention_softcap is None,
+        compute=jnp.dtype(precision.compute).itemsize,
+        master=jnp.dtype(precision.params).itemsize,
+    )
+
+
+def _of_state(layout: Layout) -> Layout:
+    """The part of a layout that says where the state is."""
+    return Layout(fsdp=layout.fsdp, zero=layout.zero, tensor=layout.tensor)
+
+
+@lru_cache(4096)
+def state_bytes(model: Transformer, recipe: optimizers.Optimizer, steps: int, precision: str, layout: Layout) -> MappingProxyType:
+    """Bytes on one device of parameters, optimizer state and the rest of the state, which lie there all along: exact."""
+    mesh = AbstractMesh(tuple(getattr(layout, a) for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    specs, policy = transformer.specs(model), POLICIES[precision]
+    transform, _ = optimizers.build(recipe, steps, specs)
+    where = state_shardings(specs, transform, policy, mesh, layout)
+    shapes = _shapes(model, recipe, steps, precision)
+    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, where)
+    return MappingProxyType(
+        {
+            "parameters": cost.held(state.params),
+            "optimizer": cost.held(state.optimizer),
+            "rest": cost.held((state.step, state.key, state.loss_scale)),
+        }
+    )
+
+
+@lru_cache(64)
+def _shapes(model: Transformer, recipe: optimizers.Optimizer, steps: int, precision: str) -> Tree:
+    specs = transformer.specs(model)
+    transform, _ = optimizers.build(recipe, steps, specs)
+    return jax.eval_shape(partial(initial_state, 0, specs, transform, POLICIES[precision]))
+
+
+def batch_structs(experiment: Experiment, sharding: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch's shapes, as a step takes it."""
+    shape = (experiment.microbatches, experiment.batch // experiment.microbatches)
+    kinds = {"tokens": "int32", "targets": "int32", "weights": "float32", "segments": "int32", "positions": "int32"}
+    tokens = {n: jax.ShapeDtypeStruct((*shape, experiment.data.length), kind, sharding=sharding) for n, kind in kinds.items()}
+    return tokens | {"example_id": jax.ShapeDtypeStruct(shape, "int32", sharding=sharding)}
+
+
+def _batch_bytes(experiment: Experiment) -> int:
+    """Of a batch on one device, as far as the step reads it: example ids only tell dropout, positions only where they are used."""
+    rows = experiment.batch // experiment.layout.shards
+    arrays = 5 if experiment.model.positions != "none" else 4
+    return 4 * rows * (arrays * experiment.data.length + (experiment.model.dropout > 0))
+
+
+def _recomputed(experiment: Experiment) -> float:
+    """FLOPs that rematerialisation adds to a step, over all devices: products of layers again, and attention's scores."""
+    model, length = experiment.model, experiment.data.length
+    tokens = experiment.batch * length
+    scores = 4.0 * model.layers * model.heads * model.head_size * length * tokens
+    outer = 2.0 * model.vocab * model.embed
+    if experiment.layout.remat == "none":
+        return 0.0
+    if experiment.layout.remat == "dots":
+        return scores
+    return transformer.flops_per_token(model, length) / 3 * tokens - outer * tokens
+
+
+def _moved(work: Work, memory: dict[str, int]) -> int:
+    """Bytes through a device's memory in a step, at least: the state read and written once, weights read three times a microbatch, and
+    what is kept written and read."""
+    layers = work.layers * sum(cost.kept(replace(work, layout=replace(work.layout, remat="none"))).values())
+    state = 2 * (memory["parameters"] + memory["optimizer"])
+    return state + work.microbatches * (3 * memory["parameters"] * work.compute // work.master + 2 * layers)
+
+
+def compile_step(experiment: Experiment, chip: str = "h100") -> Compiled:
+    """Compiles the step for absent GPUs, where `lmx.parallel.absent.prepare` has been called, or for simulated CPU devices.
+
+    Raises:
+      ValueError: there are too few simulated devices.
+    """
+    gpu = absent.prepared()
+    devices = absent.devices(experiment.layout.devices, chip) if gpu else jax.devices()
+    if len(devices) < experiment.layout.devices:
+        raise ConfigError(
+            f"the layout has {experiment.layout.devices} devices and {len(devices)} are simulated; raise JAX_NUM_CPU_DEVICES, or {absent.HINT}"
+        )
+    start = time.perf_counter()
+    program = build(experiment, devices)
+    batch = batch_structs(experiment, batch_sharding(program.mesh, microbatches=True))
+    with jax.set_mesh(program.mesh):
+        made = program.step.jitted.lower(program.abstract, batch).compile()
+    stats = made.memory_analysis()
+    arguments, temporary = stats.argument_size_in_bytes, stats.temp_size_in_bytes
+    return Compiled(
+        target=chips.chip(chip).kind if gpu else "simulated CPU devices",
+        arguments=arguments,
+        temporary=temporary,
+        total=arguments + stats.output_size_in_bytes - stats.alias_size_in_bytes + temporary,
+        collectives=tuple(hlo.collectives(made.as_text(), program.mesh)),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def advice(found: Plan, chip: str) -> list[Advice]:
+    """Single knobs that would lower a plan's memory, those that make it fit first, and of these the fastest step first."""
+    experiment, layout = found.experiment, found.experiment.layout
+    knobs: dict[str, Experiment] = {}
+
+    def turn(name: str, changed: Experiment) -> None:
+        knobs[name] = changed
+
+    def lay(name: str, **degrees) -> None:
+        turn(name, replace(experiment, layout=replace(layout, **degrees)))
+
+    if layout.fsdp > 1 and layout.zero < 3:
+        for zero in range(layout.zero + 1, 4):
+            lay(f"--layout.zero {zero}", zero=zero)
+    if layout.data > 1:
+        lay(f"--layout.data 1 --layout.fsdp {layout.fsdp * layout.data} --layout.zero 3", data=1, fsdp=layout.fsdp * layout.data, zero=3)
+    for remat in ("dots", "full"):
+        if ("none", "dots", "full").index(remat) > ("none", "dots", "full").index(layout.remat):
+            lay(f"--layout.remat {remat}", remat=remat)
+    for factor in (2, 4, 8):
+        turn(f"--microbatches {factor * experiment.microbatches}", replace(experiment, microbatches=factor * experiment.microbatches))
+        for axis in ("data", "fsdp"):
+            degree = getattr(layout, axis)
+            if degree % factor == 0:
+                name = f"--layout.tensor {factor * layout.tensor} --layout.{axis} {degree // factor}"
+                lay(name, **{"tensor": factor * layout.tensor, axis: degree // factor})
+    turned = []
+    for name, changed in knobs.items():
+        try:
+            after = plan(changed, chip=chip)
+        except ValueError:
+            continue  # the model or batch does not divide so
+        if after.total < found.total:
+            turned.append(Advice(name, after))
+    return sorted(turned, key=lambda a: (not a.plan.fits, a.plan.time.step if a.plan.fits else a.plan.total))
+
+
+def search(experiment: Experiment, devices: int, *, chip: str = "h100", best: int = 10) -> list[Plan]:
+    """Plans of layouts of so many devices that fit, fastest first (all, smallest first, where none does)."""
+    plans = []
+    for layout, microbatches in _layouts(experiment, devices, chips.chip(chip)):
+        try:
+            plans.append(plan(replace(experiment, layout=layout, microbatches=microbatches), chip=chip))
+        except ValueError:
+            continue
+    fitting = [p for p in plans if p.fits]
+    if fitting:
+        return sorted(fitting, key=lambda p: p.time.step)[:best]
+    return sorted(plans, key=lambda p: p.total)[:best]
+
+
+def _layouts(experiment: Experiment, devices: int, chip: Chip) -> Iterator[tuple[Layout, int]]:
+    """Layouts worth a plan: tensor within a host, context for long sequences, ZeRO within and over hosts, the batch cut as it divides."""
+    long = [c for c in divisors(devices) if c <= 16 and experiment.data.length // c >= 2048] or [1]
+    for tensor, context in itertools.product((t for t in divisors(devices) if t <= chip.per_host), long):
+        shards = devices // (tensor * context)
+        if devices % (tensor * context) or experiment.batch % shards:
+            continue
+        for fsdp in divisors(shards):
+            if fsdp not in (1, shards) and fsdp * tensor * context % chip.per_host:
+                continue
+            cuts = [m for m in divisors(experiment.batch // shards) if m & (m - 1) == 0]
+            for zero, remat, m in itertools.product((3, 1) if fsdp > 1 else (3,), ("none", "dots", "full"), cuts):
+                yield replace(experiment.layout, data=shards // fsdp, fsdp=fsdp, zero=zero, tensor=tensor, context=context, remat=remat), m
+
+
+def _compute_type(experiment: Experiment) -> str:
+    return POLICIES[experiment.precision].compute
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the door takes beside the experiment's knobs."""
+
+    devices: int = 0
+    chip: str = "h100"
+    compile: bool = False
+    search: bool = False
+
+
+def options(argv: Sequence[str]) -> tuple[Options, list[str]]:
+    """The door's own flags, and the rest.
+
+    Raises:
+      ConfigError: a flag without its value, or one that is no number.
+    """
+    chosen, rest, tokens = Options(), [], iter(argv)
+    for token in tokens:
+        name, joined, value = token.removeprefix("--").partition("=")
+        if not token.startswith("--") or name not in ("devices", "chip", "compile", "search"):
+            rest.append(token)
+        elif name in ("compile", "search"):
+            chosen = replace(chosen, **{name: True})
+        else:
+            value = value if joined else next(tokens, "")
+            if name == "devices" and (not value.isdigit() or int(value) < 1):
+                raise ConfigError(f"--devices {value}: give the number of devices, 64 say")
+            chosen = replace(chosen, **{name: int(value) if name == "devices" else value})
+    chips.chip(chosen.chip)
+    return chosen, rest
+
+
+def widened(experiment: Experiment, devices: int) -> Experiment:
+    """The experiment on as many devices: `layout.fsdp` takes what the other axes leave.
+
+    Raises:
+      ConfigError: they do not divide.
+    """
+    layout = experiment.layout
+    if devices in (0, layout.devices):
+        return experiment
+    others = layout.devices // layout.fsdp
+    if devices % others:
+        degrees = " x ".join(f"{a} {getattr(layout, a)}" for a in AXES if getattr(layout, a) > 1 and a != "fsdp")
+        raise ConfigError(f"--devices {devices} is not divisible by {others} ({degrees}); change one of them")
+    return replace(experiment, layout=replace(layout, fsdp=devices // others))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The door: prints the plan. Leaves with 1 where it does not fit."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    with exits_with_one_line():
+        if not argv or argv[0].startswith("-"):
+            raise ConfigError("name an experiment's module first: python -m lmx.plan experiments.NAME [--devices 64] [--chip h100] ...")
+        chosen, rest = options(argv[1:])
+        try:
+            experiment = importlib.import_module(argv[0]).experiment
+        except (ModuleNotFoundError, AttributeError) as error:
+            raise ConfigError(f"{argv[0]} is no module with an `experiment` in it ({error})") from error
+    experiment, _ = command_line(experiment, rest, description=__doc__)
+    with exits_with_one_line():
+        if not chosen.search:
+            experiment = widened(experiment, chosen.devices)
+        _start(chosen, experiment.layout.devices)
+        if chosen.search:
+            _print_search(
+                search(settled(replace(experiment, layout=Layout())), chosen.devices or experiment.layout.devices, chip=chosen.chip)
+            )
+            return
+        found = plan(experiment, chip=chosen.chip, compiled=chosen.compile)
+    _print(found)
+    if not found.fits:
+        _print_advice(found, advice(found, chosen.chip))
+        sys.exit(1)
+
+
+def _start(chosen: Options, devices: int) -> None:
+    """Chooses what JAX is to run on, before it starts."""
+    if chosen.compile and absent.installed() and chosen.chip in absent.TARGETS:
+        absent.prepare()
+        return
+    jax.config.update("jax_platforms", "cpu")
+    if chosen.compile:
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
+def _print(found: Plan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console, layout, made = Console(), found.experiment.layout, found.compiled
+    degrees = ", ".join(f"{a} {getattr(layout, a)}" for a in AXES if getattr(layout, a) > 1) or "one device"
+    title = f"{found.experiment.name} on {layout.devices} x {found.chip.kind}: {degrees}, zero {layout.zero}, remat {layout.remat}"
+    table = Table("each device holds", title=title)
+    table.add_column("planned", justify="right")
+    compiled = {} if made is None else _compiled_rows(found, made)
+    if made is not None:
+        table.add_column(f"compiled ({made.target}, {made.seconds:.0f} s)", justify="right")
+    for name, size in found.memory.items():
+        table.add_row(name, gb(size), *([gb(compiled[name]) if name in compiled else ""] if made else []))
+    share = f"{gb(found.total)} of {gb(found.chip.memory)}"
+    table.add_row("total", share, *([gb(made.total)] if made else []), style="bold" if found.fits else "bold red")
+    console.print(table)
+
+    table = Table("each step sends", "over", title="Communication")
+    for name in ("one", "times", "in all"):
+        table.add_column(name, justify="right")
+    for one in found.traffic:
+        if one.volume >= 10_000:
+            table.add_row(f"{one.kind}: {one.what}", " x ".join(one.axes), gb(one.size), f"{one.times:,}", gb(one.volume))
+    console.print(table)
+    if made is not None:
+        console.print(_comparison(found, made))
+    t = found.time
+    console.print(
+        f"{found.flops[0] / 1e12:,.1f} TFLOP a device ({found.flops[1] / found.flops[0] - 1:.0%} recomputed besides). At the chip's peaks: "
+        f"products {t.compute:.3g} s, memory {t.memory:.3g} s; at {cost.EFFICIENCY:.0%} of the links': communication {t.exposed:.3g} s waited "
+        f"for, {t.hidden:.3g} s beside products.\nPredicted: {t.step:.3g} s a step, MFU {found.mfu:.0%}, "
+        f"{found.experiment.batch * found.experiment.data.length / t.step:,.0f} tokens/s."
+    )
+
+
+def _compiled_rows(found: Plan, made: Compiled) -> dict[str, int]:
+    """The compiler tells arguments from temporaries: in the rows of the former, what is left of them after the exact ones."""
+    exact = {name: found.memory[name] for name in ("parameters", "optimizer")}
+    return exact | {"batch and the rest": made.arguments - sum(exact.values())}
+
+
+def compared(found: Plan, made: Compiled) -> dict[tuple[str, tuple[str, ...]], tuple[int, int]]:
+    """Bytes of a step's collectives by kind and axes: planned, and found in the compiled text."""
+    volumes: dict[tuple, list[int]] = defaultdict(lambda: [0, 0])
+    for place, several in ((0, found.traffic), (1, made.collectives)):
+        for one in several:
+            volumes[one.kind, one.axes or ("?",)][place] += one.volume
+    return {key: (a, b) for key, (a, b) in sorted(volumes.items(), key=lambda item: -max(item[1]))}
+
+
+def _comparison(found: Plan, made: Compiled):
+    from rich.table import Table
+
+    table = Table("collective", "over", title="Communication, planned and compiled")
+    for name in ("planned", "compiled"):
+        table.add_column(name, justify="right")
+    for (kind, axes), (planned, compiled) in compared(found, made).items():
+        if max(planned, compiled) >= 10_000:
+            table.add_row(kind, " x ".join(axes), gb(planned), gb(compiled))
+    return table
+
+
+def _print_advice(found: Plan, several: list[Advice]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("it does not fit; turn", title="What would make it fit")
+    for name in ("total", "predicted step", "fits"):
+        table.add_column(name, justify="right")
+    for one in several[:8]:
+        table.add_row(one.knob, gb(one.plan.total), f"{one.plan.time.step:.3g} s", "yes" if one.plan.fits else "no")
+    Console().print(table if several else "It does not fit, and no single knob lowers it; try --search with more --devices.")
+    del found
+
+
+def _print_search(plans: list[Plan]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if not plans:
+        raise ConfigError("no layout of so many devices divides the model and the batch; change batch, or --devices")
+    table = Table("layout", title=f"Layouts of {plans[0].experiment.layout.devices} x {plans[0].chip.kind}")
+    for name in ("total", "predicted step", "MFU", "fits"):
+        table.add_column(name, justify="right")
+    for one in plans:
+        layout = one.experiment.layout
+        degrees = " ".join(f"--layout.{a} {getattr(layout, a)}" for a in AXES if getattr(layout, a) > 1)
+        knobs = f"{degrees} --layout.zero {layout.zero} --layout.remat {layout.remat} --microbatches {one.experiment.microbatches}"
+        table.add_row(knobs.strip(), gb(one.total), f"{one.time.step:.3g} s", f"{one.mfu:.0%}", "yes" if one.fits else "no")
+    Console().print(table)
+
+
+def gb(size: float) -> str:
+    """Bytes for people: 1.23 GB, 45.6 MB, 789 B."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:,.2f} {unit}"
+    return f"{size:.0f} B"
+
+
+if __name__ == "__main__":
+    main()
