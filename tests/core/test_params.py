@@ -26,7 +26,7 @@ from lmx.models.config import Transformer
 from lmx.models.stack import unstack
 from lmx.models.transformer import specs
 from lmx.parallel.layout import Layout, make_mesh
-from lmx.parallel.rules import shardings
+from lmx.parallel.rules import rules, shardings
 
 KEY = jax.random.key(7)
 LAYER = {"query": ParamSpec((16, 4, 8), ("embed", "heads", "head_dim"), 1, Normal(0.02)), "scale": ParamSpec((16,), ("embed",), init=ONES)}
@@ -100,7 +100,7 @@ def test_a_mesh_of_eight_changes_no_value():
     tree = specs(MODEL)
     alone = jax.device_get(drawn(tree))
     for layout in (Layout(fsdp=8), Layout(data=2, fsdp=2, tensor=2)):
-        there = drawn(tree, out_shardings=shardings(tree, make_mesh(layout)))
+        there = drawn(tree, out_shardings=shardings(tree, make_mesh(layout), rules(layout, split=True)))
         assert len(there["embed"].sharding.device_set) == 8
         assert not there["embed"].sharding.is_fully_replicated
         assert all(jax.tree.leaves(jax.tree.map(np.array_equal, jax.device_get(there), alone)))
@@ -146,7 +146,8 @@ def test_constants_are_constant_and_the_type_is_the_one_asked_for():
 
 def test_abstract_parameters_have_the_shapes_types_and_shardings_of_real_ones():
     tree = specs(MODEL)
-    placement = shardings(tree, make_mesh(Layout(fsdp=2, tensor=4)))
+    layout = Layout(fsdp=2, tensor=4)
+    placement = shardings(tree, make_mesh(layout), rules(layout, split=True))
     expected = jax.eval_shape(lambda: initial_values(KEY, tree, jnp.bfloat16))
     found = abstract(tree, jnp.bfloat16, placement)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), found) == jax.tree.map(lambda a: (a.shape, a.dtype), expected)

@@ -15,7 +15,6 @@ from lmx.models.config import Transformer
 from lmx.parallel.feed import batch_sharding, place
 from lmx.parallel.layout import Layout, make_mesh
 from lmx.parallel.rules import rules
-
 from lmx.train.objectives import CausalLM
 from lmx.train.step import Task, accumulate
 
