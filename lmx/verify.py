@@ -119,7 +119,10 @@ def train(experiment: Experiment, steps: int) -> dict[str, Any]:
 
 
 def packed(experiment: Experiment, step: int) -> dict[str, np.ndarray]:
-    """A batch of random tokens: three texts and padding a row, tokens of any weight, and one row of nothing but padding."""
+    """A batch of random tokens: three texts and padding a row, tokens of any weight, and one row of nothing but padding.
+
+    Of every second batch only the beginnings of rows are supervised: where sequences are split, whole devices have no weights at all.
+    """
     rng, rows, length = np.random.default_rng(step), experiment.batch, experiment.data.length
     tokens = rng.integers(0, experiment.model.vocab, (rows, length + 1)).astype(np.int32)
     segments, positions = np.zeros((2, rows, length), np.int32)
@@ -128,10 +131,11 @@ def packed(experiment: Experiment, step: int) -> dict[str, np.ndarray]:
         for segment, end in enumerate(np.sort(rng.choice(np.arange(length // 8 + 1, length + 1), 3, replace=False)), 1):
             segments[row, start:end], positions[row, start:end] = segment, np.arange(end - start)
             start = end
+    supervised = (segments > 0) & (np.arange(length) < (max(1, length // 8) if step % 2 else length))
     return {
         "tokens": tokens[:, :-1],
         "targets": tokens[:, 1:],
-        "weights": ((segments > 0) * rng.uniform(0.5, 1.5, (rows, length))).astype(np.float32),
+        "weights": (supervised * rng.uniform(0.5, 1.5, (rows, length))).astype(np.float32),
         "segments": segments,
         "positions": positions,
         "example_id": (rows * step + np.arange(rows)).astype(np.int32),
