@@ -12,8 +12,9 @@ def block(name: str, table: str) -> str:
 
 
 def main() -> None:
-    import composition
     import test_planted
+
+    import composition
 
     text = README.read_text()
     for name, table in (("planted bugs", test_planted.table()), ("composition", composition.table(composition.cover()))):

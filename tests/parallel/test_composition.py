@@ -4,12 +4,12 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import composition
 import numpy as np
 import pytest
-import tables
 
+import composition
 import runs
+import tables
 from lmx.core.tree import disagreement
 from lmx.parallel.layout import Layout
 from lmx.train.experiment import check

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tables
 from jax.sharding import PartitionSpec as P
 
 import runs
+import tables
 from lmx.core.params import is_spec
 from lmx.core.precision import all_finite
 from lmx.data import Batches, ByteTokenizer, Document, build_store, iterate
