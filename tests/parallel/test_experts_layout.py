@@ -30,7 +30,6 @@ LAYOUTS = {
     "fsdp=2 tensor=4": Layout(fsdp=2, tensor=4),
     "expert=2 fsdp=2 remat full": Layout(expert=2, fsdp=2, remat="full"),
     "expert=2 tensor=2 remat dots": Layout(expert=2, tensor=2, remat="dots"),
-    "pipeline=2 expert=2 tensor=2": Layout(pipeline=2, expert=2, tensor=2),
     "pipeline=2 expert=2 fsdp=2": Layout(pipeline=2, expert=2, fsdp=2),
     "ordered": Layout(data=2, ordered=4),
     "ring=2 expert=2 tensor=2": Layout(context=2, expert=2, tensor=2),
@@ -39,11 +38,11 @@ LAYOUTS = {
 CASES = {
     "dropless": (
         "expert=2", "expert=4 data=2", "expert=2 fsdp=2 tensor=2", "expert=2 fsdp=2 zero=1", "fsdp=2 tensor=4", "expert=2 fsdp=2 remat full",
-        "pipeline=2 expert=2 tensor=2", "ring=2 expert=2 tensor=2", "alltoall=2 expert=2 fsdp=2",
+        "pipeline=2 expert=2 fsdp=2", "ring=2 expert=2 tensor=2", "alltoall=2 expert=2 fsdp=2",
     ),
     "capacity": (
         "expert=4 data=2", "expert=2 fsdp=2 tensor=2", "expert=2 fsdp=2 zero=2", "expert=4 tensor=2, sequence whole",
-        "expert=2 tensor=2 remat dots", "pipeline=2 expert=2 tensor=2", "ordered",
+        "expert=2 tensor=2 remat dots", "pipeline=2 expert=2 fsdp=2", "ordered",
     ),
     "capacity, mixed": ("pipeline=2 expert=2 fsdp=2",),
     "dropless, parallel": ("expert=2 fsdp=2 tensor=2",),
