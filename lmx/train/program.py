@@ -81,6 +81,8 @@ def build(experiment: Experiment, devices: list | None = None) -> Program:
 
     # Optimised code rounds a normal number differently in a vector loop and in its remainder, so by where a shard ends.
     exactly = {"xla_backend_optimization_level": 0} if on_cpu else None
+    # XLA:CPU's concurrent scheduler runs collectives inside a branch and outside it in any order: devices then wait for each other for ever.
+    in_turn = {"xla_cpu_enable_concurrency_optimized_scheduler": False} if on_cpu and layout.pipeline > 1 else None
     start = partial(initial_state, experiment.seed, specs, transform, precision)
     step = make_step(task, value_and_grad, transform, rate, experiment.optimizer.clip)
     placed = batch_sharding(mesh, microbatches=True)
@@ -91,8 +93,11 @@ def build(experiment: Experiment, devices: list | None = None) -> Program:
         specs,
         mesh,
         initial=_on(mesh, jax.jit(start, out_shardings=shardings, compiler_options=exactly)),
-        step=_on(mesh, jax.jit(step, in_shardings=(shardings, placed), out_shardings=(shardings, None), donate_argnums=0)),
-        evaluate=_on(mesh, jax.jit(make_evaluation(task, sums))),
+        step=_on(
+            mesh,
+            jax.jit(step, in_shardings=(shardings, placed), out_shardings=(shardings, None), donate_argnums=0, compiler_options=in_turn),
+        ),
+        evaluate=_on(mesh, jax.jit(make_evaluation(task, sums), compiler_options=in_turn)),
         natural=partial(pipeline.natural, layout=layout),
         arranged=partial(pipeline.natural, layout=layout, back=True),
         abstract=jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings),
