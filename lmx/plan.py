@@ -38,24 +38,10 @@ from lmx.train.experiment import Experiment, check
 from lmx.train.program import build
 from lmx.train.state import initial_state, state_shardings
 
-
-@dataclass(frozen=True)
-class Compiled:
-    """What the compiler made of a step.
-
-    Attributes:
-      target: what it was compiled for.
-      arguments, temporary, total: bytes of a device; total is arguments + results that are no arguments + temporaries.
-      collectives: as found in the text.
-      seconds: that lowering and compiling took.
-    """
-
-    target: str
-    arguments: int
-    temporary: int
-    total: int
-    collectives: tuple[hlo.Collective, ...]
-    seconds: float
+REMATS = ("none", "dots", "full")
+SMALL = 10_000
+"""Collectives of fewer bytes are not shown."""
+SIMULATED = 2048
 
 
 @dataclass(frozen=True)
@@ -76,7 +62,7 @@ class Plan:
     traffic: tuple[Traffic, ...]
     flops: tuple[float, float]
     time: Time
-    compiled: Compiled | None = None
+    compiled: hlo.Compiled | None = None
 
     @property
     def total(self) -> int:
@@ -100,27 +86,30 @@ class Advice:
     plan: Plan
 
 
-def plan(experiment: Experiment, *, chip: str = "h100", compiled: bool = False) -> Plan:
-    """Plans an experiment on its layout, whatever devices are here; `compiled` compiles it too (`compile_step`).
+def plan(experiment: Experiment, *, chip: str = "h100", compiled: bool = False, cpu: bool = False) -> Plan:
+    """Plans an experiment on its layout, whatever devices are here.
+
+    Args:
+      chip: a short name of `lmx.parallel.chips.CHIPS`.
+      compiled: whether to compile it too: for the chip after `lmx.parallel.absent.prepare`, else for simulated CPU devices.
+      cpu: whether bytes and collectives are to be those of XLA:CPU, to be held against the latter.
 
     Raises:
       ValueError: one line that says what is wrong with the experiment, or what cannot be planned yet.
     """
     experiment = settled(experiment)
     kind = chips.chip(chip)
-    found, specs, precision = work(experiment), transformer.specs(experiment.model), POLICIES[experiment.precision]
+    found, specs = work(experiment), transformer.specs(experiment.model)
     whole = state_bytes(experiment.model, experiment.optimizer, experiment.steps, experiment.precision, _of_state(experiment.layout))
     rest = whole["rest"] + _batch_bytes(experiment)
-    memory = cost.memory(found, specs, parameters=whole["parameters"], optimizer=whole["optimizer"], rest=rest)
-    if precision.compute == "float16":
-        memory["batch and the rest"] += 12  # the loss scale
-    traffic = cost.traffic(found, specs)
+    memory = cost.memory(found, specs, parameters=whole["parameters"], optimizer=whole["optimizer"], rest=rest, cpu=cpu)
+    traffic = cost.traffic(found, specs, cpu=cpu)
     tokens = experiment.batch * experiment.data.length
     model = transformer.flops_per_token(experiment.model, experiment.data.length) * tokens / experiment.layout.devices
     flops = (model, model + _recomputed(experiment) / experiment.layout.devices)
     moved = _moved(found, memory)
     timed = cost.seconds(found, traffic, flops[1], kind, moved)
-    made = compile_step(experiment, chip) if compiled else None
+    made = compile_step(experiment, chip if absent.prepared() else None) if compiled else None
     return Plan(experiment, kind, memory, tuple(traffic), flops, timed, made)
 
 
@@ -250,14 +239,16 @@ def _moved(work: Work, memory: dict[str, int]) -> int:
     return state + work.microbatches * (3 * memory["parameters"] * work.compute // work.master + 2 * layers)
 
 
-def compile_step(experiment: Experiment, chip: str = "h100") -> Compiled:
-    """Compiles the step for absent GPUs, where `lmx.parallel.absent.prepare` has been called, or for simulated CPU devices.
+def compile_step(experiment: Experiment, chip: str | None = None) -> hlo.Compiled:
+    """Compiles the step for absent GPUs of a kind, or for the simulated CPU devices that are here.
+
+    Args:
+      chip: a short name of `lmx.parallel.absent.TARGETS`, after `lmx.parallel.absent.prepare`; None for CPU devices.
 
     Raises:
-      ValueError: there are too few simulated devices.
+      ValueError: there are too few simulated devices, or nothing is known of the chip.
     """
-    gpu = absent.prepared()
-    devices = absent.devices(experiment.layout.devices, chip) if gpu else jax.devices()
+    devices = jax.devices("cpu") if chip is None else absent.devices(experiment.layout.devices, chip)
     if len(devices) < experiment.layout.devices:
         raise ConfigError(
             f"the layout has {experiment.layout.devices} devices and {len(devices)} are simulated; raise JAX_NUM_CPU_DEVICES, or {absent.HINT}"
@@ -267,16 +258,8 @@ def compile_step(experiment: Experiment, chip: str = "h100") -> Compiled:
     batch = batch_structs(experiment, batch_sharding(program.mesh, microbatches=True))
     with jax.set_mesh(program.mesh):
         made = program.step.jitted.lower(program.abstract, batch).compile()
-    stats = made.memory_analysis()
-    arguments, temporary = stats.argument_size_in_bytes, stats.temp_size_in_bytes
-    return Compiled(
-        target=chips.chip(chip).kind if gpu else "simulated CPU devices",
-        arguments=arguments,
-        temporary=temporary,
-        total=arguments + stats.output_size_in_bytes - stats.alias_size_in_bytes + temporary,
-        collectives=tuple(hlo.collectives(made.as_text(), program.mesh)),
-        seconds=time.perf_counter() - start,
-    )
+    target = "simulated CPU devices" if chip is None else chips.chip(chip).kind
+    return hlo.read(made, program.mesh, target, time.perf_counter() - start)
 
 
 def advice(found: Plan, chip: str) -> list[Advice]:
@@ -284,27 +267,23 @@ def advice(found: Plan, chip: str) -> list[Advice]:
     experiment, layout = found.experiment, found.experiment.layout
     knobs: dict[str, Experiment] = {}
 
-    def turn(name: str, changed: Experiment) -> None:
-        knobs[name] = changed
+    def turn(microbatches: int = experiment.microbatches, **degrees) -> None:
+        name = [f"--layout.{knob} {value}" for knob, value in degrees.items()]
+        name += [f"--microbatches {microbatches}"] if microbatches != experiment.microbatches else []
+        knobs[" ".join(name)] = replace(experiment, layout=replace(layout, **degrees), microbatches=microbatches)
 
-    def lay(name: str, **degrees) -> None:
-        turn(name, replace(experiment, layout=replace(layout, **degrees)))
-
-    if layout.fsdp > 1 and layout.zero < 3:
+    if layout.fsdp > 1:
         for zero in range(layout.zero + 1, 4):
-            lay(f"--layout.zero {zero}", zero=zero)
+            turn(zero=zero)
     if layout.data > 1:
-        lay(f"--layout.data 1 --layout.fsdp {layout.fsdp * layout.data} --layout.zero 3", data=1, fsdp=layout.fsdp * layout.data, zero=3)
-    for remat in ("dots", "full"):
-        if ("none", "dots", "full").index(remat) > ("none", "dots", "full").index(layout.remat):
-            lay(f"--layout.remat {remat}", remat=remat)
+        turn(data=1, fsdp=layout.fsdp * layout.data, zero=3)
+    for remat in REMATS[REMATS.index(layout.remat) + 1 :]:
+        turn(remat=remat)
     for factor in (2, 4, 8):
-        turn(f"--microbatches {factor * experiment.microbatches}", replace(experiment, microbatches=factor * experiment.microbatches))
+        turn(factor * experiment.microbatches)
         for axis in ("data", "fsdp"):
-            degree = getattr(layout, axis)
-            if degree % factor == 0:
-                name = f"--layout.tensor {factor * layout.tensor} --layout.{axis} {degree // factor}"
-                lay(name, **{"tensor": factor * layout.tensor, axis: degree // factor})
+            if getattr(layout, axis) % factor == 0:
+                turn(**{"tensor": factor * layout.tensor, axis: getattr(layout, axis) // factor})
     turned = []
     for name, changed in knobs.items():
         try:
@@ -341,7 +320,7 @@ def _layouts(experiment: Experiment, devices: int, chip: Chip) -> Iterator[tuple
             if fsdp not in (1, shards) and fsdp * tensor * context % chip.per_host:
                 continue
             cuts = [m for m in divisors(experiment.batch // shards) if m & (m - 1) == 0]
-            for zero, remat, m in itertools.product((3, 1) if fsdp > 1 else (3,), ("none", "dots", "full"), cuts):
+            for zero, remat, m in itertools.product((3, 1) if fsdp > 1 else (3,), REMATS, cuts):
                 yield replace(experiment.layout, data=shards // fsdp, fsdp=fsdp, zero=zero, tensor=tensor, context=context, remat=remat), m
 
 
@@ -418,10 +397,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 search(settled(replace(experiment, layout=Layout())), chosen.devices or experiment.layout.devices, chip=chosen.chip)
             )
             return
-        found = plan(experiment, chip=chosen.chip, compiled=chosen.compile)
+        found = plan(experiment, chip=chosen.chip, compiled=chosen.compile, cpu=chosen.compile and not absent.prepared())
     _print(found)
     if not found.fits:
-        _print_advice(found, advice(found, chosen.chip))
+        _print_advice(advice(found, chosen.chip))
         sys.exit(1)
 
 
@@ -432,52 +411,41 @@ def _start(chosen: Options, devices: int) -> None:
         return
     jax.config.update("jax_platforms", "cpu")
     if chosen.compile:
+        if devices > SIMULATED:
+            raise ConfigError(f"XLA:CPU compiles for {SIMULATED} simulated devices at most, not {devices}; {absent.HINT}")
         jax.config.update("jax_num_cpu_devices", devices)
 
 
 def _print(found: Plan) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console, layout, made = Console(), found.experiment.layout, found.compiled
+    layout, made, t = found.experiment.layout, found.compiled, found.time
     degrees = ", ".join(f"{a} {getattr(layout, a)}" for a in AXES if getattr(layout, a) > 1) or "one device"
     title = f"{found.experiment.name} on {layout.devices} x {found.chip.kind}: {degrees}, zero {layout.zero}, remat {layout.remat}"
-    table = Table("each device holds", title=title)
-    table.add_column("planned", justify="right")
-    compiled = {} if made is None else _compiled_rows(found, made)
+    rows = [[name, gb(size)] for name, size in found.memory.items()]
+    rows.append(["total", f"{gb(found.total)} of {gb(found.chip.memory)}{'' if found.fits else ': it does not fit'}"])
+    columns = ["each device holds", "planned"]
     if made is not None:
-        table.add_column(f"compiled ({made.target}, {made.seconds:.0f} s)", justify="right")
-    for name, size in found.memory.items():
-        table.add_row(name, gb(size), *([gb(compiled[name]) if name in compiled else ""] if made else []))
-    share = f"{gb(found.total)} of {gb(found.chip.memory)}"
-    table.add_row("total", share, *([gb(made.total)] if made else []), style="bold" if found.fits else "bold red")
-    console.print(table)
-
-    table = Table("each step sends", "over", title="Communication")
-    for name in ("one", "times", "in all"):
-        table.add_column(name, justify="right")
-    for one in found.traffic:
-        if one.volume >= 10_000:
-            table.add_row(f"{one.kind}: {one.what}", " x ".join(one.axes), gb(one.size), f"{one.times:,}", gb(one.volume))
-    console.print(table)
+        columns.append(f"compiled ({made.target}, {made.seconds:.0f} s)")
+        state = len([name for name in ("parameters", "optimizer", "batch and the rest") if name in found.memory])
+        rows = [[*row, ""] for row in rows]
+        rows[state - 1][2], rows[-2][2] = f"{gb(made.arguments)} so far", f"{gb(made.temporary)} of temporaries"
+        rows[-1][2] = gb(made.total)
+    _table(title, columns, rows)
+    sent = [one for one in found.traffic if one.volume >= SMALL]
+    rows = [[f"{one.kind}: {one.what}", " x ".join(one.axes), gb(one.size), f"{one.times:,}", gb(one.volume)] for one in sent]
+    _table("Communication", ["each step sends", "over", "one", "times", "in all"], rows)
     if made is not None:
-        console.print(_comparison(found, made))
-    t = found.time
-    console.print(
+        both = [(kind, axes, *sizes) for (kind, axes), sizes in compared(found, made).items() if max(sizes) >= SMALL]
+        rows = [[kind, " x ".join(axes), gb(planned), gb(compiled)] for kind, axes, planned, compiled in both]
+        _table("Communication, planned and compiled", ["collective", "over", "planned", "compiled"], rows)
+    print(
         f"{found.flops[0] / 1e12:,.1f} TFLOP a device ({found.flops[1] / found.flops[0] - 1:.0%} recomputed besides). At the chip's peaks: "
         f"products {t.compute:.3g} s, memory {t.memory:.3g} s; at {cost.EFFICIENCY:.0%} of the links': communication {t.exposed:.3g} s waited "
-        f"for, {t.hidden:.3g} s beside products.\nPredicted: {t.step:.3g} s a step, MFU {found.mfu:.0%}, "
+        f"for, {t.hidden:.3g} s beside products.\nPredicted, unmeasured: {t.step:.3g} s a step, MFU {found.mfu:.0%}, "
         f"{found.experiment.batch * found.experiment.data.length / t.step:,.0f} tokens/s."
     )
 
 
-def _compiled_rows(found: Plan, made: Compiled) -> dict[str, int]:
-    """The compiler tells arguments from temporaries: in the rows of the former, what is left of them after the exact ones."""
-    exact = {name: found.memory[name] for name in ("parameters", "optimizer")}
-    return exact | {"batch and the rest": made.arguments - sum(exact.values())}
-
-
-def compared(found: Plan, made: Compiled) -> dict[tuple[str, tuple[str, ...]], tuple[int, int]]:
+def compared(found: Plan, made: hlo.Compiled) -> dict[tuple[str, tuple[str, ...]], tuple[int, int]]:
     """Bytes of a step's collectives by kind and axes: planned, and found in the compiled text."""
     volumes: dict[tuple, list[int]] = defaultdict(lambda: [0, 0])
     for place, several in ((0, found.traffic), (1, made.collectives)):
@@ -486,46 +454,41 @@ def compared(found: Plan, made: Compiled) -> dict[tuple[str, tuple[str, ...]], t
     return {key: (a, b) for key, (a, b) in sorted(volumes.items(), key=lambda item: -max(item[1]))}
 
 
-def _comparison(found: Plan, made: Compiled):
-    from rich.table import Table
-
-    table = Table("collective", "over", title="Communication, planned and compiled")
-    for name in ("planned", "compiled"):
-        table.add_column(name, justify="right")
-    for (kind, axes), (planned, compiled) in compared(found, made).items():
-        if max(planned, compiled) >= 10_000:
-            table.add_row(kind, " x ".join(axes), gb(planned), gb(compiled))
-    return table
-
-
-def _print_advice(found: Plan, several: list[Advice]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("it does not fit; turn", title="What would make it fit")
-    for name in ("total", "predicted step", "fits"):
-        table.add_column(name, justify="right")
-    for one in several[:8]:
-        table.add_row(one.knob, gb(one.plan.total), f"{one.plan.time.step:.3g} s", "yes" if one.plan.fits else "no")
-    Console().print(table if several else "It does not fit, and no single knob lowers it; try --search with more --devices.")
-    del found
+def _print_advice(several: list[Advice]) -> None:
+    rows = [[one.knob, gb(one.plan.total), f"{one.plan.time.step:.3g} s", "yes" if one.plan.fits else "no"] for one in several[:8]]
+    if rows:
+        _table("It does not fit. What would help", ["turn", "total", "predicted step", "fits"], rows)
+    else:
+        print("It does not fit, and no single knob lowers it; try --search with more --devices.")
 
 
 def _print_search(plans: list[Plan]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    if not plans:
-        raise ConfigError("no layout of so many devices divides the model and the batch; change batch, or --devices")
-    table = Table("layout", title=f"Layouts of {plans[0].experiment.layout.devices} x {plans[0].chip.kind}")
-    for name in ("total", "predicted step", "MFU", "fits"):
-        table.add_column(name, justify="right")
+    rows = []
     for one in plans:
         layout = one.experiment.layout
         degrees = " ".join(f"--layout.{a} {getattr(layout, a)}" for a in AXES if getattr(layout, a) > 1)
         knobs = f"{degrees} --layout.zero {layout.zero} --layout.remat {layout.remat} --microbatches {one.experiment.microbatches}"
-        table.add_row(knobs.strip(), gb(one.total), f"{one.time.step:.3g} s", f"{one.mfu:.0%}", "yes" if one.fits else "no")
-    Console().print(table)
+        rows.append([knobs.strip(), gb(one.total), f"{one.time.step:.3g} s", f"{one.mfu:.0%}", "yes" if one.fits else "no"])
+    if not rows:
+        raise ConfigError("no layout of so many devices divides the model and the batch; change batch, or --devices")
+    title = f"Layouts of {plans[0].experiment.layout.devices} x {plans[0].chip.kind}, fastest first"
+    _table(title, ["layout", "total", "predicted step", "MFU", "fits"], rows)
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    console.print(title, style="bold", soft_wrap=True, highlight=False)
+    table = Table()
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i > 0 and name != "over" else "left", no_wrap=i > 0)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def gb(size: float) -> str:

@@ -111,10 +111,9 @@ def share(spec: ParamSpec, layout: Layout, *, split: bool) -> int:
     return math.prod(spec.shape) // math.prod(sizes[n] for entry in places if entry for n in ([entry] if isinstance(entry, str) else entry))
 
 
-def gradients(work: Work, specs: Tree, *, scatters: bool = True) -> tuple[int, int]:
+def gradients(work: Work, specs: Tree) -> tuple[int, int]:
     """Bytes of all gradients, in the master type, and of the largest, of which there is a copy in another order at the end."""
-    split = work.layout.zero >= (1 if scatters else 2)
-    sizes = [work.master * share(spec, work.layout, split=split) for spec in jax.tree.leaves(specs, is_leaf=is_spec)]
+    sizes = [work.master * share(spec, work.layout, split=work.layout.zero >= 1) for spec in jax.tree.leaves(specs, is_leaf=is_spec)]
     return sum(sizes), max(sizes)
 
 
@@ -127,7 +126,7 @@ def kept(work: Work) -> dict[str, int]:
     if remat == "full":
         return {"layer inputs": work.between}
     if remat == "dots":
-        return {"layer inputs": work.between, "products": work.between * (work.reads - 1) + queries + 2 * keys + hidden}
+        return {"layer inputs": work.between, "products": work.between * (work.reads - 1 + (work.norms == 4)) + queries + 2 * keys + hidden}
     found = {
         "inputs of norms": work.norms * work.between,
         "inputs of projections": work.reads * work.whole + queries,
@@ -146,7 +145,7 @@ def mask(work: Work) -> int:
     return 4 * here.rows * here.length**2 * parts
 
 
-def working(work: Work, specs: Tree) -> int:
+def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
     """Bytes that the backward pass of one layer holds beside what is kept: the larger of attention's and the feed-forward's."""
     here, layout = work.here, work.layout
     tokens, n = here.rows * here.length, work.layout.context
@@ -157,9 +156,16 @@ def working(work: Work, specs: Tree) -> int:
         tile = min(TILE, here.length)
         row = 4 * tokens * (tile if layout.exchange == "ring" else tile * n)
         hop = 2 * 4 * tokens * here.length + 16 * keys if n > 1 and layout.exchange == "ring" else 0
-        attention = row + hop + 12 * here.rows * here.heads * tile**2 + 8 * (queries + keys) + 2 * (queries + keys) * work.compute
-    feed = (5 if work.gated else 3) * tokens * here.mlp * work.compute
-    return max(attention + work.whole, feed + 2 * work.whole) + _weights(work, specs, gradients=True)
+        attention = (
+            row + hop + (8 if cpu else 12) * here.rows * here.heads * tile**2 + 8 * (queries + keys) + 2 * (queries + keys) * work.compute
+        )
+    # What enters and what comes back, both whole, and the gradient through each projection before they are summed.
+    feed = (5 if work.gated else 3) * tokens * here.mlp * work.compute + (4 if work.gated else 3) * work.whole
+    found = max(attention + work.whole, feed) + _weights(work, specs, gradients=True)
+    if cpu:
+        anew = kept(replace(work, layout=replace(layout, remat="none"))) if layout.remat != "none" else {}
+        found += sum(size for name, size in anew.items() if name != "attention weights") + 4 * work.whole
+    return found
 
 
 def _forward(work: Work, specs: Tree) -> int:
@@ -187,32 +193,37 @@ def layer_numbers(specs: Tree, layout: Layout) -> int:
     )
 
 
-def loss_working(work: Work) -> int:
-    """Bytes that head and loss hold: a chunk of logits with its gradient, the head, and its gradient twice (a sum, and what is added)."""
+def loss_working(work: Work, *, cpu: bool = False) -> int:
+    """Bytes that head and loss hold: a chunk of logits with its gradient, the head, and its gradient (XLA:CPU adds to it what it makes
+    apart)."""
     here = work.here
     tokens, table = here.rows * here.length, here.vocab * work.embed
     chunks = next(n for n in range(1, here.length + 1) if here.length % n == 0 and (tokens // n * here.vocab <= LOGITS or n == here.length))
-    copies = (1 if chunks == 1 else 2) * work.master + (work.compute if work.compute != work.master or work.layout.zero == 3 else 0)
+    copies = (2 if cpu and chunks > 1 else 1) * work.master + (work.compute if work.compute != work.master or work.layout.zero == 3 else 0)
     return tokens // chunks * here.vocab * (8 + work.compute) + copies * table + 2 * work.whole
 
 
-def memory(work: Work, specs: Tree, *, parameters: int, optimizer: int, rest: int, scatters: bool = True) -> dict[str, int]:
+def memory(work: Work, specs: Tree, *, parameters: int, optimizer: int, rest: int, cpu: bool = False) -> dict[str, int]:
     """Bytes of one device by row: what lies there all along (given), then what a step adds at its fullest moment.
 
     That is the fullest of four: the last layer's forward pass; head and loss, with every layer's activations; the backward pass of a
     layer, with gradients besides; the update, with gradients alone.
     """
-    (grads, largest), layout = gradients(work, specs, scatters=scatters), work.layout
+    (grads, largest), layout = gradients(work, specs), work.layout
     activations = {name: work.layers * size for name, size in kept(work).items()}
-    table = work.here.vocab * work.embed * (work.compute + (work.master if layout.zero == 3 and layout.fsdp > 1 else 0))
+    table = work.here.vocab * work.embed
+    read = table * (work.compute + (work.master if layout.zero == 3 and layout.fsdp > 1 else 0))
+    # The head's gradient is reduced last, with the embedding's.
+    unreduced = table * work.master if layout.zero >= 1 and layout.fsdp > 1 else 0
     # A mask in tiles is made anew where a layer is recomputed.
     masked = {"attention mask": mask(work)}
     masked_again = masked if work.dense or layout.remat == "none" else {}
     updated = work.master * sum(share(spec, layout, split=False) for spec in jax.tree.leaves(specs, is_leaf=is_spec))
+    busy = working(work, specs, cpu=cpu) + (grads if cpu else largest)
     moments = [
-        {**activations, **masked, "working set of a layer": _forward(work, specs) + table},
-        {**activations, **masked_again, "head and loss": loss_working(work)},
-        {**activations, **masked_again, "gradients": grads, "working set of a layer": working(work, specs) + largest + table},
+        {**activations, **masked, "working set of a layer": _forward(work, specs) + read},
+        {**activations, **masked_again, "head and loss": loss_working(work, cpu=cpu)},
+        {**activations, **masked_again, "gradients": grads, "gradient of the head, whole": unreduced, "working set of a layer": busy},
         {"gradients": grads, "update": updated if layout.zero in (1, 2) and layout.fsdp > 1 else largest},
     ]
     sums = {"gradients of earlier microbatches": grads} if work.microbatches > 1 else {}
@@ -220,14 +231,15 @@ def memory(work: Work, specs: Tree, *, parameters: int, optimizer: int, rest: in
     return {"parameters": parameters, "optimizer": optimizer, "batch and the rest": rest, **sums, **fullest}
 
 
-def traffic(work: Work, specs: Tree, *, scatters: bool = True) -> list[Traffic]:
+def traffic(work: Work, specs: Tree, *, cpu: bool = False) -> list[Traffic]:
     """The collectives of a step, larger ones first.
 
     Args:
-      scatters: whether the compiler turns an all-reduce of which each device needs a part into a reduce-scatter. XLA:CPU does not; where
-        code asks for a reduce-scatter itself (head, embedding), it is one there too.
+      cpu: as XLA:CPU compiles it. It does not turn an all-reduce of which each device needs a part into a reduce-scatter (where code asks
+        for one itself, as head and embedding do, it is one there too), sums the gradients of a sublayer's several projections one by
+        one, and gathers weights once for recomputation and backward pass together.
     """
-    found = [*_of_weights(work, specs, scatters), *_of_sublayers(work, scatters), *_of_ends(work, specs, scatters), *_of_attention(work)]
+    found = [*_of_weights(work, specs, cpu), *_of_sublayers(work, cpu), *_of_ends(work, specs, cpu), *_of_attention(work)]
     return sorted((t for t in found if t.size and t.times and t.axes), key=lambda t: -t.volume)
 
 
@@ -236,7 +248,7 @@ def _over(layout: Layout, *axes: str) -> tuple[str, ...]:
     return tuple(a for a in AXES if a in axes and getattr(layout, a) > 1)
 
 
-def _of_weights(work: Work, specs: Tree, scatters: bool) -> list[Traffic]:
+def _of_weights(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
     """ZeRO: gathers of what is split, in the type it multiplies in (norms and biases: the master type); reductions of gradients; gathers
     of updated parameters. Each in a layer's turn; embedding and head reduce their gradients by themselves (`_of_ends`)."""
     layout, zero, found = work.layout, work.layout.zero, []
@@ -245,9 +257,11 @@ def _of_weights(work: Work, specs: Tree, scatters: bool) -> list[Traffic]:
     whole = {name: share(spec, layout, split=False) for name, spec in table.items()}
     parted = {name for name, spec in table.items() if share(spec, layout, split=True) < whole[name]}
 
+    twice = "embed" if work.tied else ""  # read twice: gathered twice in half the bytes, or once in the master type
+
     def size(names: Iterable[str], *, master: bool = False) -> int:
-        """Bytes of parameters, all layers together; of a table or matrix in the compute type unless it is to be in the master type."""
-        return sum(whole[n] * (work.master if master or not _multiplies(table[n]) else work.compute) for n in names)
+        """Bytes of parameters, all layers together: of tables and matrices in the compute type, unless `master`."""
+        return sum(whole[n] * (work.master if master or not _multiplies(table[n]) or n == twice else work.compute) for n in names)
 
     for inner, what in ((True, "of layers"), (False, "of embedding, head, final norm")):
         names = [n for n, spec in table.items() if bool(spec.layers) == inner]
@@ -259,17 +273,14 @@ def _of_weights(work: Work, specs: Tree, scatters: bool) -> list[Traffic]:
             if inner:
                 found.append(Traffic("all-gather", fsdp, size(weights) // depth, times, f"parameters {what}, backward"))
             if inner and layout.remat != "none":
-                again = [n for n in mine if n not in weights or (layout.remat == "full" and "/down/" not in f"/{n}/")]
+                again = [n for n in mine if n not in weights or (layout.remat == "full" and not cpu and "/down/" not in f"/{n}/")]
                 found.append(Traffic("all-gather", fsdp, size(again) // depth, times, f"parameters {what}, recomputed"))
         reduced = [n for n in names if inner or not _at_ends(n)]
-        scattered = [n for n in reduced if n in parted and (zero >= 2 or (zero == 1 and scatters and not _narrow(table[n], layout)))]
+        scattered = [n for n in reduced if n in parted and (zero >= 2 or (zero == 1 and not cpu and not _narrow(table[n], layout)))]
         rest = [n for n in reduced if n not in scattered]
-        if scattered and scatters:
-            total = size(scattered, master=True) // depth
-            found.append(Traffic("reduce-scatter", fsdp, total, times, f"gradients {what}"))
-            found.append(Traffic("all-reduce", replicas, total // layout.fsdp, times, f"gradients {what}"))
-        else:
-            rest += scattered
+        total = size(scattered, master=True) // depth
+        found.append(Traffic("all-reduce" if cpu else "reduce-scatter", fsdp, total, times, f"gradients {what}"))
+        found.append(Traffic("all-reduce", replicas, total // layout.fsdp, times, f"gradients {what}"))
         found.append(Traffic("all-reduce", everyone, size(rest, master=True) // depth, times, f"gradients {what}"))
     if zero in (1, 2):
         found.append(Traffic("all-gather", fsdp, size(parted, master=True), 1, "updated parameters"))
@@ -293,23 +304,25 @@ def _narrow(spec: ParamSpec, layout: Layout) -> bool:
     return out <= NARROW and out < into
 
 
-def _of_sublayers(work: Work, scatters: bool) -> list[Traffic]:
+def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
     """Megatron's: the residual stream gathered before, and summed after, attention and feed-forward; the same of its gradient."""
-    axes, times, size = _over(work.layout, "tensor"), work.layers * work.microbatches, work.whole
-    recomputed = work.layout.remat != "none"
+    axes, times, size, remat = _over(work.layout, "tensor"), work.layers * work.microbatches, work.whole, work.layout.remat
+    replicated = work.kv_heads % work.layout.tensor != 0
+    found, back = [], work.reads
+    if cpu:
+        back = (1 if replicated else 3) + (2 if work.gated else 1)
+    if replicated:  # fewer key heads than devices: each has its part of their gradients
+        keys = work.here.rows * work.here.length * work.kv_heads * work.head_dim * work.compute
+        found.append(Traffic("all-reduce", axes, 2 * keys, times, "gradients of keys and values"))
+    sums = 2 + back + (remat == "full" and work.reads == 2)
     if not work.layout.sequence:
-        sums = 2 * work.reads + (recomputed and work.layout.remat == "full" and work.reads == 2)
-        return [Traffic("all-reduce", axes, size, sums * times, "residual stream")]
-    add = "reduce-scatter" if scatters else "all-reduce"
-    gathers = 2 + work.reads + work.reads * recomputed
-    sums = 2 + work.reads + (work.layout.remat == "full" and work.reads == 2)
-    return [
-        Traffic("all-gather", axes, size, gathers * times, "residual stream"),
-        Traffic(add, axes, size, sums * times, "residual stream"),
-    ]
+        return [*found, Traffic("all-reduce", axes, size, sums * times, "residual stream")]
+    gathers = 2 + work.reads + work.reads * (remat != "none")
+    found.append(Traffic("all-gather", axes, size, gathers * times, "residual stream"))
+    return [*found, Traffic("all-reduce" if cpu else "reduce-scatter", axes, size, sums * times, "residual stream")]
 
 
-def _of_ends(work: Work, specs: Tree, scatters: bool) -> list[Traffic]:
+def _of_ends(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
     """Embedding, head and loss, which say themselves what they send."""
     layout, here, m, found = work.layout, work.here, work.microbatches, []
     tensor, fsdp, replicas = (_over(layout, *axes) for axes in (("tensor",), ("fsdp",), ("data", "expert", "context")))
@@ -324,7 +337,7 @@ def _of_ends(work: Work, specs: Tree, scatters: bool) -> list[Traffic]:
     for name, often in uses.items():
         if name in specs:
             size = often * share(specs[name], layout, split=False) * work.master
-            if fsdp and layout.zero >= (1 if scatters else 2):
+            if fsdp and layout.zero >= (2 if cpu else 1):
                 found.append(Traffic("reduce-scatter", fsdp, size, m, f"gradient of {name}"))
                 found.append(Traffic("all-reduce", replicas, size // layout.fsdp, m, f"gradient of {name}"))
             else:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -44,6 +45,33 @@ class Collective:
     def volume(self) -> int:
         """Bytes: `size x times`."""
         return self.size * self.times
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a step.
+
+    Attributes:
+      target: what it was compiled for.
+      arguments, temporary, total: bytes of a device; total is arguments, temporaries, and results that take no argument's place.
+      collectives: as found in the text.
+      seconds: that lowering and compiling took.
+    """
+
+    target: str
+    arguments: int
+    temporary: int
+    total: int
+    collectives: tuple[Collective, ...]
+    seconds: float
+
+
+def read(compiled: jax.stages.Compiled, mesh: Mesh, target: str, seconds: float) -> Compiled:
+    """The figures of a compiled program."""
+    stats = compiled.memory_analysis()
+    arguments, temporary = stats.argument_size_in_bytes, stats.temp_size_in_bytes
+    total = arguments + stats.output_size_in_bytes - stats.alias_size_in_bytes + temporary
+    return Compiled(target, arguments, temporary, total, tuple(collectives(compiled.as_text(), mesh)), seconds)
 
 
 def collectives(text: str, mesh: Mesh) -> list[Collective]:

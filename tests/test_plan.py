@@ -1,0 +1,160 @@
+"""The door `python -m lmx.plan`, and what it advises."""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from experiments.gpt2_124m import experiment as gpt2
+from experiments.shakespeare import experiment as shakespeare
+from lmx import plan as plans
+from lmx.core.config import ConfigError
+from lmx.parallel.layout import Layout
+
+LARGE = dataclasses.replace(
+    gpt2,
+    model=dataclasses.replace(gpt2.model, layers=48, embed=4096, heads=32, positions="rope", context=4096),
+    data=dataclasses.replace(gpt2.data, length=4096),
+    precision="bf16",
+    batch=64,
+    microbatches=1,
+)
+
+
+def on(experiment, **degrees):
+    return dataclasses.replace(experiment, layout=Layout(**degrees))
+
+
+def test_the_door_prints_a_table(capsys):
+    plans.main(
+        ["experiments.gpt2_124m", "--devices", "8", "--precision", "bf16", "--layout.remat=full", "--microbatches", "20", "--batch", "480"]
+    )
+    out = capsys.readouterr().out
+    for text in ("gpt2_124m on 8 x NVIDIA H100 80GB HBM3: fsdp 8, zero 3, remat full", "parameters", "optimizer", "total", "of 84.94 GB"):
+        assert text in out
+    assert "reduce-scatter: gradients of layers" in out
+    assert "MFU" in out
+
+
+def test_the_door_compiles_for_simulated_devices(capsys, monkeypatch):
+    monkeypatch.setattr(plans, "_start", lambda *_: None)  # the backend has started
+    small = [
+        "--model.layers",
+        "2",
+        "--model.embed",
+        "96",
+        "--model.vocab",
+        "256",
+        "--batch",
+        "16",
+        "--microbatches",
+        "1",
+        "--data.length",
+        "64",
+    ]
+    plans.main(["experiments.gpt2_124m", "--devices", "4", "--compile", *small])
+    out = capsys.readouterr().out
+    assert "compiled (simulated CPU devices" in out
+    assert "planned and compiled" in out
+
+
+def test_no_backend_and_no_gigabytes_for_thousands_of_devices():
+    """In a process of its own: a plan for 16,384 devices starts no backend."""
+    code = (
+        "import dataclasses, jax; from jax._src import xla_bridge; from lmx import plan; from tests.test_plan import LARGE, on;"
+        "large = dataclasses.replace(LARGE, batch=2048); found = plan.plan(on(large, data=16, fsdp=128, tensor=8));"
+        "print(found.total, len(xla_bridge._backends))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    total, _ = map(int, done.stdout.split())
+    assert total < 20e9
+
+
+def test_leaves_with_1_where_it_does_not_fit(capsys, monkeypatch):
+    monkeypatch.setattr("experiments.gpt2_124m.experiment", LARGE)
+    with pytest.raises(SystemExit) as stop:
+        plans.main(["experiments.gpt2_124m", "--layout.data", "8"])
+    assert stop.value.code == 1
+    out = capsys.readouterr().out
+    assert "it does not fit" in out
+    assert "--layout.data 1 --layout.fsdp 8 --layout.zero 3" in out
+
+
+def test_advice_is_ranked_what_fits_first():
+    found = plans.plan(on(LARGE, fsdp=64, zero=0))
+    several = plans.advice(found, "h100")
+    assert several
+    assert not found.fits
+    fits = [one.plan.fits for one in several]
+    assert fits == sorted(fits, reverse=True)
+    assert all(one.plan.total < found.total for one in several)
+    assert any("--layout.zero" in one.knob for one in several)
+    assert any("--layout.remat" in one.knob for one in plans.advice(plans.plan(on(LARGE, fsdp=64)), "h100"))
+
+
+def test_each_knob_does_what_it_says():
+    def total(**degrees):
+        return plans.plan(on(LARGE, **({"fsdp": 64} | degrees))).total
+
+    assert total(zero=0) > total(zero=1) > total(zero=3)
+    assert total(remat="none") > total(remat="dots") > total(remat="full")
+    halved = plans.plan(dataclasses.replace(on(LARGE, fsdp=32, remat="none"), microbatches=2))
+    assert halved.total < total(fsdp=32)
+
+
+def test_search_ranks_layouts_that_fit():
+    found = plans.search(plans.settled(LARGE), 64, best=5)
+    assert len(found) == 5
+    assert all(one.fits and one.experiment.layout.devices == 64 for one in found)
+    steps = [one.time.step for one in found]
+    assert steps == sorted(steps)
+
+
+def test_the_vocabulary_of_a_trained_tokenizer_is_known():
+    assert plans.settled(shakespeare).model.vocab == 1024
+    named = dataclasses.replace(shakespeare, data=dataclasses.replace(shakespeare.data, tokenizer="some/tokenizer.json"))
+    with pytest.raises(ConfigError, match=r"model.vocab=0 takes the tokenizer's vocabulary"):
+        plans.settled(named)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pipeline": 2}, "layout.pipeline=2 cannot be planned yet"),
+        ({"expert": 2}, "layout.expert=2 cannot be planned yet"),
+        ({"ordered": 2, "data": 2}, "layout.ordered=2 cannot be planned yet"),
+        ({"tensor": 5}, "model.heads=12 is not divisible by layout.tensor=5"),
+        ({"data": 7}, "is not divisible by layout.data x layout.fsdp"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        plans.plan(on(gpt2, **changes))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "name an experiment's module first"),
+        (["experiments.nothing"], "experiments.nothing is no module with an `experiment` in it"),
+        (["experiments.gpt2_124m", "--chip", "h900"], "chip='h900' is not known; use one of h100"),
+        (["experiments.gpt2_124m", "--devices", "many"], "--devices many: give the number of devices"),
+        (["experiments.gpt2_124m", "--devices", "12", "--layout.tensor", "8"], "--devices 12 is not divisible by 8"),
+        (["experiments.gpt2_124m", "--layout.tensr", "8"], "layout.tensor"),
+    ],
+)
+def test_a_wrong_command_is_one_line(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        plans.main(argv)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_devices_go_to_fsdp():
+    assert plans.widened(on(gpt2, tensor=2), 8).layout == Layout(tensor=2, fsdp=4)
+    assert plans.widened(gpt2, 0) is gpt2
+    assert len(jax.devices()) == 8
