@@ -8,11 +8,10 @@ simulated CPU devices; `--search` ranks layouts of as many devices.
 
 import dataclasses
 import importlib
-import itertools
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from types import MappingProxyType
@@ -27,18 +26,17 @@ from lmx.core.tree import Tree
 from lmx.data.recipe import Data
 from lmx.kernels.attention import LONG
 from lmx.models import transformer
-from lmx.models.config import Transformer
+from lmx.models.config import Transformer, is_local
 from lmx.parallel import absent, chips, cost, hlo
 from lmx.parallel.chips import Chip
 from lmx.parallel.cost import Time, Traffic, Work
 from lmx.parallel.feed import batch_sharding
-from lmx.parallel.layout import AXES, Layout, divisors
+from lmx.parallel.layout import AXES, Layout
 from lmx.train import optimizers
 from lmx.train.experiment import Experiment, check
 from lmx.train.program import build
 from lmx.train.state import initial_state, state_shardings
 
-REMATS = ("none", "dots", "full")
 SMALL = 10_000
 """Collectives of fewer bytes are not shown."""
 SIMULATED = 2048
@@ -107,7 +105,7 @@ def plan(experiment: Experiment, *, chip: str = "h100", compiled: bool = False, 
     tokens = experiment.batch * experiment.data.length
     model = transformer.flops_per_token(experiment.model, experiment.data.length) * tokens / experiment.layout.devices
     flops = (model, model + _recomputed(experiment) / experiment.layout.devices)
-    moved = _moved(found, memory)
+    moved = cost.moved(found, memory["parameters"], memory["optimizer"])
     timed = cost.seconds(found, traffic, flops[1], kind, moved)
     made = compile_step(experiment, chip if absent.prepared() else None) if compiled else None
     return Plan(experiment, kind, memory, tuple(traffic), flops, timed, made)
@@ -127,6 +125,8 @@ def settled(experiment: Experiment) -> Experiment:
             )
     if model.experts:
         raise ConfigError(f"model.experts={model.experts}: mixtures of experts cannot be planned yet")
+    if model.dropout:
+        raise ConfigError(f"model.dropout={model.dropout}: what dropout keeps cannot be planned yet; plan with it at 0")
     if not model.vocab:
         kind, _, size = experiment.data.tokenizer.partition(":")
         if kind not in ("bpe", "unigram") or not size.isdigit():
@@ -167,6 +167,7 @@ def work(experiment: Experiment) -> Work:
         qk_norm=model.qk_norm,
         tied=model.tied,
         positions=model.context if model.positions == "learned" else 0,
+        masks=len({is_local(kind) for kind in model.pattern}),
         dense=not ring and experiment.data.length <= LONG and model.attention_softcap is None,
         compute=jnp.dtype(precision.compute).itemsize,
         master=jnp.dtype(precision.params).itemsize,
@@ -212,10 +213,10 @@ def batch_structs(experiment: Experiment, sharding: NamedSharding) -> dict[str, 
 
 
 def _batch_bytes(experiment: Experiment) -> int:
-    """Of a batch on one device, as far as the step reads it: example ids only tell dropout, positions only where they are used."""
+    """Of a batch on one device, as far as the step reads it: not the example ids, which only tell dropout, nor unused positions."""
     rows = experiment.batch // experiment.layout.shards
     arrays = 5 if experiment.model.positions != "none" else 4
-    return 4 * rows * (arrays * experiment.data.length + (experiment.model.dropout > 0))
+    return 4 * rows * arrays * experiment.data.length
 
 
 def _recomputed(experiment: Experiment) -> float:
@@ -229,14 +230,6 @@ def _recomputed(experiment: Experiment) -> float:
     if experiment.layout.remat == "dots":
         return scores
     return transformer.flops_per_token(model, length) / 3 * tokens - outer * tokens
-
-
-def _moved(work: Work, memory: dict[str, int]) -> int:
-    """Bytes through a device's memory in a step, at least: the state read and written once, weights read three times a microbatch, and
-    what is kept written and read."""
-    layers = work.layers * sum(cost.kept(replace(work, layout=replace(work.layout, remat="none"))).values())
-    state = 2 * (memory["parameters"] + memory["optimizer"])
-    return state + work.microbatches * (3 * memory["parameters"] * work.compute // work.master + 2 * layers)
 
 
 def compile_step(experiment: Experiment, chip: str | None = None) -> hlo.Compiled:
@@ -277,7 +270,7 @@ def advice(found: Plan, chip: str) -> list[Advice]:
             turn(zero=zero)
     if layout.data > 1:
         turn(data=1, fsdp=layout.fsdp * layout.data, zero=3)
-    for remat in REMATS[REMATS.index(layout.remat) + 1 :]:
+    for remat in cost.REMATS[cost.REMATS.index(layout.remat) + 1 :]:
         turn(remat=remat)
     for factor in (2, 4, 8):
         turn(factor * experiment.microbatches)
@@ -298,30 +291,15 @@ def advice(found: Plan, chip: str) -> list[Advice]:
 def search(experiment: Experiment, devices: int, *, chip: str = "h100", best: int = 10) -> list[Plan]:
     """Plans of layouts of so many devices that fit, fastest first (all, smallest first, where none does)."""
     plans = []
-    for layout, microbatches in _layouts(experiment, devices, chips.chip(chip)):
+    for degrees, microbatches in cost.candidates(devices, experiment.batch, experiment.data.length, chips.chip(chip).per_host):
         try:
-            plans.append(plan(replace(experiment, layout=layout, microbatches=microbatches), chip=chip))
+            plans.append(plan(replace(experiment, layout=replace(experiment.layout, **degrees), microbatches=microbatches), chip=chip))
         except ValueError:
             continue
     fitting = [p for p in plans if p.fits]
     if fitting:
         return sorted(fitting, key=lambda p: p.time.step)[:best]
     return sorted(plans, key=lambda p: p.total)[:best]
-
-
-def _layouts(experiment: Experiment, devices: int, chip: Chip) -> Iterator[tuple[Layout, int]]:
-    """Layouts worth a plan: tensor within a host, context for long sequences, ZeRO within and over hosts, the batch cut as it divides."""
-    long = [c for c in divisors(devices) if c <= 16 and experiment.data.length // c >= 2048] or [1]
-    for tensor, context in itertools.product((t for t in divisors(devices) if t <= chip.per_host), long):
-        shards = devices // (tensor * context)
-        if devices % (tensor * context) or experiment.batch % shards:
-            continue
-        for fsdp in divisors(shards):
-            if fsdp not in (1, shards) and fsdp * tensor * context % chip.per_host:
-                continue
-            cuts = [m for m in divisors(experiment.batch // shards) if m & (m - 1) == 0]
-            for zero, remat, m in itertools.product((3, 1) if fsdp > 1 else (3,), REMATS, cuts):
-                yield replace(experiment.layout, data=shards // fsdp, fsdp=fsdp, zero=zero, tensor=tensor, context=context, remat=remat), m
 
 
 def _compute_type(experiment: Experiment) -> str:

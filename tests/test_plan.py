@@ -154,6 +154,12 @@ def test_a_wrong_command_is_one_line(argv, message, capsys):
     assert error.count("\n") == 1
 
 
+def test_mixtures_and_dropout_are_refused():
+    for change, message in (({"experts": 4}, "model.experts=4"), ({"dropout": 0.1}, "model.dropout=0.1")):
+        with pytest.raises(ConfigError, match=message):
+            plans.plan(dataclasses.replace(gpt2, model=dataclasses.replace(gpt2.model, **change)))
+
+
 def test_devices_go_to_fsdp():
     assert plans.widened(on(gpt2, tensor=2), 8).layout == Layout(tensor=2, fsdp=4)
     assert plans.widened(gpt2, 0) is gpt2

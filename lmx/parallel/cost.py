@@ -5,8 +5,9 @@ the backward pass keeps is counted from what the layers' derivatives take; what 
 of it. Sizes are of one device and in bytes, collectives as `lmx.parallel.hlo` reads them.
 """
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import jax
@@ -15,9 +16,11 @@ from lmx.core.params import ParamSpec, is_spec
 from lmx.core.tree import Tree, name_of
 from lmx.core.weights import NARROW
 from lmx.parallel.chips import Chip
-from lmx.parallel.layout import AXES, SHARDS, Layout
+from lmx.parallel.layout import AXES, SHARDS, Layout, divisors
 from lmx.parallel.rules import partition, rules
 
+REMATS = ("none", "dots", "full")
+"""From the most that a layer keeps to the least."""
 LOGITS = 2**22
 """Logits that exist at once on a device (`lmx.models.losses.CHUNK`)."""
 TILE = 512
@@ -33,6 +36,7 @@ class Work:
       norms: norms of a layer.
       reads: how often a layer reads its normed input (once where attention and feed-forward are parallel).
       positions: rows of a table of learned positions, or 0.
+      masks: kinds of attention masks (all earlier tokens, a window).
       dense: whether attention forms every score (else in tiles).
       compute, master: bytes of a number, of activations and of parameters.
     """
@@ -54,6 +58,7 @@ class Work:
     qk_norm: bool = False
     tied: bool = True
     positions: int = 0
+    masks: int = 1
     dense: bool = True
     compute: int = 2
     master: int = 4
@@ -142,7 +147,7 @@ def mask(work: Work) -> int:
     """Bytes of the attention mask, fp32: XLA computes it once for all layers, tiles of chunked attention too."""
     here, n = work.here, work.layout.context
     parts = 1 if n == 1 else n - 1 if work.layout.exchange == "ring" else n**2
-    return 4 * here.rows * here.length**2 * parts
+    return work.masks * 4 * here.rows * here.length**2 * parts
 
 
 def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
@@ -363,6 +368,13 @@ def _of_attention(work: Work) -> list[Traffic]:
     return found
 
 
+def moved(work: Work, parameters: int, optimizer: int) -> int:
+    """Bytes through a device's memory in a step, at least: the state read and written once, weights read three times a microbatch, and
+    what layers give written and read."""
+    layers = work.layers * sum(kept(replace(work, layout=replace(work.layout, remat="none"))).values())
+    return 2 * (parameters + optimizer) + work.microbatches * (3 * parameters * work.compute // work.master + 2 * layers)
+
+
 @dataclass(frozen=True)
 class Time:
     """Seconds of a step, each part as if it ran alone at the chip's peaks, and their sum as predicted.
@@ -412,3 +424,19 @@ def link(axes: tuple[str, ...], layout: Layout, chip: Chip) -> float:
     """Bytes a second of the slowest link between devices of these axes: within a host where they and all inner axes fit into one."""
     first = min(AXES.index(axis) for axis in axes)
     return chip.near if math.prod(getattr(layout, a) for a in AXES[first:]) <= chip.per_host else chip.far
+
+
+def candidates(devices: int, batch: int, length: int, per_host: int) -> Iterator[tuple[dict, int]]:
+    """Layouts of so many devices that are worth a plan, as fields of `Layout`, and how many microbatches: tensor within a host, context for
+    long sequences, ZeRO over whole hosts or all shards, the batch cut in powers of two."""
+    long = [c for c in divisors(devices) if c <= 16 and length // c >= 2048] or [1]
+    for tensor, context in itertools.product((t for t in divisors(devices) if t <= per_host), long):
+        shards = devices // (tensor * context)
+        if devices % (tensor * context) or batch % shards:
+            continue
+        for fsdp in divisors(shards):
+            if fsdp not in (1, shards) and fsdp * tensor * context % per_host:
+                continue
+            cuts = [m for m in divisors(batch // shards) if m & (m - 1) == 0]
+            for zero, remat, m in itertools.product((3, 1) if fsdp > 1 else (3,), REMATS, cuts):
+                yield {"data": shards // fsdp, "fsdp": fsdp, "zero": zero, "tensor": tensor, "context": context, "remat": remat}, m

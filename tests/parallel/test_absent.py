@@ -3,6 +3,7 @@
 import pytest
 
 from lmx.parallel import absent, chips
+from lmx.parallel.layout import Layout
 
 
 def test_chips_are_known_by_name_and_by_kind():
@@ -29,3 +30,19 @@ def test_every_chip_that_can_be_compiled_for_is_known():
     for name, target in absent.TARGETS.items():
         assert f"device_memory_size: {chips.chip(name).memory}" in target
         assert chips.chip(name).kind in target
+
+
+@pytest.mark.aot
+def test_a_mesh_of_absent_gpus_knows_its_hosts():
+    if not absent.installed():
+        pytest.skip("the extra cuda is not installed")
+    absent.prepare()
+    try:
+        mesh = absent.mesh(Layout(data=8, tensor=8))
+    except RuntimeError:
+        pytest.skip("JAX has started without the CUDA plugin; run these alone: pytest -m aot -n 0")
+    assert mesh.devices.size == 64
+    hosts = [{device.process_index for device in row} for row in mesh.devices.reshape(8, 8)]
+    assert [len(host) for host in hosts] == [1] * 8
+    assert len(set.union(*hosts)) == 8
+    assert mesh.devices.flat[0].device_kind == chips.chip("h100").kind
