@@ -121,7 +121,8 @@ def train(experiment: Experiment, steps: int) -> dict[str, Any]:
 def packed(experiment: Experiment, step: int) -> dict[str, np.ndarray]:
     """A batch of random tokens: three texts and padding a row, tokens of any weight, and one row of nothing but padding.
 
-    Of every second batch only the beginnings of rows are supervised: where sequences are split, whole devices have no weights at all.
+    In every second batch only the first quarter of the next row is supervised: of those two rows, where sequences are split, whole devices
+    have no weights at all.
     """
     rng, rows, length = np.random.default_rng(step), experiment.batch, experiment.data.length
     tokens = rng.integers(0, experiment.model.vocab, (rows, length + 1)).astype(np.int32)
@@ -131,7 +132,9 @@ def packed(experiment: Experiment, step: int) -> dict[str, np.ndarray]:
         for segment, end in enumerate(np.sort(rng.choice(np.arange(length // 8 + 1, length + 1), 3, replace=False)), 1):
             segments[row, start:end], positions[row, start:end] = segment, np.arange(end - start)
             start = end
-    supervised = (segments > 0) & (np.arange(length) < (max(1, length // 8) if step % 2 else length))
+    supervised = segments > 0
+    if step % 2:
+        supervised[1:2, max(1, length // 4) :] = False
     return {
         "tokens": tokens[:, :-1],
         "targets": tokens[:, 1:],
