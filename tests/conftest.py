@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("NPROC", "32")  # XLA's threads: with one a device, collectives of a pipeline may wait for each other for ever
 
 import jax
 import pytest
