@@ -7,7 +7,6 @@ simulated CPU devices; `--search` ranks layouts of as many devices.
 """
 
 import dataclasses
-import importlib
 import sys
 import time
 from collections import defaultdict
@@ -33,7 +32,7 @@ from lmx.parallel.cost import Time, Traffic, Work
 from lmx.parallel.feed import batch_sharding
 from lmx.parallel.layout import AXES, Layout
 from lmx.train import optimizers
-from lmx.train.experiment import Experiment, check
+from lmx.train.experiment import Experiment, check, named
 from lmx.train.program import build
 from lmx.train.state import initial_state, state_shardings
 
@@ -358,13 +357,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The door: prints the plan. Leaves with 1 where it does not fit."""
     argv = list(sys.argv[1:] if argv is None else argv)
     with exits_with_one_line():
-        if not argv or argv[0].startswith("-"):
-            raise ConfigError("name an experiment's module first: python -m lmx.plan experiments.NAME [--devices 64] [--chip h100] ...")
-        chosen, rest = options(argv[1:])
-        try:
-            experiment = importlib.import_module(argv[0]).experiment
-        except (ModuleNotFoundError, AttributeError) as error:
-            raise ConfigError(f"{argv[0]} is no module with an `experiment` in it ({error})") from error
+        experiment, rest = named(argv, "python -m lmx.plan experiments.NAME [--devices 64] [--chip h100] ...")
+        chosen, rest = options(rest)
     experiment, _ = command_line(experiment, rest, description=__doc__)
     with exits_with_one_line():
         if not chosen.search:

@@ -6,10 +6,8 @@ are the experiment's own. What differs by more than the bound is a bug, not nois
 """
 
 import dataclasses
-import importlib
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,11 +17,11 @@ import jax
 import numpy as np
 import optax
 
-from lmx.core.config import ConfigError, command_line, exits_with_one_line
+from lmx.core.config import command_line, exits_with_one_line
 from lmx.core.tree import Tree, disagreement
 from lmx.parallel.feed import batch_sharding, local_rows, place
 from lmx.parallel.layout import Layout
-from lmx.train.experiment import Experiment
+from lmx.train.experiment import Experiment, named
 from lmx.train.optimizers import SGD, Schedule
 from lmx.train.program import build
 
@@ -163,15 +161,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The door: prints the table, saves it beside the run as `verify.json`, and leaves with 1 when a difference is beyond the bound."""
     argv = list(sys.argv[1:] if argv is None else argv)
     with exits_with_one_line():
-        if not argv or argv[0].startswith("-"):
-            raise ConfigError("name an experiment's module first: python -m lmx.verify experiments.NAME [--layout.tensor 2 ...]")
-        os.environ["JAX_PLATFORMS"] = "cpu"
         jax.config.update("jax_platforms", "cpu")
-        try:
-            experiment = importlib.import_module(argv[0]).experiment
-        except (ModuleNotFoundError, AttributeError) as error:
-            raise ConfigError(f"{argv[0]} is no module with an `experiment` in it ({error})") from error
-    experiment, _ = command_line(experiment, argv[1:], description=__doc__)
+        experiment, rest = named(argv, "python -m lmx.verify experiments.NAME [--layout.tensor 2 ...]")
+    experiment, _ = command_line(experiment, rest, description=__doc__)
     jax.config.update("jax_num_cpu_devices", experiment.layout.devices)
     with exits_with_one_line():
         report = verify(experiment)

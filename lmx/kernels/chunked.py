@@ -200,10 +200,9 @@ def _mask(rows, columns, mask: Mask) -> Mask:
 
 def _visible(rows, columns, mask: Mask) -> Array:
     """Whether any query of a tile may see any of its keys, as far as order tells."""
-    if mask.order == "positions":
-        first_q, last_q, first_k, last_k = (f(a) for a in (rows[2], columns[2]) for f in (jnp.min, jnp.max))
-    else:
-        first_q, last_q, first_k, last_k = (f(a) for a in (rows[0], columns[0]) for f in (jnp.min, jnp.max))
+    (index, _, positions), (key_index, _, key_positions) = rows, columns
+    compared = (positions, key_positions) if mask.order == "positions" else (index, key_index)
+    first_q, last_q, first_k, last_k = (f(a) for a in compared for f in (jnp.min, jnp.max))
     seen = jnp.bool_(True)
     if mask.causal:
         seen &= last_q >= first_k

@@ -12,10 +12,11 @@ from jaxtyping import Float, Int
 from lmx.core.execution import Execution
 from lmx.core.params import ParamSpec
 from lmx.core.tree import Tree
-from lmx.core.weights import Split, attend, dot, values, weight_gradient
+from lmx.core.weights import attend, dot, gradient_of, values, weight_gradient
 from lmx.models.config import Transformer
 from lmx.parallel import manual
-from lmx.parallel.rules import partition, placed
+from lmx.parallel.rules import placed
+from lmx.parallel.tensor import chunks, places
 
 
 class Static(NamedTuple):
@@ -25,10 +26,6 @@ class Static(NamedTuple):
     z_loss: float
     master: type
     axis: str | None = None
-
-
-CHUNK = 2**22
-"""How many logits exist at once: 16 MB in fp32, on each device that holds a share of them."""
 
 
 def logits(params: Tree, config: Transformer, hidden: Float[Array, "batch length embed"]) -> Float[Array, "batch length vocab"]:
@@ -85,50 +82,31 @@ def _on_mesh(static, head, hidden, targets, weights, *, gradients: bool):
     """Each device computes its tokens against its part of the vocabulary. What crosses devices: three numbers a token for its loss and
     the gradient of its hidden state (over parts of the vocabulary), and once for all chunks the gradient of the head (over tokens)."""
     softcap, z_loss, rules = static
-    sizes = manual.axes()
-    if rules is None or not sizes:
+    if rules is None or not manual.axes():
         return _over_chunks(Static(softcap, z_loss, head.dtype), head, hidden, targets, weights, gradients=gradients)
-    place = partial(partition, rules=rules, sizes=sizes)
-    tokens, between = place(("batch", "length"), targets.shape), place(("batch", "sequence"), targets.shape)
-    of_head = place(("vocab", None), head.shape)
-    scatter = of_head[0] in manual.names(between)  # hidden states come and go split along the sequence
-    over = manual.names(tokens)
-    parts, master = head.parts[1] if isinstance(head, Split) else None, head.dtype
+    at = places(targets.shape, head, rules)
+    here = Static(softcap, z_loss, head.dtype, at.split)
 
     def local(head, hidden, targets, weights):
-        if scatter:
-            hidden = jax.lax.all_gather(hidden, of_head[0], axis=1, tiled=True)
-        here = Static(softcap, z_loss, master, of_head[0])
-        sums, d_head, d_hidden = _over_chunks(here, head, hidden, targets, weights, gradients=gradients)
-        sums = jax.lax.psum(sums, over)
-        if not gradients:
-            return sums, None, None
-        if scatter:
-            d_hidden = jax.lax.psum_scatter(d_hidden, of_head[0], scatter_dimension=1, tiled=True)
-        elif of_head[0]:
-            d_hidden = jax.lax.psum(d_hidden, of_head[0])
-        if parts:
-            d_head = jax.lax.psum_scatter(d_head, parts, scatter_dimension=1, tiled=True)
-        return sums, jax.lax.psum(d_head, tuple(n for n in over if n != parts)), d_hidden
+        sums, d_head, d_hidden = _over_chunks(here, head, at.gathered(hidden), targets, weights, gradients=gradients)
+        sums = jax.lax.psum(sums, manual.names(at.tokens))
+        return (sums, at.summed(d_head), at.reduced(d_hidden)) if gradients else (sums, None, None)
 
-    of_hidden = P(*between, None)
-    out = (P(), None, None) if not gradients else (P(), P(of_head[0], parts), of_hidden)
-    run = manual.manual(local, (of_head, of_hidden, tokens, tokens), out)
+    out = (P(), at.gradient, at.vectors) if gradients else (P(), None, None)
+    run = manual.manual(local, (at.table, at.vectors, at.tokens, at.tokens), out)
     sums, d_head, d_hidden = run(values(head, hidden.dtype), hidden, targets, weights)
-    if not gradients:
-        return sums, None, None
-    return sums, head.replace(value=d_head) if isinstance(head, Split) else d_head, d_hidden
+    return sums, gradient_of(head, d_head) if gradients else None, d_hidden
 
 
 def _over_chunks(static: Static, head, hidden, targets, weights, *, gradients: bool):
     """Sums over all chunks and, where wanted, gradients of the loss sum: of the head `[vocab, embed]` and of `hidden`."""
-    (batch, length), vocab = targets.shape, head.shape[0]
-    chunks = next(n for n in range(1, length + 1) if length % n == 0 and (batch * length // n * vocab <= CHUNK or n == length))
-    if chunks == 1:
+    batch, length = targets.shape
+    parts = chunks(batch, length, head.shape[0])
+    if parts == 1:
         return _chunk(static, head, hidden, targets, weights, gradients=gradients)
 
     def split(a: Array) -> Array:
-        return jnp.moveaxis(a.reshape(batch, chunks, length // chunks, *a.shape[2:]), 1, 0)
+        return jnp.moveaxis(a.reshape(batch, parts, length // parts, *a.shape[2:]), 1, 0)
 
     def step(total, inputs):
         sums, d_head, d_hidden = _chunk(static, head, *inputs, gradients=gradients)

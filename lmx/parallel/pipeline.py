@@ -12,7 +12,6 @@ devices, M microbatches and v rounds a share `(p - 1) / (M v + p - 1)` of the ti
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -144,10 +143,10 @@ def natural(tree: Tree, layout: Layout, *, back: bool = False) -> Tree:
     def of(path: tuple, leaf: Array) -> Array:
         if "layers" not in name_of(path).split("/") or leaf.ndim == 0:
             return leaf
-        lies = order(layout, leaf.shape[0])
-        return leaf[np.array(lies if back else np.argsort(lies))]
+        lies = np.array(order(layout, leaf.shape[0]))
+        return jax.device_put(leaf[lies if back else np.argsort(lies)], leaf.sharding)
 
-    return jax.jit(partial(jax.tree_util.tree_map_with_path, of), out_shardings=jax.tree.map(lambda a: a.sharding, tree))(tree)
+    return jax.tree_util.tree_map_with_path(of, tree)
 
 
 def value_and_grad(model: Model, layout: Layout) -> Callable:
@@ -163,17 +162,18 @@ def value_and_grad(model: Model, layout: Layout) -> Callable:
             does = _Device(model, plan, layers, outer, batch, key, device)
             carry = does.start()
 
-            def tick(carry, t, *, forward: bool, backward: bool):
-                if forward:
-                    carry = does.forward(carry, t)
-                if backward:
-                    carry = does.backward(carry, t, seed)
-                return carry, None
+            def forward(carry, t):
+                return does.forward(carry, t), None
+
+            def backward(carry, t):
+                return does.backward(carry, t, seed), None
+
+            def both(carry, t):
+                return backward(forward(carry, t)[0], t)
 
             first = 0
-            for count, passes in zip(plan.ticks, ((True, False), (True, True), (False, True)), strict=True):
-                ticks = first + jnp.arange(count)
-                carry, _ = jax.lax.scan(lambda c, t, f=passes: tick(c, t, forward=f[0], backward=f[1]), carry, ticks)
+            for count, tick in zip(plan.ticks, (forward, both, backward), strict=True):
+                carry, _ = jax.lax.scan(tick, carry, first + jnp.arange(count))
                 first += count
             return _together(carry["sums"]), carry["layers"], jax.lax.psum(carry["outer"], AXIS)
 
@@ -208,7 +208,7 @@ def sums(model: Model, layout: Layout) -> Callable:
                 turn, here = jnp.divmod(t, plan.stages)
                 item = Item(here == device, jnp.int32(0), turn, jnp.int32(0))
                 now = item._replace(valid=jnp.bool_(True))
-                y, added = does.stage(item, does.microbatch(item))(does.mine(item, layers), does.entered(item, now, x))
+                y, added = does.stage(item, does.microbatch(item))(does.mine(item), does.entered(item, now, x))
                 now = now._replace(valid=here == plan.stages - 1)
                 return (_along(y, 1), does.sum(item, found, does.left(item, now, y), added)), None
 
@@ -256,14 +256,14 @@ class _Device(NamedTuple):
     def forward(self, carry: Tree, tick: Array) -> Tree:
         item = self.plan.forward(tick, self.device)
         x = self.entered(item, self.plan.forward(tick, 0), carry["x"])
-        y, _ = self.stage(item, self.microbatch(item))(self.mine(item, self.layers), x)
+        y, _ = self.stage(item, self.microbatch(item))(self.mine(item), x)
         kept = jax.lax.dynamic_update_index_in_dim(carry["kept"], jnp.where(item.valid, x, carry["kept"][item.slot]), item.slot, 0)
         return carry | {"x": _along(y, 1), "kept": kept}
 
     def backward(self, carry: Tree, tick: Array, seed: Array) -> Tree:
         item = self.plan.backward(tick, self.device)
         microbatch, x = self.microbatch(item), carry["kept"][item.slot]
-        (y, added), pull = jax.vjp(self.stage(item, microbatch), self.mine(item, self.layers), x)
+        (y, added), pull = jax.vjp(self.stage(item, microbatch), self.mine(item), x)
         left, d_outer, dy = self.left_with_gradients(item, self.plan.backward(tick, self.plan.stages - 1), y, seed)
         dy = jnp.where(self.is_last(item), dy, carry["dx"])
         d_layers, dx = pull((jnp.where(item.valid, dy, 0), _seeded(added, jnp.where(item.valid, seed, 0))))
@@ -332,11 +332,11 @@ class _Device(NamedTuple):
     def microbatch(self, item: Item) -> Tree:
         return jax.tree.map(lambda a: a[item.microbatch], self.batch)
 
-    def mine(self, item: Item, layers: Tree) -> Tree:
+    def mine(self, item: Item) -> Tree:
         """The layers of an item's stage."""
         if self.plan.rounds == 1:
-            return layers
-        return jax.tree.map(lambda a: a.reshape(self.plan.rounds, -1, *a.shape[1:])[item.turn], layers)
+            return self.layers
+        return jax.tree.map(lambda a: a.reshape(self.plan.rounds, -1, *a.shape[1:])[item.turn], self.layers)
 
     def add(self, item: Item, total: Tree, gradient: Tree) -> Tree:
         if self.plan.rounds == 1:
@@ -353,7 +353,7 @@ class _Device(NamedTuple):
         """Sums of nothing: of what the last layer gives, and of what layers add."""
         microbatch, x = jax.tree.map(lambda a: a[0], self.batch), self.nothing()
         item = Item(jnp.bool_(True), *jnp.zeros(3, jnp.int32))
-        _, added = jax.eval_shape(self.stage(item, microbatch), self.mine(item, self.layers), x)
+        _, added = jax.eval_shape(self.stage(item, microbatch), self.mine(item), x)
         shapes = jax.eval_shape(self.model.leave, self.outer, x, microbatch), added
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 

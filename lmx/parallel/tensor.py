@@ -1,6 +1,7 @@
-"""Embedding rows under a mesh (Megatron-LM, Shoeybi et al., 2019): each device looks up what its part of the vocabulary holds."""
+"""Tables of a vocabulary under a mesh (Megatron-LM, Shoeybi et al., 2019): each device has the part of its rows, for embedding and head."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,68 @@ from lmx.core.weights import Split, Weight
 from lmx.parallel import manual
 from lmx.parallel.rules import partition
 
+CHUNK = 2**22
+"""How many logits exist at once: 16 MB in fp32, on each device that holds a share of them."""
+
+
+def chunks(rows: int, length: int, vocab: int) -> int:
+    """Into how many parts a length is cut, so that a part's logits are no more than `CHUNK`."""
+    return next(n for n in range(1, length + 1) if length % n == 0 and (rows * length // n * vocab <= CHUNK or n == length))
+
+
+class Places(NamedTuple):
+    """Where a table `[vocab, embed]` is, and the tokens and vectors that go through it; and inside a manual region, what travels.
+
+    Attributes:
+      tokens: of `[batch, length]`.
+      vectors: of `[batch, length, embed]`, outside the region.
+      split: the mesh axis that splits the table's rows, or None.
+      scatter: whether that axis splits the vectors too, along the sequence.
+      parts: the axis over which ZeRO splits the embedding of the table's gradient, or None.
+    """
+
+    tokens: P
+    vectors: P
+    split: str | None
+    scatter: bool
+    parts: str | None
+
+    @property
+    def table(self) -> P:
+        """Of the table where it is used."""
+        return P(self.split, None)
+
+    @property
+    def gradient(self) -> P:
+        """Of the table's gradient."""
+        return P(self.split, self.parts)
+
+    def gathered(self, vectors: Array) -> Array:
+        """Vectors of all of this device's tokens."""
+        return jax.lax.all_gather(vectors, self.split, axis=1, tiled=True) if self.scatter else vectors
+
+    def reduced(self, vectors: Array) -> Array:
+        """The sum of what each part of the table gives of them; the inverse of `gathered` as to where it is."""
+        if self.scatter:
+            return jax.lax.psum_scatter(vectors, self.split, scatter_dimension=1, tiled=True)
+        return jax.lax.psum(vectors, self.split) if self.split else vectors
+
+    def summed(self, gradient: Array) -> Array:
+        """The table's gradient over all tokens, from that of this device's."""
+        if self.parts:
+            gradient = jax.lax.psum_scatter(gradient, self.parts, scatter_dimension=1, tiled=True)
+        return jax.lax.psum(gradient, tuple(n for n in manual.names(self.tokens) if n != self.parts))
+
+
+def places(tokens: tuple[int, ...], table: Weight, rules: Rules, axis: str | None = "vocab") -> Places:
+    """The places on the surrounding mesh of tokens of a shape `(batch, length)` and a table `[axis, embed]`."""
+    place = partial(partition, rules=rules, sizes=manual.axes())
+    of_tokens, between = place(("batch", "length"), tokens), place(("batch", "sequence"), tokens)
+    split = place((axis, None), table.shape)[0]
+    scatter = split in manual.names(between)
+    parts = table.parts[1] if isinstance(table, Split) else None
+    return Places(of_tokens, P(*(between if scatter else of_tokens), None), split, scatter, parts)
+
 
 def lookup(
     tokens: Int[Array, "batch length"], weight: Weight, dtype, rules: Rules | None, axis: str | None = "vocab"
@@ -26,15 +89,14 @@ def lookup(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _lookup(static, tokens: Array, weight: Weight) -> Array:
-    def local(tokens, table):
-        place, here = _rows(tokens, table, weight.shape[0], split)
-        rows = jnp.where(here[..., None], jnp.take(table, place, axis=0, mode="clip"), 0)
-        if scatter:
-            return jax.lax.psum_scatter(rows, split, scatter_dimension=1, tiled=True)
-        return jax.lax.psum(rows, split) if split else rows
+    dtype, rules, axis = static
+    at = places(tokens.shape, weight, rules, axis)
 
-    of_tokens, of_rows, split, scatter = _places(static, tokens, weight)
-    return manual.manual(local, (of_tokens, P(split, None)), of_rows)(tokens, weights.values(weight, static[0]))
+    def local(tokens, table):
+        place, here = _rows(tokens, table, weight.shape[0], at.split)
+        return at.reduced(jnp.where(here[..., None], jnp.take(table, place, axis=0, mode="clip"), 0))
+
+    return manual.manual(local, (at.tokens, at.table), at.vectors)(tokens, weights.values(weight, dtype))
 
 
 def _forward(static, tokens, weight):
@@ -43,36 +105,20 @@ def _forward(static, tokens, weight):
 
 def _backward(static, saved, g):
     tokens, weight = saved
-    of_tokens, of_rows, split, scatter = _places(static, tokens, weight)
-    parts = weight.parts[1] if isinstance(weight, Split) else None
-    size = weight.shape[0] // (manual.axes()[split] if split else 1)
+    _, rules, axis = static
+    at = places(tokens.shape, weight, rules, axis)
+    size = weight.shape[0] // (manual.axes()[at.split] if at.split else 1)
 
     def local(tokens, g):
-        if scatter:
-            g = jax.lax.all_gather(g, split, axis=1, tiled=True)
+        g = at.gathered(g)
         table = jnp.zeros((size, g.shape[-1]), weight.dtype)
-        place, here = _rows(tokens, table, weight.shape[0], split)
-        table = table.at[place].add(jnp.where(here[..., None], g, 0).astype(table.dtype), mode="clip")
-        over = manual.names(of_tokens)
-        if parts:
-            table = jax.lax.psum_scatter(table, parts, scatter_dimension=1, tiled=True)
-        return jax.lax.psum(table, tuple(n for n in over if n != parts))
+        place, here = _rows(tokens, table, weight.shape[0], at.split)
+        return at.summed(table.at[place].add(jnp.where(here[..., None], g, 0).astype(table.dtype), mode="clip"))
 
-    d_table = manual.manual(local, (of_tokens, of_rows), P(split, parts))(tokens, g)
-    return None, weight.replace(value=d_table) if isinstance(weight, Split) else d_table
+    return None, weights.gradient_of(weight, manual.manual(local, (at.tokens, at.vectors), at.gradient)(tokens, g))
 
 
 _lookup.defvjp(_forward, _backward)
-
-
-def _places(static, tokens: Array, weight: Weight) -> tuple[P, P, str | None, bool]:
-    """Where tokens and rows are, the axis that splits the table, and whether rows are split over it along the sequence."""
-    _, rules, axis = static
-    place = partial(partition, rules=rules, sizes=manual.axes())
-    of_tokens, between = place(("batch", "length"), tokens.shape), place(("batch", "sequence"), tokens.shape)
-    split = place((axis, None), weight.shape)[0]
-    scatter = split in manual.names(between)
-    return of_tokens, P(*(between if scatter else of_tokens), None), split, scatter
 
 
 def _rows(tokens: Array, table: Array, rows: int, split: str | None) -> tuple[Array, Array]:

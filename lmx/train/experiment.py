@@ -1,6 +1,8 @@
 """An experiment: the one value from which a run follows, saved beside its checkpoints."""
 
 import dataclasses
+import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -93,6 +95,16 @@ class Experiment:
     def path(self) -> Path:
         """The run's folder."""
         return Path(self.folder) / self.name
+
+
+def named(argv: Sequence[str], usage: str) -> tuple[Experiment, list[str]]:
+    """The experiment of the module that a command line begins with, and the rest of the line. Raises ConfigError."""
+    if not argv or argv[0].startswith("-"):
+        raise ConfigError(f"name an experiment's module first: {usage}")
+    try:
+        return importlib.import_module(argv[0]).experiment, list(argv[1:])
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ConfigError(f"{argv[0]} is no module with an `experiment` in it ({error})") from error
 
 
 def check(experiment: Experiment) -> None:

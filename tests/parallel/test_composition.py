@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from lmx.train.objectives import CausalLM
 from lmx.verify import BOUND, differences
 
 CASES = composition.cover()
-README = Path(__file__).parents[2] / "README.md"
 
 
 @cache
@@ -48,7 +46,7 @@ def test_every_pair_of_settings_is_covered():
 
 
 def test_the_readme_has_the_table():
-    assert tables.block("composition", composition.table(CASES)) in README.read_text()
+    assert tables.block("composition", composition.table(CASES)) in tables.README.read_text()
 
 
 def test_training_moves_every_parameter():

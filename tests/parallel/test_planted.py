@@ -23,7 +23,7 @@ from lmx.data import Batches, ByteTokenizer, Document, build_store, iterate
 from lmx.data.pipeline import BatchIterator, _Window
 from lmx.kernels import dense
 from lmx.models import attention, dropout, losses, transformer
-from lmx.parallel import context, manual, pipeline
+from lmx.parallel import context, manual, pipeline, tensor
 from lmx.parallel.feed import batch_sharding, local_rows, place
 from lmx.parallel.layout import AXES, Layout
 from lmx.parallel.rules import partition, rules
@@ -32,7 +32,6 @@ from lmx.train.experiment import Experiment
 from lmx.verify import Report, packed, verify
 
 TESTS = Path(__file__).parents[1]
-README = TESTS.parent / "README.md"
 
 TENSOR = runs.experiment(layout=Layout(tensor=2), model=replace(runs.MODEL, dropout=0.1))
 CONTEXT = runs.experiment(layout=Layout(data=2, context=2), microbatches=2)
@@ -172,7 +171,7 @@ def is_gradient(a) -> bool:
 
 
 def head_not_summed(patch: Patch) -> None:
-    change_psum(patch, losses, lambda a, axes: a if is_gradient(a) else jax.lax.psum(a, axes))
+    change_psum(patch, tensor, lambda a, axes: a if is_gradient(a) else jax.lax.psum(a, axes))
 
 
 def head_summed_twice(patch: Patch) -> None:
@@ -180,7 +179,7 @@ def head_summed_twice(patch: Patch) -> None:
         total = jax.lax.psum(a, axes)
         return jax.lax.psum(total, "data") if is_gradient(a) else total
 
-    change_psum(patch, losses, psum)
+    change_psum(patch, tensor, psum)
 
 
 def table_not_shared(patch: Patch) -> None:
@@ -364,4 +363,4 @@ def test_an_overflow_on_one_device_is_skipped_on_all(tmp_path):
 
 
 def test_the_readme_has_the_table():
-    assert tables.block("planted bugs", table()) in README.read_text()
+    assert tables.block("planted bugs", table()) in tables.README.read_text()
