@@ -17,6 +17,7 @@ from jax import Array
 from lmx.core.execution import Execution
 from lmx.kernels import chunked
 from lmx.kernels.masks import Mask
+from lmx.parallel.layout import divisors
 from lmx.parallel.manual import axes
 
 AXIS = "context"
@@ -51,18 +52,18 @@ def alltoall(attend: Callable, q: Array, k: Array, v: Array, mask: Mask, slopes:
     n, me = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
     trade = partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=2, concat_axis=1, tiled=True)
     gather = partial(jax.lax.all_gather, axis_name=AXIS, axis=1, tiled=True)
-    mine = q.shape[2] // n
-
-    def of_keys(a: Array) -> Array:
-        if a.shape[2] % n == 0 or n % a.shape[2] == 0:
-            return trade(jnp.repeat(a, max(1, n // a.shape[2]), axis=2))
-        share = q.shape[2] // a.shape[2]
-        return jax.lax.dynamic_slice_in_dim(gather(a), me * mine // share, max(1, mine // share), 2)
-
+    mine, often = q.shape[2] // n, repeats(q.shape[2], k.shape[2], n)
+    k, v = (trade(jnp.repeat(a, often, axis=2)) for a in (k, v))
     if slopes is not None:
         slopes = jax.lax.dynamic_slice_in_dim(slopes, me * mine, mine)
-    mixed = attend(trade(q), of_keys(k), of_keys(v), jax.tree.map(gather, mask), slopes=slopes)
+    mixed = attend(trade(q), k, v, jax.tree.map(gather, mask), slopes=slopes)
     return jax.lax.all_to_all(mixed, AXIS, split_axis=1, concat_axis=2, tiled=True)
+
+
+def repeats(heads: int, kv_heads: int, n: int) -> int:
+    """How often key heads are repeated, so that n devices, which divide the query heads, can take them in equal parts with the query heads
+    that share them."""
+    return next(often for often in divisors(heads // kv_heads) if kv_heads * often % n == 0)
 
 
 def ring(q: Array, k: Array, v: Array, mask: Mask, *, scale: float, softcap: float | None, slopes: Array | None) -> Array:

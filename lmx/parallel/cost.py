@@ -15,16 +15,16 @@ import jax
 from lmx.core.params import ParamSpec, is_spec
 from lmx.core.tree import Tree, name_of
 from lmx.core.weights import NARROW
+from lmx.kernels.chunked import TILE
+from lmx.parallel import manual
 from lmx.parallel.chips import Chip
+from lmx.parallel.context import repeats
 from lmx.parallel.layout import AXES, SHARDS, Layout, divisors
 from lmx.parallel.rules import partition, rules
+from lmx.parallel.tensor import chunks
 
 REMATS = ("none", "dots", "full")
 """From the most that a layer keeps to the least."""
-LOGITS = 2**22
-"""Logits that exist at once on a device (`lmx.models.losses.CHUNK`)."""
-TILE = 512
-"""Queries, and keys, of a tile of chunked attention (`lmx.kernels.chunked.TILE`)."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def share(spec: ParamSpec, layout: Layout, *, split: bool) -> int:
     """Numbers of a parameter on one device, where it multiplies or (`split`) where ZeRO puts it."""
     sizes = {axis: getattr(layout, axis) for axis in AXES}
     places = partition(spec.axes, spec.shape, rules(layout, split=split), sizes)
-    return math.prod(spec.shape) // math.prod(sizes[n] for entry in places if entry for n in ([entry] if isinstance(entry, str) else entry))
+    return math.prod(spec.shape) // math.prod(sizes[n] for n in manual.names(places))
 
 
 def gradients(work: Work, specs: Tree) -> tuple[int, int]:
@@ -203,9 +203,9 @@ def loss_working(work: Work, *, cpu: bool = False) -> int:
     apart)."""
     here = work.here
     tokens, table = here.rows * here.length, here.vocab * work.embed
-    chunks = next(n for n in range(1, here.length + 1) if here.length % n == 0 and (tokens // n * here.vocab <= LOGITS or n == here.length))
-    copies = (2 if cpu and chunks > 1 else 1) * work.master + (work.compute if work.compute != work.master or work.layout.zero == 3 else 0)
-    return tokens // chunks * here.vocab * (8 + work.compute) + copies * table + 2 * work.whole
+    parts = chunks(here.rows, here.length, here.vocab)
+    copies = (2 if cpu and parts > 1 else 1) * work.master + (work.compute if work.compute != work.master or work.layout.zero == 3 else 0)
+    return tokens // parts * here.vocab * (8 + work.compute) + copies * table + 2 * work.whole
 
 
 def memory(work: Work, specs: Tree, *, parameters: int, optimizer: int, rest: int, cpu: bool = False) -> dict[str, int]:
@@ -360,12 +360,8 @@ def _of_attention(work: Work) -> list[Traffic]:
     if layout.exchange == "ring":
         around = Traffic("collective-permute", axes, 2 * keys * work.compute, (forwards * (n - 1) + n) * times, "keys and values")
         return [around, Traffic("collective-permute", axes, 2 * 4 * keys, (n + 1) * times, "gradients of keys and values")]
-    sent = [queries, queries] + ([keys, keys] if here.kv_heads % n == 0 else [])
-    found = [Traffic("all-to-all", axes, sum(sent) * work.compute, (forwards + 1) * times, "heads for positions")]
-    if here.kv_heads % n:
-        found.append(Traffic("all-gather", axes, 2 * n * keys * work.compute, forwards * times, "keys and values"))
-        found.append(Traffic("reduce-scatter", axes, 2 * n * keys * work.compute, times, "gradients of keys and values"))
-    return found
+    sent = 2 * (queries + keys * repeats(here.heads, here.kv_heads, n)) * work.compute
+    return [Traffic("all-to-all", axes, sent, (forwards + 1) * times, "heads for positions")]
 
 
 def moved(work: Work, parameters: int, optimizer: int) -> int:

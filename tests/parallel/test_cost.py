@@ -74,6 +74,7 @@ CASES = {
     "ring-full": {"fsdp": 4, "context": 2, "remat": "full"},
     "ring-tensor": {"fsdp": 2, "context": 2, "tensor": 2, "remat": "dots"},
     "alltoall-full": {"fsdp": 2, "context": 4, "exchange": "alltoall", "remat": "full"},
+    "alltoall-few-key-heads": {"model": changed(kv_heads=2), "fsdp": 2, "context": 4, "exchange": "alltoall", "remat": "full"},
     "gpt2": {"model": GPT2, "fsdp": 8},
     "gpt2-tensor-full": {"model": GPT2, "fsdp": 2, "tensor": 4, "remat": "full"},
     "parallel-blocks": {"model": changed(parallel=True), "fsdp": 2, "tensor": 4},
