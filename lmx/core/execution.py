@@ -6,7 +6,8 @@ from typing import Literal
 from lmx.core.precision import Precision
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "sites", "full"]
+Site = Literal["query", "key", "value", "mixed", "hidden"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,10 @@ class Execution:
       precision: types of parameters and activations.
       attention: the attention implementation; `"auto"` picks (`lmx.kernels.attention`).
       remat: what the backward pass recomputes rather than keeps: `"none"` keeps all, `"dots"` keeps only products with
-        weights, `"full"` keeps only each layer's input. Of scanned layers.
+        weights, `"sites"` only what `sites` names, `"full"` only each layer's input. Of scanned layers.
+      sites: what `"sites"` keeps: queries, keys and values as attention takes them, what it mixes, the feed-forward's
+        projections.
+      offload: whether what is kept waits in the host's memory.
       unroll: how many repeats of a group's pattern one trip of the scan runs; more is faster on a CPU, and longer to compile.
     """
 
@@ -31,4 +35,6 @@ class Execution:
     precision: Precision = Precision()
     attention: str = "auto"
     remat: Remat = "none"
+    sites: tuple[Site, ...] = ()
+    offload: bool = False
     unroll: int = 1

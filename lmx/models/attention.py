@@ -3,6 +3,7 @@
 import flax.struct
 import jax
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from lmx.core.execution import Execution
@@ -83,6 +84,7 @@ def attention(
         key = norm(key, params["key_norm"], "rmsnorm", config.norm_epsilon)
     if context.rope is not None:
         query, key = rotate(query, context.rope), rotate(key, context.rope)
+    query, key, value = (checkpoint_name(a, name) for a, name in ((query, "query"), (key, "key"), (value, "value")))
     if cache is not None:
         new = {"key": key, "value": value}
         at = (0, 0, context.slot, 0)
@@ -101,5 +103,5 @@ def attention(
         slopes=alibi_slopes(config.heads) if config.positions == "alibi" else None,
         keep=keep,
     )
-    mixed = constrain(mixed, ("batch", "length", "heads", None), execution.rules)
+    mixed = checkpoint_name(constrain(mixed, ("batch", "length", "heads", None), execution.rules), "mixed")
     return linear(mixed, params["output"]["weight"], params["output"].get("bias"), inputs=2), cache

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from lmx.core.execution import Execution
@@ -38,7 +39,7 @@ def feedforward(
 
     def project(name: str) -> Array:
         y = linear(x, params[name]["weight"], params[name].get("bias"))
-        return constrain(y, ("batch", "length", "mlp"), execution.rules)
+        return checkpoint_name(constrain(y, ("batch", "length", "mlp"), execution.rules), "hidden")
 
     def rest(*projected: Array) -> Array:
         hidden = activation(projected[0]) * projected[1] if config.gated else activation(projected[0])

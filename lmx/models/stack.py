@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from lmx.core.execution import Execution
@@ -22,6 +23,9 @@ from lmx.models import block
 from lmx.models.attention import Context
 from lmx.models.config import LayerKind, Transformer
 from lmx.models.experts import Aux
+from lmx.parallel.offload import HOST, fetched
+
+INPUT = "layer input"
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,7 @@ def _unrolled(x, layers, cache, group, config, context, execution):
 def _scan(x, layers, cache, group, config, context, execution):
     def repeat(x, inputs):
         index, params, kept = inputs
+        x, params = checkpoint_name(x, INPUT), fetched(params)
         new, aux = {}, {}
         for p, kind in enumerate(group.pattern):
             before = None if kept is None else kept[str(p)]
@@ -142,7 +147,13 @@ def _scan(x, layers, cache, group, config, context, execution):
 
 
 def _remat(function, execution: Execution):
-    policies = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT)}
     if execution.remat == "none":
         return function
-    return jax.checkpoint(function, policy=policies[execution.remat], prevent_cse=False)
+    kept = {"full": (), "dots": (PRODUCT,), "sites": execution.sites}[execution.remat]
+    if execution.offload:
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=(), names_which_can_be_offloaded=(INPUT, *kept), offload_src="device", offload_dst=HOST
+        )
+    else:
+        policy = jax.checkpoint_policies.save_only_these_names(*kept)
+    return jax.checkpoint(function, policy=policy, prevent_cse=False)

@@ -101,3 +101,15 @@ def devices(number: int, chip: str = "h100") -> list:
 def mesh(layout: Layout, chip: str = "h100") -> Mesh:
     """The mesh of a layout over absent GPUs."""
     return make_mesh(layout, devices(layout.devices, chip))
+
+
+def compiled(function, mesh: Mesh, *args) -> jax.stages.Compiled:
+    """A jitted function of arguments that are on the mesh's abstract form, compiled for the absent devices.
+
+    Shardings are of the abstract mesh because absent devices have no memories: one over them forgets that something is in the host's.
+    """
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = function.trace(*args).lower(lowering_platforms=("cuda",))
+    # JAX would take the backend of the devices at hand, which an abstract mesh does not overrule.
+    lowered._lowering.compile_args["backend"] = mesh.devices.flat[0].client
+    return lowered.compile(device_assignment=tuple(mesh.devices.flat))

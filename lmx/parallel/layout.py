@@ -8,12 +8,15 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from lmx.core.execution import Remat
+from lmx.core.execution import Remat, Site
 
 AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")
 """The mesh's axes, the one whose devices talk most last: neighbours on the mesh are neighbours on the machine."""
 SHARDS = ("data", "fsdp", "expert")
 """The axes over which the batch is split."""
+
+
+Offload = Literal["optimizer", "params", "activations"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,14 @@ class Layout:
     expert: int = 1
     """Devices that share the batch, and split the experts of a mixture among them."""
     remat: Remat = "none"
-    """What the backward pass recomputes instead of keeping: none, dots (keeps products with weights), full (keeps layer inputs)."""
+    """What the backward pass recomputes instead of keeping: none, dots (keeps products with weights), sites (keeps layout.sites), full
+    (keeps layer inputs)."""
+    sites: tuple[Site, ...] = ()
+    """What remat sites keeps beside layer inputs: query, key, value (as attention takes them), mixed (what it gives its output
+    projection), hidden (the feed-forward's projections)."""
+    offload: tuple[Offload, ...] = ()
+    """What waits in the host's memory and is fetched a layer at a time (ZeRO-Offload, Ren et al., 2021): optimizer (its state), params
+    (master parameters of layers), activations (what remat keeps). Saves the device's memory, costs transfers."""
     ordered: int = 0
     """Debugging: the number of virtual shards whose gradients are computed apart and summed in a fixed order, so that the state is
     bit-equal for any layout.data (fsdp and tensor must be 1). Slower, and takes that many times the gradients' memory. 0: off."""
@@ -89,6 +99,20 @@ def check(layout: Layout, sizes: dict[str, dict[str, int]], rows: int, microbatc
                 raise ValueError(
                     f"{knob}={size} is not divisible by layout.{axis}={degree}; use {_one_of(divisors(size))} for layout.{axis}"
                 )
+    if (layout.remat == "sites") != bool(layout.sites):
+        raise ValueError(f"layout.remat={layout.remat} with layout.sites={layout.sites}: set sites with remat sites, and only with it")
+    if layout.remat == "none" and set(layout.offload) - {"optimizer"}:
+        raise ValueError(
+            f"layout.offload={layout.offload} with layout.remat=none, which keeps on the device all that a layer computes and reads; use full, "
+            "dots or sites, or offload the optimizer alone"
+        )
+    if layout.offload and layout.ordered:
+        raise ValueError("layout.ordered keeps everything on the device; drop layout.offload")
+    if layout.pipeline > 1 and set(layout.offload) - {"optimizer"}:
+        raise ValueError(
+            f"layout.offload={layout.offload} with layout.pipeline={layout.pipeline}: a pipeline's stages keep parameters and inputs on their "
+            "devices; offload the optimizer alone, or set layout.pipeline to 1"
+        )
     if layout.zero not in range(4):
         raise ValueError(f"layout.zero={layout.zero} must be 0, 1, 2 or 3")
     if layout.rounds < 1 or (layout.rounds > 1 and layout.pipeline == 1):

@@ -13,6 +13,7 @@ from lmx.core.tree import Tree, name_of
 from lmx.core.weights import Split, Weight
 from lmx.parallel.layout import SHARDS, Layout
 from lmx.parallel.manual import axes
+from lmx.parallel.offload import HOST
 
 
 def rules(layout: Layout, *, split: bool = False) -> Rules:
@@ -53,25 +54,28 @@ def partition(axes: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules
     return P(*spec)
 
 
-def shardings(specs: Tree, mesh: Mesh, rules: Rules) -> Tree:
-    """A `NamedSharding` for every parameter of a table."""
-    sizes = dict(mesh.shape)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, partition(spec.axes, spec.shape, rules, sizes)), specs, is_leaf=is_spec)
+def shardings(specs: Tree, mesh: Mesh, rules: Rules, *, in_host: bool = False) -> Tree:
+    """A `NamedSharding` for every parameter of a table; `in_host`: layers' in the host's memory."""
+    return jax.tree.map(lambda spec: _sharding(spec, mesh, rules, HOST if in_host and spec.layers else None), specs, is_leaf=is_spec)
 
 
-def like_parameters(tree: Tree, specs: Tree, mesh: Mesh, rules: Rules) -> Tree:
+def _sharding(spec: ParamSpec, mesh: Mesh, rules: Rules, memory: str | None) -> NamedSharding:
+    return NamedSharding(mesh, partition(spec.axes, spec.shape, rules, dict(mesh.shape)), memory_kind=memory)
+
+
+def like_parameters(tree: Tree, specs: Tree, mesh: Mesh, rules: Rules, *, in_host: bool = False) -> Tree:
     """Shardings for a tree that holds trees of parameters somewhere inside (an optimizer's state).
 
-    A leaf whose name ends in a parameter's name and that has its shape is sharded as the parameter; every other is replicated.
+    A leaf whose name ends in a parameter's name and that has its shape is sharded as the parameter (`in_host`: and in the host's memory);
+    every other is replicated, on the device.
     """
     by_name = {name_of(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)}
-    sizes = dict(mesh.shape)
 
     def sharding(path: tuple, leaf) -> NamedSharding:
         for start in range(len(path)):
             spec = by_name.get(name_of(path[start:]))
             if spec is not None and spec.shape == leaf.shape:
-                return NamedSharding(mesh, partition(spec.axes, spec.shape, rules, sizes))
+                return _sharding(spec, mesh, rules, HOST if in_host else None)
         return NamedSharding(mesh, P())
 
     return jax.tree_util.tree_map_with_path(sharding, tree)

@@ -23,6 +23,7 @@ from lmx.parallel import hosts
 from lmx.parallel.chips import peak_flops
 from lmx.parallel.feed import batch_sharding, local_rows, place
 from lmx.parallel.host import keep_pages
+from lmx.parallel.offload import fetched
 from lmx.train.checkpoints import Manager
 from lmx.train.experiment import RESUMABLE, Experiment, check, resolve
 from lmx.train.logging import RECORD, Logger, Silence, draw_curve, read_record, write_record
@@ -247,7 +248,7 @@ def evaluate(start: Start, params: Tree) -> dict[str, float]:
 
 def _sample(start: Start, params: Tree) -> str:
     """Text that process 0 alone writes, on its first device if there are several processes; empty elsewhere."""
-    if (params := hosts.gathered(params)) is None:
+    if (params := hosts.gathered(fetched(params))) is None:
         return ""
     experiment, wanted = start.experiment, start.experiment.samples
     tokenizer = start.prepared.tokenizer

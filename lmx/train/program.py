@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial, wraps
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from lmx.core.execution import Execution
 from lmx.core.precision import POLICIES, Precision
@@ -22,6 +22,7 @@ from lmx.train.experiment import Experiment
 from lmx.train.objectives import Batch
 from lmx.train.state import TrainState, initial_state, state_shardings
 from lmx.train.step import Task, accumulate, make_evaluation, make_step
+from lmx.train.update import at_once, layer_by_layer
 
 SHALLOW = 12
 """Up to this depth the scan over layers is unrolled on a CPU: 5 to 15% faster there, for a compile time that grows with depth."""
@@ -53,13 +54,18 @@ class Program:
     abstract: TrainState
 
 
-def build(experiment: Experiment, devices: list | None = None) -> Program:
-    """Makes the program of an experiment whose vocabulary is settled (`lmx.train.experiment.resolve`); compiles on first use."""
+def build(experiment: Experiment, mesh: Mesh | AbstractMesh | None = None) -> Program:
+    """Makes the program of an experiment whose vocabulary is settled (`lmx.train.experiment.resolve`); compiles on first use.
+
+    Args:
+      mesh: that of its layout; over the devices at hand when None, an abstract one to lower what will not run here.
+    """
     keep_pages()
     model, layout, precision = experiment.model, experiment.layout, POLICIES[experiment.precision]
-    mesh, specs = make_mesh(layout, devices), pipeline.arranged(transformer.specs(model), layout)
-    transform, rate = optimizers.build(experiment.optimizer, experiment.steps, specs)
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    mesh, specs = mesh or make_mesh(layout), pipeline.arranged(transformer.specs(model), layout)
+    recipe = partial(optimizers.build, experiment.optimizer, experiment.steps)
+    transform, rate = recipe(specs)
+    on_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
     unroll = model.layers if on_cpu and model.layers <= SHALLOW and not layout.ordered else 1
     plain = layout.ordered > 0
     execution = Execution(
@@ -68,6 +74,8 @@ def build(experiment: Experiment, devices: list | None = None) -> Program:
         exchange=layout.exchange,
         precision=precision,
         remat=layout.remat,
+        sites=layout.sites,
+        offload="activations" in layout.offload,
         unroll=unroll,
     )
     task = Task(model, experiment.objective, execution)
@@ -84,7 +92,9 @@ def build(experiment: Experiment, devices: list | None = None) -> Program:
     # XLA:CPU's concurrent scheduler runs collectives inside a branch and outside it in any order: devices then wait for each other for ever.
     in_turn = {"xla_cpu_enable_concurrency_optimized_scheduler": False} if on_cpu and layout.pipeline > 1 else None
     start = partial(initial_state, experiment.seed, specs, transform, precision)
-    step = make_step(task, value_and_grad, transform, rate, experiment.optimizer.clip)
+    streamed = "optimizer" in layout.offload or "params" in layout.offload
+    update = layer_by_layer(lambda part: recipe(part)[0], specs) if streamed else at_once(transform)
+    step = make_step(task, value_and_grad, update, rate, experiment.optimizer.clip)
     placed = batch_sharding(mesh, microbatches=True)
     shapes = jax.eval_shape(start)
     return Program(

@@ -42,8 +42,9 @@ def state_shardings(specs: Tree, transform: optax.GradientTransformation, precis
     values = abstract(specs, precision.params)
     scale = jax.tree.map(lambda _: whole, jax.eval_shape(initial_loss_scale)) if precision.scaled else None
     moments = rules(layout, split=layout.zero >= 1)
-    optimizer = like_parameters(jax.eval_shape(transform.init, values), specs, mesh, moments)
-    return TrainState(whole, whole, shardings(specs, mesh, rules(layout, split=layout.zero >= 3)), {}, optimizer, scale)
+    optimizer = like_parameters(jax.eval_shape(transform.init, values), specs, mesh, moments, in_host="optimizer" in layout.offload)
+    params = shardings(specs, mesh, rules(layout, split=layout.zero >= 3), in_host="params" in layout.offload)
+    return TrainState(whole, whole, params, {}, optimizer, scale)
 
 
 def initial_state(seed: int, specs: Tree, transform: optax.GradientTransformation, precision: Precision) -> TrainState:

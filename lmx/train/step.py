@@ -18,8 +18,10 @@ from lmx.models.stack import run_part
 from lmx.models.transformer import forward
 from lmx.parallel import pipeline
 from lmx.parallel.context import arrange
+from lmx.parallel.offload import joined, stand_ins
 from lmx.train.objectives import Batch, CausalLM
 from lmx.train.state import TrainState
+from lmx.train.update import Update
 
 Sums = tuple[Array, Tree]
 """A loss sum and the sums of metrics."""
@@ -80,11 +82,11 @@ def accumulate(task: Task) -> ValueAndGrad:
 
     def value_and_grad(params: Tree, batch: Batch, key: Array, seed: Array) -> tuple[Sums, Tree]:
         def of(microbatch: Batch) -> tuple[Sums, Tree]:
-            def seeded(params):
-                loss, metrics = task.sums(params, microbatch, key)
+            def seeded(by):
+                loss, metrics = task.sums(joined(params, by), microbatch, key)
                 return seed * loss, (loss, metrics)
 
-            (_, sums), gradient = jax.value_and_grad(seeded, has_aux=True)(params)
+            (_, sums), gradient = jax.value_and_grad(seeded, has_aux=True)(stand_ins(params))
             return sums, gradient
 
         if jax.tree.leaves(batch)[0].shape[0] == 1:
@@ -96,10 +98,10 @@ def accumulate(task: Task) -> ValueAndGrad:
 
 
 def make_step(
-    task: Task, value_and_grad: ValueAndGrad, transform: optax.GradientTransformation, rate: Callable, clip: float
+    task: Task, value_and_grad: ValueAndGrad, update: Update, rate: Callable, clip: float
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The function from a state and a batch of `[microbatches, rows, ...]` to the next state and the step's metrics. `rate` gives the
-    learning rate by step (to report: the transformation knows it too); gradients are scaled down to norm `clip` (0: never).
+    learning rate by step (to report: the update knows it too); gradients are scaled down to norm `clip` (0: never).
 
     The backward pass starts from `scale / (weight sum of the whole batch)`, so that gradients are those of the weighted mean and
     fp16 does not overflow where it need not. Metrics are means over supervised tokens, in nats, beside `grad_norm` (before clipping)
@@ -119,8 +121,8 @@ def make_step(
             gradients = jax.tree.map(lambda g: (g * shrink).astype(g.dtype), gradients)
 
         def move(state: TrainState) -> TrainState:
-            updates, optimizer = transform.update(gradients, state.optimizer, state.params)
-            return state.replace(params=optax.apply_updates(state.params, updates), optimizer=optimizer)
+            params, optimizer = update(state.params, gradients, state.optimizer)
+            return state.replace(params=params, optimizer=optimizer)
 
         metrics = {n: s / weight for n, s in sums.items()}
         metrics |= {"loss": loss / weight, "grad_norm": norm, "learning_rate": rate(state.step), "tokens": weight}

@@ -1,0 +1,81 @@
+"""What waits in the host's memory changes no number."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+import runs
+from lmx.core.tree import disagreement, named_leaves
+from lmx.parallel.feed import batch_sharding
+from lmx.parallel.layout import Layout
+from lmx.train.experiment import check
+from lmx.train.optimizers import AdamW, Muon
+from lmx.train.program import build
+from lmx.verify import BOUND, differences
+
+EVERYTHING = ("optimizer", "params", "activations")
+LAYOUTS = {
+    "one device, all kept": Layout(remat="dots", offload=("optimizer", "params")),
+    "one device, everything in the host": Layout(remat="full", offload=EVERYTHING),
+    "ZeRO-1": Layout(data=2, fsdp=4, zero=1, remat="dots", offload=EVERYTHING),
+    "ZeRO-3 and tensor": Layout(fsdp=4, tensor=2, remat="sites", sites=("query", "mixed", "hidden"), offload=EVERYTHING),
+    "ring": Layout(fsdp=2, context=2, tensor=2, remat="full", offload=EVERYTHING),
+    "pipeline": Layout(pipeline=2, fsdp=2, tensor=2, offload=("optimizer",)),
+}
+MODEL = replace(runs.MODEL, layers=5, pattern=("local", "global"), window=6)
+EVEN = replace(MODEL, layers=4)
+
+
+def model(layout: Layout):
+    return EVEN if layout.pipeline > 1 else MODEL
+
+
+@pytest.fixture(scope="module")
+def exact() -> dict:
+    return {config.layers: runs.train(runs.experiment(model=config, microbatches=2)) for config in (MODEL, EVEN)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_numbers_do_not_depend_on_what_is_in_the_host(layout, exact):
+    config = model(layout)
+    found = differences(runs.train(runs.experiment(model=config, layout=layout, microbatches=2)), exact[config.layers])
+    assert max(found.values()) < BOUND, {name: value for name, value in found.items() if not value < BOUND}
+
+
+@pytest.mark.parametrize(("precision", "optimizer"), [("bf16", AdamW()), ("fp16", AdamW()), ("fp32", Muon())])
+def test_state_stays_where_it_is_and_moves_as_it_would_on_the_device(precision, optimizer):
+    states = []
+    for offload in ((), EVERYTHING):
+        layout = Layout(fsdp=2, tensor=2, remat="full", offload=offload)
+        run = runs.experiment(model=MODEL, layout=layout, precision=precision, optimizer=optimizer, microbatches=2)
+        program = build(run)
+        state, sharding = program.initial(), batch_sharding(program.mesh, microbatches=True)
+        for step in range(3):
+            state, metrics = program.step(state, jax.device_put(runs.batch(step, 2), sharding))
+        assert np.isfinite(metrics["loss"])
+        layers = [leaf for name, leaf in named_leaves((state.params, state.optimizer)).items() if "layers" in name.split("/")]
+        assert {leaf.sharding.memory_kind for leaf in layers} == {"pinned_host" if offload else "device"}
+        assert state.params["embed"].sharding.memory_kind == "device"
+        states.append(jax.device_get((state.params, state.optimizer)))
+        evaluated = program.evaluate(state.params, jax.tree.map(lambda a: a[0], runs.batch(9, 2)))
+        assert np.isfinite(evaluated["loss"])
+    apart = disagreement(*states)
+    assert max(apart.values()) < 1e-6, {name: value for name, value in apart.items() if value >= 1e-6}
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (Layout(offload=("params",)), "with layout.remat=none"),
+        (Layout(offload=("activations",)), "with layout.remat=none"),
+        (Layout(ordered=2, data=2, offload=("optimizer",)), "layout.ordered keeps everything on the device"),
+        (Layout(pipeline=2, remat="full", offload=("params",)), "a pipeline's stages keep parameters and inputs"),
+        (Layout(remat="sites"), "set sites with remat sites"),
+        (Layout(remat="dots", sites=("query",)), "set sites with remat sites"),
+    ],
+)
+def test_what_cannot_be_is_refused(layout, message):
+    with pytest.raises(ValueError, match=message):
+        check(runs.experiment(layout=layout))
