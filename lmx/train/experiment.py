@@ -107,8 +107,12 @@ def named(argv: Sequence[str], usage: str) -> tuple[Experiment, list[str]]:
         raise ConfigError(f"{argv[0]} is no module with an `experiment` in it ({error})") from error
 
 
-def check(experiment: Experiment) -> None:
-    """Refuses, before any text is read or anything compiled, what can be seen to be wrong. Raises ValueError in one line."""
+def check(experiment: Experiment, devices: int | None = None) -> None:
+    """Refuses, before any text is read or anything compiled, what can be seen to be wrong. Raises ValueError in one line.
+
+    Args:
+      devices: how many are at hand; None: as many as are here.
+    """
     if not experiment.name or Path(experiment.name).name != experiment.name:
         raise ConfigError(f"name={experiment.name!r} must be a plain folder name")
     for knob in ("steps", "batch", "microbatches", "log_every"):
@@ -138,7 +142,8 @@ def check(experiment: Experiment) -> None:
     if model.experts:
         sizes["expert"] = {"model.experts": model.experts}
         sizes["tensor"]["the experts' width (model.expert_mlp)"] = model.expert_hidden
-    layouts.check(layout, sizes, experiment.batch // experiment.microbatches, experiment.microbatches, len(jax.devices()))
+    available = len(jax.devices()) if devices is None else devices
+    layouts.check(layout, sizes, experiment.batch // experiment.microbatches, experiment.microbatches, available)
     _check_sequence(experiment)
     _check_pipeline(experiment)
     check_data(experiment.data)

@@ -6,14 +6,15 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from lmx import plan as plans
 from lmx.core import params
 from lmx.data.recipe import Data
 from lmx.models import transformer
 from lmx.models.config import Transformer
-from lmx.parallel import absent, chips, cost
+from lmx.parallel import absent, chips, cost, roofline
 from lmx.parallel.layout import AXES, Layout
 from lmx.parallel.rules import rules, shardings
+from lmx.parallel.traffic import Traffic
+from lmx.train import planning as plans
 from lmx.train.experiment import Experiment
 from lmx.train.optimizers import SGD, Adafactor, AdamW, Lion, Muon
 
@@ -160,11 +161,11 @@ def test_planning_needs_no_devices():
 def test_links_are_as_slow_as_their_slowest_hop():
     chip = chips.chip("h100")
     layout = Layout(data=4, fsdp=2, tensor=4)
-    assert cost.link(("tensor",), layout, chip) == chip.near
-    assert cost.link(("fsdp",), layout, chip) == chip.near  # 2 x 4 are one host
-    assert cost.link(("data",), layout, chip) == chip.far
-    assert cost.wire(cost.Traffic("all-reduce", ("tensor",), 100, 2, ""), layout) == 2 * 200 * 3 / 4
-    assert cost.wire(cost.Traffic("all-gather", ("tensor",), 100, 2, ""), layout) == 200 * 3 / 4
+    assert roofline.link(("tensor",), layout, chip) == chip.near
+    assert roofline.link(("fsdp",), layout, chip) == chip.near  # 2 x 4 are one host
+    assert roofline.link(("data",), layout, chip) == chip.far
+    assert roofline.wire(Traffic("all-reduce", ("tensor",), 100, 2, ""), layout) == 2 * 200 * 3 / 4
+    assert roofline.wire(Traffic("all-gather", ("tensor",), 100, 2, ""), layout) == 200 * 3 / 4
 
 
 # For absent H100s. `pytest -m aot -n 0`, where the extra `cuda` is installed.

@@ -1,0 +1,67 @@
+"""How long a step takes at best, and as predicted: from its FLOPs, bytes and collectives, and what is known of the chip."""
+
+import math
+from dataclasses import dataclass, replace
+
+from lmx.parallel.chips import Chip
+from lmx.parallel.cost import Work, kept
+from lmx.parallel.layout import AXES, Layout
+from lmx.parallel.traffic import Traffic
+
+
+def moved(work: Work, parameters: int, optimizer: int) -> int:
+    """Bytes through a device's memory in a step, at least: the state read and written once, weights read three times a microbatch, and
+    what layers give written and read."""
+    layers = work.layers * sum(kept(replace(work, layout=replace(work.layout, remat="none"))).values())
+    return 2 * (parameters + optimizer) + work.microbatches * (3 * parameters * work.compute // work.master + 2 * layers)
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of a step, each part as if it ran alone at the chip's peaks, and their sum as predicted.
+
+    Attributes:
+      compute: products, what is recomputed included.
+      memory: bytes that must pass through the chip's memory: weights, activations, state.
+      exposed: communication that products wait for (tensor, context, updated parameters).
+      hidden: communication that can run beside products (ZeRO's gathers and reductions).
+      step: predicted.
+    """
+
+    compute: float
+    memory: float
+    exposed: float
+    hidden: float
+    step: float
+
+
+EFFICIENCY = 0.7
+"""The share of its peak at which a chip runs large products, and of a link's at which collectives run; a guess until measured."""
+
+
+def seconds(work: Work, collectives: list[Traffic], flops: float, chip: Chip, moved: int) -> Time:
+    """The roofline: `flops` of a device, `moved` bytes through its memory."""
+    kind = {2: "bfloat16", 4: "float32"}[work.compute]
+    exposed = hidden = 0.0
+    for one in collectives:
+        spent = wire(one, work.layout) / link(one.axes, work.layout, chip) / EFFICIENCY
+        if set(one.axes) & {"tensor", "context"} or one.times == 1:
+            exposed += spent
+        else:
+            hidden += spent
+    compute, memory_ = flops / chip.flops[kind], moved / chip.bandwidth
+    step = max(max(compute / EFFICIENCY, memory_), hidden) + exposed
+    return Time(compute, memory_, exposed, hidden, step)
+
+
+def wire(one: Traffic, layout: Layout) -> float:
+    """Bytes that a device sends for a collective in a step, by the ring algorithm."""
+    n = math.prod(getattr(layout, axis) for axis in one.axes)
+    factor = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(one.kind, (n - 1) / n)
+    return one.volume * factor
+
+
+def link(axes: tuple[str, ...], layout: Layout, chip: Chip) -> float:
+    """Bytes a second of the slowest link between devices of these axes: within a host where they and all inner axes fit into one."""
+    first = min(AXES.index(axis) for axis in axes)
+    return chip.near if math.prod(getattr(layout, a) for a in AXES[first:]) <= chip.per_host else chip.far

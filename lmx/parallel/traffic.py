@@ -1,0 +1,230 @@
+"""The collectives of a training step, before anything is compiled: kinds, axes, bytes, and how often. As `lmx.parallel.hlo` reads them."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import jax
+
+from lmx.core.params import ParamSpec, is_spec
+from lmx.core.tree import Tree, name_of
+from lmx.core.weights import NARROW
+from lmx.parallel.context import repeats
+from lmx.parallel.cost import Work, share
+from lmx.parallel.layout import AXES, SHARDS, Layout
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One kind of collective of a step: kind and axes as in `lmx.parallel.hlo.Collective`, bytes of one, how often, and what for."""
+
+    kind: str
+    axes: tuple[str, ...]
+    size: int
+    times: int
+    what: str
+
+    @property
+    def volume(self) -> int:
+        return self.size * self.times
+
+
+def traffic(work: Work, specs: Tree, *, cpu: bool = False) -> list[Traffic]:
+    """The collectives of a step, larger ones first.
+
+    A pipeline's are those of all its ticks, idle ones too, in which the embedding and the head are skipped when the program runs: so the
+    compiled text says it, and so long devices wait.
+
+    Args:
+      cpu: as XLA:CPU compiles it. It does not turn an all-reduce of which each device needs a part into a reduce-scatter (where code asks
+        for one itself, as head, embedding and experts do, it is one there too), sums the gradients of a sublayer's several projections one
+        by one, gathers weights once for recomputation and backward pass together, and tables once for all ticks of a pipeline.
+    """
+    found = [*_of_weights(work, specs, cpu), *_of_sublayers(work, cpu), *_of_experts(work), *_of_ends(work, specs, cpu)]
+    found += [*_of_attention(work), *_of_pipeline(work, specs)]
+    return sorted((t for t in found if t.size and t.times and t.axes), key=lambda t: -t.volume)
+
+
+def _over(layout: Layout, *axes: str) -> tuple[str, ...]:
+    """Those of the axes that have devices, in the mesh's order."""
+    return tuple(a for a in AXES if a in axes and getattr(layout, a) > 1)
+
+
+def _of_weights(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
+    """ZeRO: gathers of what is split, in the type it multiplies in (norms and biases: the master type); reductions of gradients; gathers
+    of updated parameters. Each in a layer's turn; embedding and head reduce their gradients by themselves (`_of_ends`)."""
+    layout, zero, found = work.layout, work.layout.zero, []
+    fsdp, replicas, everyone = (_over(layout, *axes) for axes in (("fsdp",), ("data", "expert", "context"), (*SHARDS, "context")))
+    table = {name_of(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)}
+    whole = {name: share(spec, layout, split=False) for name, spec in table.items()}
+    parted = {name for name, spec in table.items() if share(spec, layout, split=True) < whole[name]}
+
+    # Read twice: gathered twice in half the bytes, or once in the master type. The ticks of a pipeline cannot share it.
+    twice = "embed" if work.tied and layout.pipeline == 1 else ""
+
+    def size(names: Iterable[str], *, master: bool = False) -> int:
+        """Bytes of parameters, all layers of a device together: of tables and matrices in the compute type, unless `master`."""
+        return sum(whole[n] * (work.master if master or not _multiplies(table[n]) or n == twice else work.compute) for n in names)
+
+    for inner, what in ((True, "of layers"), (False, "of embedding, head, final norm")):
+        names = [n for n, spec in table.items() if bool(spec.layers) == inner]
+        depth, mine = (work.layers // layout.pipeline if inner else 1), [n for n in names if n in parted]
+        times = work.depth * work.ticks if inner else work.ticks
+        gathered = [n for n in mine if zero == 3 or _is_expert(table[n])] if zero >= 2 else []
+        if gathered and inner:
+            found.append(Traffic("all-gather", fsdp, size(gathered) // depth, work.forwards * times, f"parameters {what}, forward"))
+            weights = [n for n in gathered if _multiplies(table[n])]
+            found.append(Traffic("all-gather", fsdp, size(weights) // depth, times, f"parameters {what}, backward"))
+            if layout.remat != "none":
+                again = [n for n in gathered if n not in weights or _gathered_again(work, n, table[n], cpu)]
+                found.append(Traffic("all-gather", fsdp, size(again) // depth, times, f"parameters {what}, recomputed"))
+        elif gathered:
+            once = cpu and layout.pipeline > 1
+            reads = 2 if work.tied and layout.pipeline > 1 and not cpu else 1
+            of_table = sum(size([n]) * (reads if n == "embed" else 1) for n in gathered)
+            found.append(Traffic("all-gather", fsdp, of_table, 1 if once else times, f"parameters {what}, forward"))
+        reduced = [n for n in names if inner or not _at_ends(n)]
+        scattered = [n for n in reduced if n in parted and (zero >= 2 or (zero == 1 and not cpu and not _narrow(table[n], work)))]
+        rest = [n for n in reduced if n not in scattered]
+        for experts in (False, True):
+            mine = [n for n in scattered if _is_expert(table[n]) == experts]
+            others = [axis for axis in replicas if not (experts and axis == "expert")]
+            total, kind = size(mine, master=True) // depth, "all-reduce" if cpu and not (experts and zero >= 2) else "reduce-scatter"
+            found.append(Traffic(kind, fsdp, total, times, f"gradients {what}"))
+            found.append(Traffic("all-reduce", tuple(others), total // layout.fsdp, times, f"gradients {what}"))
+            mine = [n for n in rest if _is_expert(table[n]) == experts]
+            others = [axis for axis in everyone if not (experts and axis == "expert")]
+            found.append(Traffic("all-reduce", tuple(others), size(mine, master=True) // depth, times, f"gradients {what}"))
+    if zero in (1, 2):
+        found.append(Traffic("all-gather", fsdp, size(parted, master=True), 1, "updated parameters"))
+    return found
+
+
+def _multiplies(spec: ParamSpec) -> bool:
+    return spec.inputs > 0 or "vocab" in spec.axes
+
+
+def _is_expert(spec: ParamSpec) -> bool:
+    return "experts" in spec.axes
+
+
+def _at_ends(name: str) -> bool:
+    return name.split("/")[0] in ("embed", "head", "positions")
+
+
+def _gathered_again(work: Work, name: str, spec: ParamSpec, cpu: bool) -> bool:
+    """Whether a weight's product is formed again in the backward pass, from a gather of its own.
+
+    The last product of a layer is not, unless a norm reads it; experts, whose gathers are the code's own, share them with the backward pass but
+    for one.
+    """
+    if work.layout.remat != "full":
+        return False
+    if _is_expert(spec):
+        return "/up/" in f"/{name}/"
+    return not cpu and ("/down/" not in f"/{name}/" or work.after)
+
+
+def _narrow(spec: ParamSpec, work: Work) -> bool:
+    """Whether a gradient is formed transposed behind a barrier (`lmx.core.weights.NARROW`), through which no reduce-scatter is seen."""
+    if not spec.inputs or not spec.layers or _is_expert(spec):
+        return False
+    into = math.prod(spec.shape[1 : 1 + spec.inputs])
+    out = share(spec, work.layout, split=False) // (spec.shape[0] // work.layout.pipeline * into)
+    return out <= NARROW and out < into
+
+
+def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
+    """Megatron's: the residual stream gathered before, and summed after, attention and feed-forward; the same of its gradient."""
+    axes, times, size, remat = _over(work.layout, "tensor"), work.depth * work.ticks, work.whole, work.layout.remat
+    replicated = work.kv_heads % work.layout.tensor != 0
+    found, here = [], work.here
+    if replicated:  # fewer key heads than devices: each has its part of their gradients
+        keys = here.rows * here.length * work.kv_heads * work.head_dim * work.compute
+        found.append(Traffic("all-reduce", axes, 2 * keys, times, "gradients of keys and values"))
+    # What a norm or the second sublayer reads is summed again where it is not kept.
+    again = (2 if work.after else work.reads - 1) if remat == "full" else 0
+    # XLA:CPU sums the gradients of several projections of one input one by one.
+    attention, feed = (1 if replicated else 3, 2 if work.gated else 1) if cpu else (1, work.reads - 1)
+    dense, mixed = (work.depth - work.mixed) * work.ticks, work.mixed * work.ticks
+    sums = (2 * work.forwards + again + attention) * times + feed * dense
+    if not work.layout.sequence:
+        return [*found, Traffic("all-reduce", axes, size, sums + mixed, "residual stream")]
+    kept = work.reads if remat != "none" else 0
+    if work.post and remat == "full":
+        kept = 1  # a layer's input is kept whole, since attention reads it without a norm
+    twice = (1 if cpu else 2) if work.layout.pipeline > 1 and remat == "none" else 0  # gathered for the input's gradient and for the weight's
+    gathers = (work.reads * work.forwards + 2 + kept + twice) * times
+    found.append(Traffic("all-gather", axes, size, gathers, "residual stream"))
+    if mixed:  # which gather, and sum, themselves, and with tokens where they go
+        routing = 8 * here.rows * here.length * work.choices
+        found.append(Traffic("all-gather", axes, routing, (work.forwards + (remat != "none")) * mixed, "routing"))
+        found.append(Traffic("reduce-scatter", axes, routing // 2, mixed, "gradients of routing"))
+        own = (work.forwards + 1) * mixed
+        found.append(Traffic("reduce-scatter", axes, size, own, "residual stream"))
+        sums -= work.forwards * mixed
+    return [*found, Traffic("all-reduce" if cpu else "reduce-scatter", axes, size, sums, "residual stream")]
+
+
+def _of_experts(work: Work) -> list[Traffic]:
+    """Tokens to their experts and back (`lmx.models.experts`), and the same of gradients."""
+    layout, here, times = work.layout, work.here, work.mixed * work.ticks
+    axes, tokens = _over(layout, "expert"), here.rows * here.length
+    forwards = work.forwards + (layout.remat != "none")
+    if work.capacity is not None:
+        slots = work.experts * here.rows * work.capacity * work.embed * work.compute
+        return [Traffic("all-to-all", axes, slots, 2 * (forwards + 1) * times, "tokens to experts and back")]
+    everyone, routing = layout.expert * work.whole, layout.expert * tokens * work.choices * 8
+    return [
+        Traffic("all-gather", axes, everyone, (forwards + 1) * times, "tokens to experts"),
+        Traffic("all-gather", axes, routing, forwards * times, "routing"),
+        Traffic("reduce-scatter", axes, everyone, (work.forwards + 1) * times, "tokens from experts"),
+        Traffic("reduce-scatter", axes, routing // 2, times, "gradients of routing"),
+    ]
+
+
+def _of_ends(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
+    """Embedding, head and loss, which say themselves what they send."""
+    layout, here, m, found = work.layout, work.here, work.ticks, []
+    tensor, fsdp, replicas = (_over(layout, *axes) for axes in (("tensor",), ("fsdp",), ("data", "expert", "context")))
+    tokens = here.rows * here.length
+    found.append(Traffic("all-reduce", tensor, 4 * tokens, 3 * m, "loss: largest logit, sum, target"))
+    if layout.sequence:
+        found.append(Traffic("all-gather", tensor, work.whole, 2 * m, "hidden states, and gradient of embeddings"))
+        found.append(Traffic("reduce-scatter", tensor, work.whole, 2 * m, "embeddings, and gradient of hidden states"))
+    else:
+        found.append(Traffic("all-reduce", tensor, work.whole, 2 * m, "embeddings, and gradient of hidden states"))
+    uses = {"embed": 2 if work.tied else 1, "head": 1, "positions": 1}
+    for name, often in uses.items():
+        if name in specs:
+            size = often * share(specs[name], layout, split=False) * work.master
+            if fsdp and layout.zero >= (2 if cpu else 1):
+                found.append(Traffic("reduce-scatter", fsdp, size, m, f"gradient of {name}"))
+                found.append(Traffic("all-reduce", replicas, size // layout.fsdp, m, f"gradient of {name}"))
+            else:
+                found.append(Traffic("all-reduce", _over(layout, *SHARDS, "context"), size, m, f"gradient of {name}"))
+    return found
+
+
+def _of_attention(work: Work) -> list[Traffic]:
+    """Sequences split over devices: a ring sends keys and values round (and back their gradients, fp32), an all-to-all trades heads."""
+    layout, here, n = work.layout, work.here, work.layout.context
+    axes, times = _over(layout, "context"), work.depth * work.ticks
+    tokens = here.rows * here.length
+    queries, keys = (tokens * heads * work.head_dim for heads in (here.heads, here.kv_heads))
+    forwards = work.forwards + (layout.remat != "none")
+    if layout.exchange == "ring":
+        around = Traffic("collective-permute", axes, 2 * keys * work.compute, (forwards * (n - 1) + n) * times, "keys and values")
+        return [around, Traffic("collective-permute", axes, 2 * 4 * keys, (n + 1) * times, "gradients of keys and values")]
+    sent = 2 * (queries + keys * repeats(here.heads, here.kv_heads, n)) * work.compute
+    return [Traffic("all-to-all", axes, sent, (forwards + 1) * times, "heads for positions")]
+
+
+def _of_pipeline(work: Work, specs: Tree) -> list[Traffic]:
+    """Activations to the next stage and gradients to the one before, each tick; what stages have of the outer parameters' gradients."""
+    axes = _over(work.layout, "pipeline")
+    outer = [share(spec, work.layout, split=work.layout.zero >= 1) for spec in jax.tree.leaves(specs, is_leaf=is_spec) if not spec.layers]
+    return [
+        Traffic("collective-permute", axes, work.between, 2 * work.ticks, "activations and their gradients"),
+        Traffic("all-reduce", axes, work.master * sum(outer), 1, "gradients of embedding, head, final norm"),
+    ]
