@@ -32,6 +32,7 @@ class Work:
       norms: norms of a layer.
       reads: how often a layer reads its normed input (once where attention and feed-forward are parallel).
       positions: rows of a table of learned positions, or 0.
+      period: layers of the pattern that the stack repeats, of which rematerialisation recomputes all at once.
       masks: kinds of attention masks (all earlier tokens, a window).
       dense: whether attention forms every score (else in tiles).
       post: whether norms follow the residual sums.
@@ -59,6 +60,7 @@ class Work:
     qk_norm: bool = False
     tied: bool = True
     positions: int = 0
+    period: int = 1
     masks: int = 1
     dense: bool = True
     post: bool = False
@@ -117,6 +119,11 @@ class Work:
         return 1 if self.flow is None else 2
 
     @property
+    def written_out(self) -> bool:
+        """Whether a pipeline's last phase is one tick, which is then no loop."""
+        return self.flow is not None and self.flow.ticks[2] == 1
+
+    @property
     def flow(self) -> Schedule | None:
         return None if self.layout.pipeline == 1 else schedule(self.layout, self.microbatches)
 
@@ -127,6 +134,12 @@ class Work:
         if self.capacity is not None:
             return self.experts * here.rows * self.capacity
         return here.rows * here.length * self.choices * self.layout.expert
+
+    @property
+    def scores(self) -> int:
+        """Attention scores of a layer on one device."""
+        here = self.here
+        return here.rows * here.length**2 * here.heads * self.layout.context
 
     @property
     def whole(self) -> int:
@@ -198,7 +211,7 @@ def activations(work: Work, *, cpu: bool = False) -> dict[str, int]:
     found: dict[str, int] = {}
     for layers, mixture in ((work.depth - work.mixed, False), (work.mixed, True)):
         for name, size in kept(work, mixture=mixture, cpu=cpu).items() if layers else ():
-            found[name] = found.get(name, 0) + layers * size
+            found[name] = found.get(name, 0) + layers * size // (work.period if name == "layer inputs" else 1)
     return found
 
 
@@ -214,8 +227,11 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
     here, layout = work.here, work.layout
     tokens, n = here.rows * here.length, work.layout.context
     queries, keys = (tokens * heads * work.head_dim for heads in (here.heads, here.kv_heads))
-    if work.dense:
-        attention = tokens * here.heads * here.length * n * (4 + 2 * work.compute) + 4 * queries * work.compute
+    scores = work.scores
+    if work.dropout:  # the textbook's attention, and the masks' random bits
+        attention = scores * (26 if cpu else 20 if layout.remat == "dots" else 14) + 4 * queries * work.compute
+    elif work.dense:
+        attention = scores * (4 + 2 * work.compute) + 4 * queries * work.compute
     else:
         tile = min(TILE, here.length)
         row = 4 * tokens * (tile if layout.exchange == "ring" else tile * n)
@@ -225,11 +241,37 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
         )
     # What enters and what comes back, both whole, and the gradient through each projection before they are summed.
     feed = (5 if work.gated else 3) * tokens * here.mlp * work.compute + (4 if work.gated else 3) * work.whole
-    found = max(attention + work.whole, feed) + _weights(work, specs, gradients=True)
+    if work.mixed:
+        dense = feed if work.mixed < work.depth else 0
+        feed = max(dense, _experts_working(work, cpu=cpu))
+        if layout.remat != "none" and not cpu:  # by then the layer's attention has been formed again
+            feed += scores * work.compute + (3 * queries + 2 * keys) * work.compute
+    found = max(attention + work.whole, feed) + _weights(work, specs, gradients=True, cpu=cpu)
+    everything = replace(work, layout=replace(layout, remat="none"))
+    anew = {name: size for name, size in kept(everything, mixture=work.mixed > 0, cpu=cpu).items() if layout.remat != "none"}
     if cpu:
-        anew = kept(replace(work, layout=replace(layout, remat="none"))) if layout.remat != "none" else {}
         found += sum(size for name, size in anew.items() if name != "attention weights") + 4 * work.whole
-    return found
+        others = sum(kept(everything, cpu=cpu).values()) + attention // 2
+    else:
+        others = sum(anew.values())
+    return found + (work.period - 1) * others
+
+
+def _experts_working(work: Work, *, cpu: bool) -> int:
+    """Bytes that a mixture's backward pass holds: rows in every form, and where each row goes through its own expert's matrix, XLA:GPU's
+    ragged products, which are dense: every row once for every expert."""
+    here, rows, c = work.here, work.routed, work.compute
+    projections = 2 if work.gated else 1
+    of_hidden, of_embed = (
+        (projections + 1, 3) if cpu and work.capacity is not None else (projections + 2, 5) if cpu else (2 * projections + 1, 5)
+    )
+    if work.layout.expert > 1 and work.capacity is not None and not cpu:  # sent, received, and in order of experts
+        of_hidden, of_embed = 2 * of_hidden, 6
+    found = rows * (of_hidden * here.expert_mlp + of_embed * work.embed) * c
+    if work.capacity is None and not cpu:
+        found += here.experts * rows * ((projections + 1) * here.expert_mlp + 2 * work.embed) * c
+    shared = (2 * projections + 1) * here.rows * here.length * here.shared * c
+    return found + shared + 4 * work.whole * work.layout.expert
 
 
 def _forward(work: Work, specs: Tree) -> int:
@@ -243,17 +285,21 @@ def _forward(work: Work, specs: Tree) -> int:
     return max(scores, feed) + 3 * work.whole + _weights(work, specs, gradients=False)
 
 
-def _weights(work: Work, specs: Tree, *, gradients: bool) -> int:
+def _weights(work: Work, specs: Tree, *, gradients: bool, cpu: bool = False) -> int:
     """Bytes of one layer's parameters as they multiply, where they are not at rest so, and of their gradients before reduction."""
     copied = (work.layout.zero == 3 and work.layout.fsdp > 1) or work.compute != work.master
-    return layer_numbers(specs, work.layout) * (work.compute * copied + work.master * gradients)
+    turned = (
+        2 if work.mixed and not (cpu and work.capacity is not None) else 1
+    )  # gradients of experts are formed with the experts in another place
+    return layer_numbers(specs, work.layout) * (work.compute * copied + work.master * gradients * turned)
 
 
 def layer_numbers(specs: Tree, layout: Layout) -> int:
     """Numbers of one layer's parameters where they multiply (the largest layer's, where patterns differ)."""
     places = [place for group in specs["layers"] for place in group.values()]
     return max(
-        sum(share(spec, layout, split=False) // (spec.shape[0] // layout.pipeline) for spec in jax.tree.leaves(place, is_leaf=is_spec)) for place in places
+        sum(share(spec, layout, split=False) // (spec.shape[0] // layout.pipeline) for spec in jax.tree.leaves(place, is_leaf=is_spec))
+        for place in places
     )
 
 
@@ -289,6 +335,9 @@ def memory(work: Work, specs: Tree, *, parameters: int, optimizer: int, rest: in
         outer = work.master * sum(
             share(spec, layout, split=layout.zero >= 1) for spec in jax.tree.leaves(specs, is_leaf=is_spec) if not spec.layers
         )
+        outer_held = work.master * sum(
+            share(spec, layout, split=layout.zero == 3) for spec in jax.tree.leaves(specs, is_leaf=is_spec) if not spec.layers
+        )
         carried = {
             "stage inputs": work.flow.kept * work.between,
             "on their way": 2 * work.between,
@@ -296,14 +345,28 @@ def memory(work: Work, specs: Tree, *, parameters: int, optimizer: int, rest: in
         }
         # A stage's gradients are formed apart from the sum so far; those of head and embedding likewise.
         formed = (grads - outer) // layout.rounds
+        layers = {"layers of a stage": (parameters - outer_held) // layout.rounds + formed} if layout.rounds > 1 else {}
+        if cpu and work.written_out:  # whose stacks XLA:CPU makes before the loop
+            kept_here, formed, masked_again = (
+                {n: 2 * size for n, size in kept_here.items()},
+                2 * formed,
+                {"attention mask": 4 * mask(work) + work.dropout * 4 * work.scores},
+            )
         moments = [
-            {**kept_here, **masked, "gradient of the head, whole": unreduced + outer, "head and loss": loss_working(work, cpu=cpu)},
             {
                 **kept_here,
+                **layers,
+                **masked,
+                "gradient of the head, whole": unreduced + outer,
+                "head and loss": loss_working(work, cpu=cpu),
+            },
+            {
+                **kept_here,
+                **layers,
                 **masked_again,
                 "gradients of a stage": formed,
-                "gradients of head and embedding": 2 * outer,
-                "working set of a layer": working(work, specs, cpu=cpu),
+                "gradients of head and embedding": 2 * outer + unreduced,
+                "working set of a layer": working(work, specs, cpu=cpu) + 4 * work.whole,
             },
         ]
         fullest = max([carried | moment for moment in moments] + [update], key=lambda moment: sum(moment.values()))

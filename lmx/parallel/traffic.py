@@ -84,7 +84,7 @@ def _of_weights(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
             of_table = sum(size([n]) * (reads if n == "embed" else 1) for n in gathered)
             found.append(Traffic("all-gather", fsdp, of_table, 1 if once else times, f"parameters {what}, forward"))
         reduced = [n for n in names if inner or not _at_ends(n)]
-        scattered = [n for n in reduced if n in parted and (zero >= 2 or (zero == 1 and not cpu and not _narrow(table[n], work)))]
+        scattered = [n for n in reduced if n in parted and (zero >= 2 or (zero == 1 and not cpu and _sliced(table[n], work)))]
         rest = [n for n in reduced if n not in scattered]
         for experts in (False, True):
             mine = [n for n in scattered if _is_expert(table[n]) == experts]
@@ -122,16 +122,21 @@ def _gathered_again(work: Work, name: str, spec: ParamSpec, cpu: bool) -> bool:
         return False
     if _is_expert(spec):
         return "/up/" in f"/{name}/"
-    return not cpu and ("/down/" not in f"/{name}/" or work.after)
+    last = f"/{work.period - 1}/feedforward/down/" in f"/{name}/"
+    return not cpu and (not last or work.after)
 
 
-def _narrow(spec: ParamSpec, work: Work) -> bool:
-    """Whether a gradient is formed transposed behind a barrier (`lmx.core.weights.NARROW`), through which no reduce-scatter is seen."""
-    if not spec.inputs or not spec.layers or _is_expert(spec):
+def _sliced(spec: ParamSpec, work: Work) -> bool:
+    """Whether XLA makes a reduce-scatter of a gradient's all-reduce because only a part is used: not where it is over more axes than the
+    part's, nor where the gradient is formed transposed behind a barrier (`lmx.core.weights.NARROW`)."""
+    layout = work.layout
+    if any(getattr(layout, axis) > 1 for axis in ("data", "context")) or (layout.expert > 1 and not _is_expert(spec)):
         return False
+    if not spec.inputs or not spec.layers or _is_expert(spec):
+        return True
     into = math.prod(spec.shape[1 : 1 + spec.inputs])
-    out = share(spec, work.layout, split=False) // (spec.shape[0] // work.layout.pipeline * into)
-    return out <= NARROW and out < into
+    out = share(spec, layout, split=False) // (spec.shape[0] // layout.pipeline * into)
+    return out > NARROW or out >= into
 
 
 def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
@@ -144,17 +149,21 @@ def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
         found.append(Traffic("all-reduce", axes, 2 * keys, times, "gradients of keys and values"))
     # What a norm or the second sublayer reads is summed again where it is not kept.
     again = (2 if work.after else work.reads - 1) if remat == "full" else 0
+    between = (
+        (work.depth - work.depth // work.period) * work.ticks if remat == "full" and not work.after else 0
+    )  # layers of a repeat but its last
     # XLA:CPU sums the gradients of several projections of one input one by one.
     attention, feed = (1 if replicated else 3, 2 if work.gated else 1) if cpu else (1, work.reads - 1)
     dense, mixed = (work.depth - work.mixed) * work.ticks, work.mixed * work.ticks
-    sums = (2 * work.forwards + again + attention) * times + feed * dense
+    sums = (2 * work.forwards + again + attention) * times + feed * dense + between
     if not work.layout.sequence:
         return [*found, Traffic("all-reduce", axes, size, sums + mixed, "residual stream")]
     kept = work.reads if remat != "none" else 0
-    if work.post and remat == "full":
+    if work.post and remat != "none":
         kept = 1  # a layer's input is kept whole, since attention reads it without a norm
-    twice = (1 if cpu else 2) if work.layout.pipeline > 1 and remat == "none" else 0  # gathered for the input's gradient and for the weight's
-    gathers = (work.reads * work.forwards + 2 + kept + twice) * times
+    gathers = (work.reads * work.forwards + 2 + kept) * times
+    if work.layout.pipeline > 1 and remat != "full":  # a gradient is gathered for the input's and for the weight's apart
+        gathers += times if cpu else times + dense
     found.append(Traffic("all-gather", axes, size, gathers, "residual stream"))
     if mixed:  # which gather, and sum, themselves, and with tokens where they go
         routing = 8 * here.rows * here.length * work.choices
@@ -225,6 +234,6 @@ def _of_pipeline(work: Work, specs: Tree) -> list[Traffic]:
     axes = _over(work.layout, "pipeline")
     outer = [share(spec, work.layout, split=work.layout.zero >= 1) for spec in jax.tree.leaves(specs, is_leaf=is_spec) if not spec.layers]
     return [
-        Traffic("collective-permute", axes, work.between, 2 * work.ticks, "activations and their gradients"),
+        Traffic("collective-permute", axes, work.between, 2 * work.ticks - work.written_out, "activations and their gradients"),
         Traffic("all-reduce", axes, work.master * sum(outer), 1, "gradients of embedding, head, final norm"),
     ]

@@ -136,6 +136,7 @@ def work(experiment: Experiment) -> Work:
         qk_norm=model.qk_norm,
         tied=model.tied,
         positions=model.context if model.positions == "learned" else 0,
+        period=min(len(model.pattern), model.layers),
         masks=len({is_local(kind) for kind in model.pattern}),
         dense=not ring and experiment.data.length <= LONG and model.attention_softcap is None,
         post=model.norm_placement == "post",
