@@ -15,7 +15,7 @@ import jax
 from lmx.core.config import ConfigError, command_line, exits_with_one_line
 from lmx.parallel import absent, chips, roofline
 from lmx.parallel.layout import AXES, Layout
-from lmx.train.advice import Advice, advice, search
+from lmx.train.advice import Advice, advice, gb, search
 from lmx.train.experiment import Experiment, named
 from lmx.train.planning import Plan, compared, plan, settled
 
@@ -171,14 +171,6 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
-
-
-def gb(size: float) -> str:
-    """Bytes for people: 1.23 GB, 45.6 MB, 789 B."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:,.2f} {unit}"
-    return f"{size:.0f} B"
 
 
 if __name__ == "__main__":

@@ -9,9 +9,39 @@ from lmx.parallel.layout import divisors
 from lmx.train.experiment import Experiment
 from lmx.train.planning import Plan, plan
 
-SMALL = 10_000
-"""Collectives of fewer bytes are not shown."""
-SIMULATED = 2048
+STATE = ("zero", "tensor")
+KEPT = ("remat", "microbatches", "tensor", "context")
+MADE = ("microbatches", "tensor", "context")
+LOWERED_BY: dict[str, tuple[str, ...]] = {
+    "parameters": STATE,
+    "optimizer": STATE,
+    "batch and the rest": ("fsdp",),
+    "gradients": STATE,
+    "gradients of earlier microbatches": STATE,
+    "gradients so far": STATE,
+    "gradients of a stage": STATE,
+    "gradients of head and embedding": STATE,
+    "gradient of the head, whole": ("tensor",),
+    "update": STATE,
+    "layers of a stage": STATE,
+    "stage inputs": MADE,
+    "on their way": MADE,
+    "layer inputs": MADE,
+    "products": KEPT,
+    "inputs of norms": KEPT,
+    "inputs of projections": KEPT,
+    "queries, keys, values": KEPT,
+    "feed-forward": KEPT,
+    "router": KEPT,
+    "tokens of experts": KEPT,
+    "attention weights": KEPT,
+    "attention sums": KEPT,
+    "dropout masks": KEPT,
+    "attention mask": MADE,
+    "head and loss": ("tensor",),
+    "working set of a layer": MADE,
+}
+"""The knobs that lower each row of a plan's memory, the cheapest first."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +83,43 @@ def advice(found: Plan, chip: str) -> list[Advice]:
         if after.total < found.total:
             turned.append(Advice(name, after))
     return sorted(turned, key=lambda a: (not a.plan.fits, a.plan.time.step if a.plan.fits else a.plan.total))
+
+
+def shortage(experiment: Experiment, *, cpu: bool = False, rows: int = 4) -> str:
+    """What to say when a device's memory was not enough: the plan's largest rows, and the knobs that lower each."""
+    lines = [f"{experiment.name}: a device has not memory enough for a step (XLA: RESOURCE_EXHAUSTED)."]
+    try:
+        found = plan(experiment, cpu=cpu)
+    except ValueError as error:
+        return f"{lines[0]} There is no plan of it ({error}); raise microbatches, or set layout.remat to full"
+    lines[0] += f" As planned, each holds {gb(found.total)}, most of it here:"
+    for name, size in sorted(found.memory.items(), key=lambda row: -row[1])[:rows]:
+        turns = [turn for knob in LOWERED_BY[name] if (turn := _turn(knob, experiment))]
+        lines.append(f"  {gb(size):>10}  {name}: {', or '.join(turns)}")
+    lines.append("What was saved is kept. `python -m lmx.plan` with the same flags says what would fit.")
+    return "\n".join(lines)
+
+
+def _turn(knob: str, experiment: Experiment) -> str | None:
+    """A knob, one turn further; None where it is at its end."""
+    layout = experiment.layout
+    if knob == "microbatches":
+        return f"--microbatches {2 * experiment.microbatches}"
+    if knob == "remat":
+        higher = cost.REMATS[cost.REMATS.index(layout.remat) + 1 :]
+        return f"--layout.remat {' or '.join(higher)}" if higher else None
+    if knob == "zero" and layout.fsdp > 1 and layout.zero < 3:
+        return f"--layout.zero {layout.zero + 1}{'' if layout.zero == 2 else ' to 3'}"
+    axis = "fsdp" if knob == "zero" else knob
+    return f"--layout.{axis} {2 * getattr(layout, axis)}"
+
+
+def gb(size: float) -> str:
+    """Bytes for people: 1.23 GB, 45.6 MB, 789 B."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:,.2f} {unit}"
+    return f"{size:.0f} B"
 
 
 def search(experiment: Experiment, devices: int, *, chip: str = "h100", best: int = 10) -> list[Plan]:

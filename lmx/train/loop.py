@@ -24,6 +24,7 @@ from lmx.parallel.chips import peak_flops
 from lmx.parallel.feed import batch_sharding, local_rows, place
 from lmx.parallel.host import keep_pages
 from lmx.parallel.offload import fetched
+from lmx.train.advice import shortage
 from lmx.train.checkpoints import Manager
 from lmx.train.experiment import RESUMABLE, Experiment, check, resolve
 from lmx.train.logging import RECORD, Logger, Silence, draw_curve, read_record, write_record
@@ -64,11 +65,15 @@ class NotFiniteError(ArithmeticError):
     """Training met a loss or gradient that is no number."""
 
 
+class DeviceMemoryError(MemoryError):
+    """A device has not memory enough for the state or a step."""
+
+
 def main(experiment: Experiment, argv: list[str] | None = None) -> Result:
     """The door of every experiment module: command line, checks, run.
 
     Leaves with code 2 and one line when something is wrong before the run, with code 1 and one line when loss or gradients are no
-    numbers any more or another process of the run is lost, and with 128 + the signal's number, everything saved, when Ctrl-C or SIGTERM
+    numbers any more or another process of the run is lost, with code 1 and the largest rows of the plan when memory was not enough, and with 128 + the signal's number, everything saved, when Ctrl-C or SIGTERM
     ended it. Of several processes all leave with the same code, whichever got the signal.
     """
     keep_pages()
@@ -84,7 +89,7 @@ def main(experiment: Experiment, argv: list[str] | None = None) -> Result:
                 start = prepare_run(experiment, sources)
             speaks = hosts.is_first()
             result = run(start)
-    except NotFiniteError as error:
+    except (NotFiniteError, DeviceMemoryError) as error:
         sys.exit(str(error) if speaks else 1)
     if result.stopped is not None:
         sys.exit(128 + result.stopped)
@@ -153,7 +158,24 @@ def run(start: Start) -> Result:
 
     Raises:
       NotFiniteError: a step's loss or gradient is no number; the checkpoints before it stay.
+      DeviceMemoryError: memory was not enough; they stay too.
     """
+    with _explaining_shortage(start):
+        return _run(start)
+
+
+@contextmanager
+def _explaining_shortage(start: Start) -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        on_cpu = start.program.mesh.devices.flat[0].platform == "cpu"
+        raise DeviceMemoryError(shortage(start.experiment, cpu=on_cpu)) from error
+
+
+def _run(start: Start) -> Result:
     experiment, program, folder = start.experiment, start.program, start.experiment.path
     state = program.initial() if start.state is None else start.state
     resumed_at = int(state.step) if experiment.start == "resume" else None

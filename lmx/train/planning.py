@@ -21,18 +21,13 @@ from lmx.parallel import absent, chips, cost, hlo, roofline
 from lmx.parallel.chips import Chip
 from lmx.parallel.cost import Work
 from lmx.parallel.feed import batch_sharding
-from lmx.parallel.layout import AXES, Layout
+from lmx.parallel.layout import AXES, Layout, make_mesh
 from lmx.parallel.roofline import Time
 from lmx.parallel.traffic import Traffic, traffic
 from lmx.train import optimizers
 from lmx.train.experiment import Experiment, check
 from lmx.train.program import build
 from lmx.train.state import initial_state, state_shardings
-
-SMALL = 10_000
-"""Collectives of fewer bytes are not shown."""
-SIMULATED = 2048
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -225,12 +220,16 @@ def compile_step(experiment: Experiment, chip: str | None = None) -> hlo.Compile
             f"the layout has {experiment.layout.devices} devices and {len(devices)} are simulated; raise JAX_NUM_CPU_DEVICES, or {absent.HINT}"
         )
     start = time.perf_counter()
-    program = build(experiment, devices)
+    mesh = make_mesh(experiment.layout, devices)
+    program = build(experiment, mesh if chip is None else mesh.abstract_mesh)
     batch = batch_structs(experiment, batch_sharding(program.mesh, microbatches=True))
-    with jax.set_mesh(program.mesh):
-        made = program.step.jitted.lower(program.abstract, batch).compile()
+    if chip is None:
+        with jax.set_mesh(mesh):
+            made = program.step.jitted.lower(program.abstract, batch).compile()
+    else:
+        made = absent.compiled(program.step.jitted, mesh, program.abstract, batch)
     target = "simulated CPU devices" if chip is None else chips.chip(chip).kind
-    return hlo.read(made, program.mesh, target, time.perf_counter() - start)
+    return hlo.read(made, mesh, target, time.perf_counter() - start)
 
 
 def compared(found: Plan, made: hlo.Compiled) -> dict[tuple[str, tuple[str, ...]], tuple[int, int]]:
