@@ -29,6 +29,7 @@ from lmx.train.experiment import Experiment, check
 from lmx.train.program import build
 from lmx.train.state import initial_state, state_shardings
 
+
 @dataclass(frozen=True)
 class Plan:
     """A step's cost on one device.

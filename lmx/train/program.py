@@ -21,7 +21,7 @@ from lmx.train import optimizers
 from lmx.train.experiment import Experiment
 from lmx.train.objectives import Batch
 from lmx.train.state import TrainState, initial_state, state_shardings
-from lmx.train.step import Task, accumulate, make_evaluation, make_step
+from lmx.train.step import Task, ValueAndGrad, accumulate, make_evaluation, make_step
 from lmx.train.update import at_once, layer_by_layer
 
 SHALLOW = 12
@@ -36,6 +36,7 @@ class Program:
       specs: the parameter table.
       initial: the state before the first step.
       step: from a state (donated) and a batch `[microbatches, rows, ...]` to the next state and its metrics.
+      value_and_grad: the step's gradient alone (`lmx.train.step.ValueAndGrad`), placed as the step has it.
       evaluate: from parameters and a batch `[rows, ...]` to sums.
       natural: a state, or parameters, with layers in their order: what is saved and sampled from. A pipeline with rounds holds another.
       arranged: the inverse of `natural`.
@@ -48,6 +49,7 @@ class Program:
     mesh: Mesh
     initial: Callable[[], TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    value_and_grad: ValueAndGrad
     evaluate: Callable[[Tree, Batch], dict[str, jax.Array]]
     natural: Callable[[Tree], Tree]
     arranged: Callable[[Tree], Tree]
@@ -107,6 +109,7 @@ def build(experiment: Experiment, mesh: Mesh | AbstractMesh | None = None) -> Pr
             mesh,
             jax.jit(step, in_shardings=(shardings, placed), out_shardings=(shardings, None), donate_argnums=0, compiler_options=in_turn),
         ),
+        value_and_grad=_on(mesh, jax.jit(value_and_grad, compiler_options=in_turn)),
         evaluate=_on(mesh, jax.jit(make_evaluation(task, sums), compiler_options=in_turn)),
         natural=partial(pipeline.natural, layout=layout),
         arranged=partial(pipeline.natural, layout=layout, back=True),

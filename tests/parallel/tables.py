@@ -12,12 +12,21 @@ def block(name: str, table: str) -> str:
 
 
 def main() -> None:
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 8)
     import test_planted
+    import test_zero_memory
 
     import composition
 
     text = README.read_text()
-    for name, table in (("planted bugs", test_planted.table()), ("composition", composition.table(composition.cover()))):
+    tables = {
+        "planted bugs": test_planted.table(),
+        "composition": composition.table(composition.cover()),
+        "zero memory": test_zero_memory.table(test_zero_memory.measured()),
+    }
+    for name, table in tables.items():
         text, found = re.subn(f"<!-- {name} -->.*<!-- /{name} -->", lambda _, b=block(name, table): b, text, flags=re.DOTALL)
         if found != 1:
             raise SystemExit(f"README.md has no place for the table {name!r}: put <!-- {name} --> and <!-- /{name} --> into it")
