@@ -26,7 +26,9 @@ from lmx.train.optimizers import SGD, Schedule
 from lmx.train.program import build
 
 BOUND = 2e-5
-"""Worst relative difference in fp32 (by `lmx.core.tree.disagreement`). In other precisions: twice what rounding does on one device."""
+"""Worst relative difference in fp32 (by `lmx.core.tree.disagreement`). In narrower precisions: twice what rounding does on one device."""
+BOUNDS = {"fp32": BOUND, "fp64": 1e-10}
+"""The same by precision: in fp64 no bug can pass for rounding."""
 STEPS = 2
 
 
@@ -55,9 +57,10 @@ def verify(experiment: Experiment, steps: int = STEPS) -> Report:
     """
     small = shrink(experiment)
     alone = replace(small, layout=Layout(), microbatches=1)
-    exact, found = train(replace(alone, precision="fp32"), steps), train(small, steps)
-    if small.precision == "fp32":
-        return Report(BOUND, differences(found, exact))
+    bound = BOUNDS.get(small.precision)
+    exact, found = train(replace(alone, precision="fp32") if bound is None else alone, steps), train(small, steps)
+    if bound is not None:
+        return Report(bound, differences(found, exact))
     rounding = differences(train(alone, steps), exact)
     return Report(2 * max(rounding.values()), differences(found, exact))
 
@@ -165,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         experiment, rest = named(argv, "python -m lmx.verify experiments.NAME [--layout.tensor 2 ...]")
     experiment, _ = command_line(experiment, rest, description=__doc__)
     jax.config.update("jax_num_cpu_devices", experiment.layout.devices)
+    jax.config.update("jax_enable_x64", jax.config.jax_enable_x64 or experiment.precision == "fp64")
     with exits_with_one_line():
         report = verify(experiment)
     _print(experiment, report)

@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lmx.core.config import ConfigError
 from lmx.core.tree import Tree
 
-PrecisionName = Literal["fp32", "bf16", "bf16_pure", "fp16"]
+PrecisionName = Literal["fp32", "bf16", "bf16_pure", "fp16", "fp64"]
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Which type what is held in. Norm statistics, softmax, logits and losses are always fp32.
+    """Which type what is held in. Norm statistics, softmax, logits and losses are always fp32 at least
+    (`lmx.kernels.wide`).
 
     Attributes:
       params: the master parameters, gradients and optimizer state.
@@ -33,7 +35,17 @@ POLICIES: dict[str, Precision] = {
     "bf16": Precision(compute="bfloat16"),
     "bf16_pure": Precision(params="bfloat16", compute="bfloat16"),
     "fp16": Precision(compute="float16", scaled=True),
+    "fp64": Precision(params="float64", compute="float64"),
 }
+
+
+def policy(name: str) -> Precision:
+    """The policy of a name. Raises ConfigError where there is none, or where JAX would make fp32 of fp64."""
+    if name not in POLICIES:
+        raise ConfigError(f"precision={name} is not one of {', '.join(POLICIES)}")
+    if POLICIES[name].params == "float64" and not jax.config.jax_enable_x64:
+        raise ConfigError(f"precision={name} needs 64-bit numbers, which JAX leaves off by default: set JAX_ENABLE_X64=1, or use fp32")
+    return POLICIES[name]
 
 
 @flax.struct.dataclass

@@ -19,6 +19,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from lmx.kernels.wide import wide
+
 PRODUCT = "product"
 """What a rematerialisation policy calls the result of a product with a weight."""
 NARROW = 256
@@ -100,7 +102,7 @@ def gradient_of(weight: Weight, gradient: Array) -> Weight:
 def linear(x: Array, weight: Weight, bias: Weight | None = None, *, inputs: int = 1) -> Array:
     """`x W + b`, contracting the last `inputs` dimensions of x with the first `inputs` of the weight.
 
-    Shapes: x `[..., *in]`, weight `[*in, *out]`, bias `[*out]`; gives `[..., *out]` in x's type, accumulated in fp32.
+    Shapes: x `[..., *in]`, weight `[*in, *out]`, bias `[*out]`; gives `[..., *out]` in x's type, accumulated in fp32 at least.
     """
     return checkpoint_name(_linear(inputs, x, weight, None if bias is None else whole(bias)), PRODUCT)
 
@@ -111,15 +113,15 @@ def lookup(tokens: Array, weight: Weight, dtype) -> Array:
 
 
 def attend(x: Array, weight: Array) -> Array:
-    """Logits of a tied head: x `[..., embed]` against each row of weight `[vocab, embed]`; fp32 `[..., vocab]`."""
-    return dot(x, weight.astype(x.dtype), x.ndim - 1, 1, jnp.float32)
+    """Logits of a tied head: x `[..., embed]` against each row of weight `[vocab, embed]`; fp32 at least, `[..., vocab]`."""
+    return dot(x, weight.astype(x.dtype), x.ndim - 1, 1, wide(x.dtype))
 
 
 def ragged(x: Array, weight: Weight, sizes: Array | None = None) -> Array:
     """Rows times the matrix of the expert that each belongs to.
 
     Shapes: weight `[experts, in, out]`; x `[rows, in]`, expert after expert, `sizes` (int `[experts]`) rows of each and any rest, which
-    gives zeros; or, without sizes, x `[experts, rows, in]`. Gives x's shape with `out` in place of `in`, in x's type, accumulated in fp32.
+    gives zeros; or, without sizes, x `[experts, rows, in]`. Gives x's shape with `out` in place of `in`, in x's type, accumulated in fp32 at least.
     """
     return checkpoint_name(_ragged(x, weight, sizes), PRODUCT)
 

@@ -12,6 +12,7 @@ from jax import Array
 from jaxtyping import Float
 
 from lmx.kernels.masks import Mask
+from lmx.kernels.wide import wide, widened
 
 TILE = 512
 """Queries, and keys, of a tile at most."""
@@ -54,24 +55,24 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 def weigh(g: Array, out: Array) -> Float[Array, "batch queries heads"]:
     """What the backward pass subtracts from each row of the weights' cotangent."""
-    return jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1)
+    return jnp.sum(widened(g) * widened(out), -1)
 
 
 def nothing(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
     """What `forward` gives of no keys."""
-    shape = (*q.shape[:-1], v.shape[-1])
-    out, lse = jnp.zeros(shape, jnp.float32), jnp.full(shape[:-1], NONE, jnp.float32)
+    shape, dtype = (*q.shape[:-1], v.shape[-1]), wide(q.dtype)
+    out, lse = jnp.zeros(shape, dtype), jnp.full(shape[:-1], NONE, dtype)
     return tuple(_tiled(a, q.shape[2] // k.shape[2], _divisor(q.shape[1])) for a in (out, lse))
 
 
 def forward(static, q: Array, k: Array, v: Array, mask: Mask, slopes: Array | None, so_far: tuple) -> tuple[Array, Array]:
-    """The output and each query's log-sum-exp, fp32 and in tiles (`untiled` puts them in order); `static`: scale and soft cap; `so_far`:
+    """The output and each query's log-sum-exp, fp32 at least and in tiles (`untiled` puts them in order); `static`: scale and soft cap; `so_far`:
     both, over other keys, which are then counted in (`nothing` at first)."""
     tiles_q, tiles_k = _tiles(q, k, v, mask)
 
     def queries(tile):
         q, rows, out, lse = tile
-        start = out, lse, jnp.where(lse > NONE, 1.0, 0.0)
+        start = out, lse, (lse > NONE).astype(lse.dtype)
 
         def step(carry, other):
             k, v, columns = other
@@ -81,7 +82,7 @@ def forward(static, q: Array, k: Array, v: Array, mask: Mask, slopes: Array | No
                 scores, _ = _scores(static, q, k, rows, columns, mask, slopes)
                 higher = jnp.maximum(top, scores.max(-1))
                 weights, shrink = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
-                mixed = jnp.einsum("bhgqk,bkhd->bhgqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+                mixed = jnp.einsum("bhgqk,bkhd->bhgqd", weights.astype(v.dtype), v, preferred_element_type=out.dtype)
                 return out * shrink[..., None] + mixed, higher, total * shrink + weights.sum(-1)
 
             return jax.lax.cond(_visible(rows, columns, mask), see, lambda carry: carry, carry), None
@@ -95,21 +96,22 @@ def forward(static, q: Array, k: Array, v: Array, mask: Mask, slopes: Array | No
 
 
 def untiled(found: tuple[Array, Array], q: Array) -> tuple[Array, Array]:
-    """What `forward` gives, as `[batch, queries, heads, head_dim]` in q's type and fp32 `[batch, queries, heads]`."""
+    """What `forward` gives, as `[batch, queries, heads, head_dim]` in q's type and `[batch, queries, heads]`."""
     out, lse = found
     return _untiled(out.astype(q.dtype), q.shape[:3]), _untiled(lse, q.shape[:3])
 
 
 def backward(static, q, k, v, mask, slopes, lse, delta, g) -> tuple[Array, Array, Array]:
-    """Gradients of q, k and v in fp32, given the log-sum-exp over all keys and `delta = weigh(g, out)`."""
-    scale, softcap = static
+    """Gradients of q, k and v in fp32 at least, given the log-sum-exp over all keys and `delta = weigh(g, out)`."""
+    (scale, softcap), dtype = static, wide(q.dtype)
     tiles_q, tiles_k = _tiles(q, k, v, mask)
+    product = partial(jnp.einsum, preferred_element_type=dtype)
     split = partial(_tiled, groups=q.shape[2] // k.shape[2], size=tiles_q[0].shape[-2])
     tiles_q = (*tiles_q, split(g), split(lse), split(delta))
 
     def keys(total, tile):
         k, v, columns = tile
-        zero = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (k, v))
+        zero = jax.tree.map(lambda a: jnp.zeros(a.shape, dtype), (k, v))
 
         def step(carry, other):
             q, rows, g, lse, delta = other
@@ -118,22 +120,22 @@ def backward(static, q, k, v, mask, slopes, lse, delta, g) -> tuple[Array, Array
                 dk, dv = carry
                 scores, capped = _scores(static, q, k, rows, columns, mask, slopes)
                 weights = jnp.exp(scores - lse[..., None])
-                dv = dv + jnp.einsum("bhgqk,bhgqd->bkhd", weights.astype(g.dtype), g, preferred_element_type=jnp.float32)
-                d_weights = jnp.einsum("bhgqd,bkhd->bhgqk", g, v, preferred_element_type=jnp.float32)
+                dv = dv + product("bhgqk,bhgqd->bkhd", weights.astype(g.dtype), g)
+                d_weights = product("bhgqd,bkhd->bhgqk", g, v)
                 d_scores = scale * weights * (d_weights - delta[..., None])
                 if softcap is not None:
                     d_scores = d_scores * (1 - jnp.square(capped / softcap))
                 d_scores = d_scores.astype(q.dtype)
-                dk = dk + jnp.einsum("bhgqk,bhgqd->bkhd", d_scores, q, preferred_element_type=jnp.float32)
-                return (dk, dv), jnp.einsum("bhgqk,bkhd->bhgqd", d_scores, k, preferred_element_type=jnp.float32)
+                dk = dk + product("bhgqk,bhgqd->bkhd", d_scores, q)
+                return (dk, dv), product("bhgqk,bkhd->bhgqd", d_scores, k)
 
-            none = partial(lambda shape, carry: (carry, jnp.zeros(shape, jnp.float32)), q.shape)
+            none = partial(lambda shape, carry: (carry, jnp.zeros(shape, dtype)), q.shape)
             return jax.lax.cond(_visible(rows, columns, mask), see, none, carry)
 
         found, dq = jax.lax.scan(step, zero, tiles_q)
         return total + dq, found
 
-    dq, (dk, dv) = jax.lax.scan(keys, jnp.zeros(tiles_q[0].shape, jnp.float32), tiles_k)
+    dq, (dk, dv) = jax.lax.scan(keys, jnp.zeros(tiles_q[0].shape, dtype), tiles_k)
     together = [jnp.moveaxis(a, 0, 1).reshape(b.shape) for a, b in ((dk, k), (dv, v))]
     return _untiled(dq, q.shape[:3]), *together
 
@@ -172,9 +174,9 @@ def _untiled(a: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _scores(static, q, k, rows, columns, mask, slopes):
-    """Scores of a tile with what is hidden at -inf, and the soft-capped scores before the mask and ALiBi; fp32."""
+    """Scores of a tile with what is hidden at -inf, and the soft-capped scores before the mask and ALiBi; fp32 at least."""
     scale, softcap = static
-    scores = scale * jnp.einsum("bhgqd,bkhd->bhgqk", q, k, preferred_element_type=jnp.float32)
+    scores = scale * jnp.einsum("bhgqd,bkhd->bhgqk", q, k, preferred_element_type=wide(q.dtype))
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     tile = _mask(rows, columns, mask)

@@ -12,6 +12,7 @@ from jax import Array
 from jaxtyping import Float
 
 from lmx.kernels.masks import Mask
+from lmx.kernels.wide import wide, widened
 
 wall = jax.lax.optimization_barrier
 
@@ -43,7 +44,7 @@ def _attention(scale: float, q: Array, k: Array, v: Array, bias: Array) -> Array
 
 def _forward(scale, q, k, v, bias):
     q, k, v = (wall(a.swapaxes(1, 2)) for a in (q, k, v))
-    scores = scale * _product(q, k, 3, 3, jnp.float32) + bias
+    scores = scale * _product(q, k, 3, 3, wide(q.dtype)) + bias
     weights = jnp.exp(scores - jnp.maximum(scores.max(-1, keepdims=True), jnp.finfo(jnp.float32).min))
     weights = weights * (1 / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny))
     weights = wall(weights.astype(v.dtype))
@@ -54,8 +55,8 @@ def _forward(scale, q, k, v, bias):
 def _backward(scale, saved, g):
     q, k, v, weights, bias = saved
     g = wall(g.swapaxes(1, 2))
-    d_weights = _product(g, v, 3, 3, jnp.float32)
-    w = weights.astype(jnp.float32)
+    d_weights = _product(g, v, 3, 3, wide(g.dtype))
+    w = widened(weights)
     d_scores = wall((scale * w * (d_weights - (d_weights * w).sum(-1, keepdims=True))).astype(q.dtype))
     dq, dk, dv = _product(d_scores, k, 3, 2), _over_queries(d_scores, q), _over_queries(weights, g)
     return *(a.swapaxes(1, 2) for a in (dq, dk, dv)), jnp.zeros_like(bias)

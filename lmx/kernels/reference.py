@@ -6,6 +6,7 @@ from jax import Array
 from jaxtyping import Float
 
 from lmx.kernels.masks import Mask
+from lmx.kernels.wide import widened
 
 
 def attention(
@@ -21,13 +22,13 @@ def attention(
 ) -> Float[Array, "batch queries heads head_dim"]:
     """Scaled dot-product attention with grouped heads; see `lmx.kernels.attention` for the arguments.
 
-    Everything is fp32. A query that may see nothing gets zeros, never NaN. `keep` multiplies
+    Everything is fp32 at least. A query that may see nothing gets zeros, never NaN. `keep` multiplies
     the attention weights (dropout).
     """
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
-    grouped = q.astype(jnp.float32).reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
-    scores = scale * jnp.einsum("bqhgd,bkhd->bhgqk", grouped, k.astype(jnp.float32))
+    grouped = widened(q).reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
+    scores = scale * jnp.einsum("bqhgd,bkhd->bhgqk", grouped, widened(k))
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if slopes is not None:
@@ -40,5 +41,5 @@ def attention(
     weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     if keep is not None:
         weights = weights * keep.reshape(weights.shape)
-    mixed = jnp.einsum("bhgqk,bkhd->bqhgd", weights, v.astype(jnp.float32))
+    mixed = jnp.einsum("bhgqk,bkhd->bqhgd", weights, widened(v))
     return mixed.reshape(q.shape).astype(q.dtype)

@@ -8,6 +8,7 @@ from jax import Array
 from jaxtyping import Float
 
 from lmx.kernels.masks import Mask
+from lmx.kernels.wide import widened
 
 
 def attention(
@@ -23,8 +24,8 @@ def attention(
     """As `reference.attention`, for one query; no dropout."""
     batch, _, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
-    k, v = (a.swapaxes(1, 2)[:, :, None].astype(jnp.float32) for a in (k, v))
-    grouped = scale * q.astype(jnp.float32).reshape(batch, kv_heads, heads // kv_heads, 1, head_dim)
+    k, v = (widened(a.swapaxes(1, 2)[:, :, None]) for a in (k, v))
+    grouped = scale * widened(q).reshape(batch, kv_heads, heads // kv_heads, 1, head_dim)
     scores = (grouped * k).sum(-1)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)

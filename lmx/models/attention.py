@@ -11,6 +11,7 @@ from lmx.core.params import ONES, ParamSpec
 from lmx.core.tree import Tree
 from lmx.core.weights import linear
 from lmx.kernels.masks import Mask
+from lmx.kernels.wide import wide
 from lmx.models import dropout as drop
 from lmx.models.config import Transformer
 from lmx.models.dropout import Dropout
@@ -100,7 +101,7 @@ def attention(
         context.local_mask if local else context.mask,
         execution,
         softcap=config.attention_softcap,
-        slopes=alibi_slopes(config.heads) if config.positions == "alibi" else None,
+        slopes=alibi_slopes(config.heads, wide(x.dtype)) if config.positions == "alibi" else None,
         keep=keep,
     )
     mixed = checkpoint_name(constrain(mixed, ("batch", "length", "heads", None), execution.rules), "mixed")

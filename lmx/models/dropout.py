@@ -26,7 +26,7 @@ def keep(dropout: Dropout, site: str, layer: Array | int, shape: tuple[int, ...]
     site_key = jax.random.fold_in(jax.random.fold_in(dropout.key, zlib.crc32(site.encode())), layer)
 
     def row(example: Array) -> Array:
-        return jax.random.bernoulli(jax.random.fold_in(site_key, example), 1 - dropout.rate, shape)
+        return jax.random.bernoulli(jax.random.fold_in(site_key, example), jnp.float32(1 - dropout.rate), shape)
 
     return jax.vmap(row)(dropout.example_id).astype(jnp.float32) / (1 - dropout.rate)
 

@@ -31,6 +31,7 @@ from lmx.core.execution import Execution
 from lmx.core.params import Normal, ParamSpec
 from lmx.core.tree import Tree
 from lmx.core.weights import Part, Split, linear, ragged
+from lmx.kernels.wide import wide, widened
 from lmx.models import feedforward
 from lmx.models.config import Transformer
 from lmx.models.linears import linear_specs
@@ -38,7 +39,7 @@ from lmx.parallel.manual import axes, manual, names
 from lmx.parallel.rules import constrain, move, partition
 
 Aux = dict[str, Float[Array, "batch"]]
-"""What layers give beside their output, by name: fp32, a number a row, to be summed over layers. Empty but for mixtures."""
+"""What layers give beside their output, by name: fp32 at least, a number a row, to be summed over layers. Empty but for mixtures."""
 
 
 def specs(config: Transformer) -> Tree:
@@ -75,7 +76,7 @@ def experts(
       decoding: whether there is a cache: no token is dropped then, and there are no auxiliary values.
 
     Returns:
-      the output, and for each row, fp32 (means over tokens that are not padding, so that weighted sums over rows are the same however rows
+      the output, and for each row, fp32 at least (means over tokens that are not padding, so that weighted sums over rows are the same however rows
       are grouped): `balance`, `experts x sum over experts (share of the row's choices) x (mean probability)`, 1 where even (Switch, over
       each sequence); `router_z`, the mean of `log(Z)^2` of the router (ST-MoE, Zoph et al., 2022); `dropped`, the share of choices dropped.
 
@@ -106,7 +107,7 @@ class Routing(NamedTuple):
 
     Attributes:
       chosen: each token's experts, the likeliest first, int `[batch, length, choices]`; `config.experts` for padding.
-      weights: what their outputs are multiplied by, fp32, of the same shape.
+      weights: what their outputs are multiplied by, fp32 at least, of the same shape.
     """
 
     chosen: Array
@@ -114,15 +115,15 @@ class Routing(NamedTuple):
 
 
 def _route(x: Array, weight: Array | Split, real: Array, config: Transformer, capacity: int | None) -> tuple[Routing, Aux]:
-    logits = linear(x.astype(jnp.float32), weight)
+    logits = linear(widened(x), weight)
     probabilities = jax.nn.softmax(logits)
     chosen = _likeliest(jax.lax.stop_gradient(logits), config.experts_per_token)
-    hits = jax.nn.one_hot(chosen, config.experts) * real[..., None, None]
+    hits = jax.nn.one_hot(chosen, config.experts, dtype=logits.dtype) * real[..., None, None]
     weights = jnp.sum(probabilities[..., None, :] * hits, -1)
     if config.renormalize_experts:
         weights = weights / jnp.where(real, weights.sum(-1), 1)[..., None]
 
-    tokens = jnp.maximum(real.sum(1), 1).astype(jnp.float32)
+    tokens = jnp.maximum(real.sum(1), 1).astype(logits.dtype)
     counts = hits.sum((1, 2))
     share = counts / (config.experts_per_token * tokens[:, None])
     mean = jnp.sum(probabilities * real[..., None], 1) / tokens[:, None]
@@ -269,7 +270,7 @@ def _through(x: Array, slots: Array, total: int, weights: Array, feed: Callable[
 def _carry(x: Array, there: Array, back: Array) -> Array:
     """Rows `sum over a of x[there[i, a]]`, an index past the end giving zero. `back` is the same relation seen from x, so that the backward
     pass is a gather too, and no scatter."""
-    return jnp.take(x, there, axis=0, mode="fill", fill_value=0).sum(1, dtype=jnp.float32).astype(x.dtype)
+    return jnp.take(x, there, axis=0, mode="fill", fill_value=0).sum(1, dtype=wide(x.dtype)).astype(x.dtype)
 
 
 _carry.defvjp(lambda x, there, back: (_carry(x, there, back), (there, back)), lambda saved, g: (_carry(g, *saved[::-1]), None, None))

@@ -1,4 +1,4 @@
-"""Heads and losses on top of hidden states: sums with weights, in chunks, so that full fp32 logits never exist."""
+"""Heads and losses on top of hidden states: sums with weights, in chunks, so that full logits never exist."""
 
 from functools import partial
 from typing import NamedTuple
@@ -29,7 +29,7 @@ class Static(NamedTuple):
 
 
 def logits(params: Tree, config: Transformer, hidden: Float[Array, "batch length embed"]) -> Float[Array, "batch length vocab"]:
-    """Next-token logits, fp32, soft-capped where the config says so. For sampling and inspection; losses do not need them."""
+    """Next-token logits, fp32 at least, soft-capped where the config says so. For sampling and inspection; losses do not need them."""
     rows = attend(hidden, params["embed"] if config.tied else params["head"].T)
     return rows if config.logit_softcap is None else config.logit_softcap * jnp.tanh(rows / config.logit_softcap)
 
@@ -50,7 +50,7 @@ def cross_entropy(
     since a sum's gradients are known but for a factor: logits are neither kept nor formed twice.
 
     Returns:
-      the sum (fp32 scalar, differentiable in params and hidden), and `{"cross_entropy", "z_loss", "correct"}`, each a weighted sum and
+      the sum (scalar, fp32 at least, differentiable in params and hidden), and `{"cross_entropy", "z_loss", "correct"}`, each a weighted sum and
       a constant to differentiation.
     """
     head = params["embed"] if config.tied else params["head"].T

@@ -1,4 +1,4 @@
-"""LayerNorm (Ba et al., 2016) and RMSNorm (Zhang and Sennrich, 2019); statistics in fp32."""
+"""LayerNorm (Ba et al., 2016) and RMSNorm (Zhang and Sennrich, 2019); statistics in fp32 at least."""
 
 from functools import partial
 
@@ -9,6 +9,7 @@ from jax import Array
 from lmx.core.params import ONES, ZEROS, ParamSpec
 from lmx.core.tree import Tree
 from lmx.core.weights import sum_rows, whole
+from lmx.kernels.wide import widened
 from lmx.models.config import Norm
 
 
@@ -30,8 +31,8 @@ def _norm(kind: Norm, epsilon: float, x: Array, scale: Array, bias: Array | None
 
 
 def _standardised(kind: Norm, epsilon: float, x: Array) -> tuple[Array, Array]:
-    """x with mean 0 (LayerNorm) and mean square 1, fp32, and what it was multiplied by."""
-    y = x.astype(jnp.float32)
+    """x with mean 0 (LayerNorm) and mean square 1, fp32 at least, and what it was multiplied by."""
+    y = widened(x)
     if kind == "layernorm":
         y = y - y.mean(-1, keepdims=True)
     factor = jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + epsilon)
@@ -46,7 +47,7 @@ def _backward(kind, epsilon, saved, g):
     """Written out so that only x is kept, and the sums over rows are products (see `lmx.core.weights`)."""
     x, scale, bias = saved
     y, factor = _standardised(kind, epsilon, x)
-    g = g.astype(jnp.float32)
+    g = widened(g)
     h = g * scale
     dx = h - y * jnp.mean(h * y, -1, keepdims=True)
     if kind == "layernorm":

@@ -6,33 +6,35 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from lmx.kernels.wide import widened
 
-def rope_table(positions: Int[Array, "batch length"], head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Cosines and sines of RoPE (Su et al., 2021), fp32 `[batch, length, 1, head_dim / 2]`, angle `position * theta^(-2i / head_dim)`."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+
+def rope_table(positions: Int[Array, "batch length"], head_dim: int, theta: float, dtype=jnp.float32) -> tuple[Array, Array]:
+    """Cosines and sines of RoPE (Su et al., 2021), `[batch, length, 1, head_dim / 2]`, angle `position * theta^(-2i / head_dim)`."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=dtype) / head_dim)
+    angles = positions[..., None, None].astype(dtype) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: Float[Array, "batch length heads head_dim"], table: tuple[Array, Array]) -> Array:
     """Applies RoPE in the half-split layout (dimension i turns with i + head_dim/2, as Llama's released code in Transformers)."""
     cos, sin = table
-    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
+    a, b = jnp.split(widened(x), 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
-def alibi_slopes(heads: int) -> Float[Array, "heads"]:
+def alibi_slopes(heads: int, dtype=jnp.float32) -> Float[Array, "heads"]:
     """ALiBi's slopes (Press et al., 2022): `2^(-8i/n)`; for a head count that is no power of two, the paper's interleaving."""
 
     def powers(n: int) -> list[float]:
         return [2.0 ** (-8.0 * (i + 1) / n) for i in range(n)]
 
     whole = 2 ** int(math.log2(heads))
-    return jnp.array(powers(whole) + powers(2 * whole)[0::2][: heads - whole], jnp.float32)
+    return jnp.array(powers(whole) + powers(2 * whole)[0::2][: heads - whole], dtype)
 
 
-def sinusoids(positions: Int[Array, "batch length"], embed: int) -> Float[Array, "batch length embed"]:
+def sinusoids(positions: Int[Array, "batch length"], embed: int, dtype=jnp.float32) -> Float[Array, "batch length embed"]:
     """The original Transformer's positions (Vaswani et al., 2017): even dimensions sine, odd ones cosine, of wavelengths 2π to 10000·2π."""
-    frequencies = 10_000.0 ** (-jnp.arange(0, embed, 2, dtype=jnp.float32) / embed)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    frequencies = 10_000.0 ** (-jnp.arange(0, embed, 2, dtype=dtype) / embed)
+    angles = positions[..., None].astype(dtype) * frequencies
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], -1).reshape(*positions.shape, -1)[..., :embed]

@@ -12,6 +12,7 @@ from lmx.core.execution import Execution
 from lmx.core.params import Normal, ParamSpec, is_spec
 from lmx.core.tree import Tree
 from lmx.kernels.masks import Mask
+from lmx.kernels.wide import wide
 from lmx.models import dropout as drop
 from lmx.models import norms, stack
 from lmx.models.attention import Context
@@ -110,7 +111,7 @@ def forward(
     if positions is None:
         start = 0 if cache is None else cache.used
         positions = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), (batch, length))
-    context, cache = _context(config, positions, segments, cache, dropout)
+    context, cache = _context(config, positions, segments, cache, dropout, execution)
 
     x = enter(params, config, tokens, positions, dropout, execution)
     x, layers, aux = stack.run_layers(x, params["layers"], config, context, execution, None if cache is None else cache.layers)
@@ -129,7 +130,7 @@ def enter(
     if config.positions == "learned":
         x = x + lookup(positions, params["positions"], dtype, execution.rules, None)
     elif config.positions == "sinusoidal":
-        x = x + sinusoids(positions, config.embed).astype(dtype)
+        x = x + sinusoids(positions, config.embed, wide(dtype)).astype(dtype)
     return drop.apply(constrain(x, ("batch", "sequence", None), execution.rules), dropout, "embed", 0)
 
 
@@ -146,12 +147,12 @@ def _own(params: Tree, config: Transformer, execution: Execution) -> Tree:
     return placed(own, {name: spec for name, spec in specs(config).items() if name in own}, execution)
 
 
-def share(config: Transformer, positions: Array, segments: Array | None, dropout: Dropout | None) -> Context:
+def share(config: Transformer, positions: Array, segments: Array | None, dropout: Dropout | None, execution: Execution) -> Context:
     """What the layers of one forward without a cache share."""
-    return _context(config, positions, segments, None, dropout)[0]
+    return _context(config, positions, segments, None, dropout, execution)[0]
 
 
-def _context(config, positions, segments, cache, dropout) -> tuple[Context, Cache | None]:
+def _context(config, positions, segments, cache, dropout, execution) -> tuple[Context, Cache | None]:
     """What the layers share; and the cache with the new tokens' positions and segments written to its slots."""
     if cache is None:
         mask = Mask(query_positions=positions, key_positions=positions, query_segments=segments, key_segments=segments)
@@ -169,7 +170,9 @@ def _context(config, positions, segments, cache, dropout) -> tuple[Context, Cach
             query_segments=segments,
             key_segments=cache.segments,
         )
-    rope = rope_table(positions, config.head_size, config.rope_theta) if config.positions == "rope" else None
+    rope, dtype = None, wide(execution.precision.compute)
+    if config.positions == "rope":
+        rope = rope_table(positions, config.head_size, config.rope_theta, dtype)
     local = mask.replace(window=config.window)
     return Context(mask, local, rope, None if cache is None else cache.used, dropout), cache
 

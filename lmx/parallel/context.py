@@ -17,6 +17,7 @@ from jax import Array
 from lmx.core.execution import Execution
 from lmx.kernels import chunked
 from lmx.kernels.masks import Mask
+from lmx.kernels.wide import wide
 from lmx.parallel.layout import divisors
 from lmx.parallel.manual import axes
 
@@ -102,7 +103,7 @@ def _backward(static, saved, g):
         gradients = jax.tree.map(jnp.add, _next(gradients), found)
         return (dq, following, gradients), None
 
-    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (q, (k, v)))
+    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, wide(a.dtype)), (q, (k, v)))
     (dq, _, gradients), _ = jax.lax.scan(step, (zero[0], (k, v, _of_keys(mask)), zero[1]), jnp.arange(n))
     dk, dv = _next(gradients)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None

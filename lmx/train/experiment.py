@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 
 from lmx.core.config import ConfigError
-from lmx.core.precision import POLICIES, PrecisionName
+from lmx.core.precision import PrecisionName, policy
 from lmx.data.recipe import Data, Prepared
 from lmx.data.recipe import check as check_data
 from lmx.models import config as model_config
@@ -69,7 +69,8 @@ class Experiment:
     hosts: Hosts = field(default_factory=Hosts)
     """By which processes."""
     precision: PrecisionName = "fp32"
-    """fp32; bf16 (fp32 master parameters, bf16 compute); bf16_pure; fp16 (with dynamic loss scaling)."""
+    """fp32; bf16 (fp32 master parameters, bf16 compute); bf16_pure; fp16 (with dynamic loss scaling); fp64 (with JAX_ENABLE_X64=1: slow, to
+    tell rounding from bugs)."""
     steps: int = 1000
     """Optimizer steps of the whole run."""
     batch: int = 32
@@ -118,8 +119,7 @@ def check(experiment: Experiment, devices: int | None = None) -> None:
     for knob in ("steps", "batch", "microbatches", "log_every"):
         if getattr(experiment, knob) < 1:
             raise ConfigError(f"{knob}={getattr(experiment, knob)} must be at least 1")
-    if experiment.precision not in POLICIES:
-        raise ConfigError(f"precision={experiment.precision} is not one of {', '.join(POLICIES)}")
+    policy(experiment.precision)
     model = experiment.model
     model_config.check(dataclasses.replace(model, vocab=model.vocab or 8))
     if experiment.data.length > model.context:

@@ -54,6 +54,6 @@ class CausalLM:
         rows = microbatch["weights"].sum(-1)
         sums = {name: jnp.sum(rows * value) for name, value in aux.items()}
         if not sums:
-            return jnp.float32(0), {}
+            return jnp.zeros((), rows.dtype), {}
         loss = self.balance_loss * sums["balance"] + self.router_z_loss * sums["router_z"]
         return loss, {name: jax.lax.stop_gradient(value) / config.mixtures for name, value in sums.items()}

@@ -100,6 +100,8 @@ def settled(experiment: Experiment) -> Experiment:
     layout, model = experiment.layout, experiment.model
     if layout.ordered:
         raise ConfigError(f"layout.ordered={layout.ordered} is for debugging and cannot be planned; plan with it at 0")
+    if experiment.precision == "fp64":
+        raise ConfigError("precision=fp64 cannot be planned: no chip trains in it; plan with fp32")
     if not model.vocab:
         kind, _, size = experiment.data.tokenizer.partition(":")
         if kind not in ("bpe", "unigram") or not size.isdigit():

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from lmx.core.execution import Execution
-from lmx.core.precision import POLICIES, Precision
+from lmx.core.precision import Precision, policy
 from lmx.core.tree import Tree
 from lmx.models import transformer
 from lmx.parallel import pipeline
@@ -63,7 +63,7 @@ def build(experiment: Experiment, mesh: Mesh | AbstractMesh | None = None) -> Pr
       mesh: that of its layout; over the devices at hand when None, an abstract one to lower what will not run here.
     """
     keep_pages()
-    model, layout, precision = experiment.model, experiment.layout, POLICIES[experiment.precision]
+    model, layout, precision = experiment.model, experiment.layout, policy(experiment.precision)
     mesh, specs = mesh or make_mesh(layout), pipeline.arranged(transformer.specs(model), layout)
     recipe = partial(optimizers.build, experiment.optimizer, experiment.steps)
     transform, rate = recipe(specs)

@@ -11,6 +11,7 @@ from jax import Array
 from lmx.core.execution import Execution
 from lmx.core.precision import all_finite, update_loss_scale
 from lmx.core.tree import Tree
+from lmx.kernels.wide import wide, widened
 from lmx.models import transformer
 from lmx.models.config import Transformer
 from lmx.models.dropout import Dropout
@@ -39,6 +40,10 @@ class Task:
     objective: CausalLM
     execution: Execution
 
+    def read(self, batch: Batch) -> Batch:
+        """A batch with its weights in the type that losses are summed in."""
+        return batch | {"weights": batch["weights"].astype(wide(self.execution.precision.compute))}
+
     def sums(self, params: Tree, microbatch: Batch, key: Array | None) -> Sums:
         """Loss and metric sums of one microbatch. `key` has seed and step folded in; None: no dropout (evaluation)."""
         microbatch = arrange(microbatch, self.execution)
@@ -63,7 +68,7 @@ class Task:
 
         def stage(layers: Tree, x: Array, microbatch: Batch, key: Array | None, first: Array) -> tuple[Array, Sums]:
             read, dropout = inputs(microbatch, key)
-            context = transformer.share(model, read["positions"], read["segments"], dropout)
+            context = transformer.share(model, read["positions"], read["segments"], dropout, execution)
             x, aux = run_part(x, layers, model, context, execution, first)
             return x, self.objective.auxiliary(model, aux, microbatch)
 
@@ -110,12 +115,13 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
+        batch = task.read(batch)
         weight = task.objective.weight(batch)
         scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.scale
         (loss, sums), gradients = value_and_grad(state.params, batch, key, scale / weight)
         if state.loss_scale is not None:
             gradients = jax.tree.map(lambda g: g / scale, gradients)
-        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
+        norm = optax.tree.norm(jax.tree.map(widened, gradients))
         if clip:
             shrink = jnp.minimum(1.0, clip / norm)
             gradients = jax.tree.map(lambda g: (g * shrink).astype(g.dtype), gradients)
@@ -141,6 +147,7 @@ def make_evaluation(task: Task, sums: Callable[[Tree, Batch, None], Sums]) -> Ca
     """The function from parameters and a batch of `[rows, ...]` to sums: `weight`, `loss` and the objective's metrics."""
 
     def evaluate(params: Tree, batch: Batch) -> dict[str, Array]:
+        batch = task.read(batch)
         loss, metrics = sums(params, batch, None)
         return {"loss": loss, "weight": task.objective.weight(batch)} | metrics
 
