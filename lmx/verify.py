@@ -23,7 +23,8 @@ from lmx.parallel.feed import batch_sharding, local_rows, place
 from lmx.parallel.layout import Layout
 from lmx.train.experiment import Experiment, named
 from lmx.train.optimizers import SGD, Schedule
-from lmx.train.program import build
+from lmx.train.program import Program, build
+from lmx.train.state import TrainState
 
 BOUND = 2e-5
 """Worst relative difference in fp32 (by `lmx.core.tree.disagreement`). In narrower precisions: twice what rounding does on one device."""
@@ -101,13 +102,14 @@ def shrink(experiment: Experiment) -> Experiment:
     )
 
 
-def train(experiment: Experiment, steps: int) -> dict[str, Any]:
-    """Losses and gradient norms by step, the first step's gradients, and the parameters after the last, on random packed rows."""
+def train(experiment: Experiment, steps: int, start: TrainState | None = None) -> dict[str, Any]:
+    """Losses and gradient norms by step, the first step's gradients, and the parameters after the last, on random packed rows; from the
+    experiment's own beginning, or from a state on the host, its layers in their order."""
     program = build(experiment)
     shape = (experiment.microbatches, experiment.batch // experiment.microbatches)
     sharding = batch_sharding(program.mesh, microbatches=True)
     rows = local_rows(sharding, shape)
-    state, losses, norms, gradients = program.initial(), [], [], None
+    state, losses, norms, gradients = program.initial() if start is None else _moved(start, program), [], [], None
     for k in range(steps):
         batch = {name: a[rows] for name, a in packed(experiment, k).items()}
         state, metrics = program.step(state, place(batch, rows, shape, sharding))
@@ -117,6 +119,12 @@ def train(experiment: Experiment, steps: int) -> dict[str, Any]:
             gradients = jax.device_get(program.natural(_momentum(state.optimizer)))
     params = jax.device_get(program.natural(state.params))
     return {"losses": np.array(losses), "grad_norms": np.array(norms), "gradients": gradients, "params": params}
+
+
+def _moved(state: TrainState, program: Program) -> TrainState:
+    """A copy of a state of the host, where the program wants it: a step gives away what it is given."""
+    state = state.replace(key=jax.random.wrap_key_data(np.array(jax.random.key_data(state.key))))
+    return program.arranged(jax.device_put(state, jax.tree.map(lambda a: a.sharding, program.abstract)))
 
 
 def packed(experiment: Experiment, step: int) -> dict[str, np.ndarray]:

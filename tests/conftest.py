@@ -23,6 +23,14 @@ def root() -> Path:
     return ROOT
 
 
+@pytest.fixture(scope="module")
+def cheaply_compiled():
+    """For tests that compile for long and run for an instant: machine code is not optimised. What XLA does before is the same."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def shared(root: Path) -> Path:
     """Reference cases beside the repository; tests that need them skip where they are absent."""

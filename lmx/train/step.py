@@ -117,7 +117,7 @@ def make_step(
         key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
         batch = task.read(batch)
         weight = task.objective.weight(batch)
-        scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.scale
+        scale = jnp.ones_like(weight) if state.loss_scale is None else state.loss_scale.scale
         (loss, sums), gradients = value_and_grad(state.params, batch, key, scale / weight)
         if state.loss_scale is not None:
             gradients = jax.tree.map(lambda g: g / scale, gradients)

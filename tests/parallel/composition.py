@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections import Counter
 from dataclasses import replace
 
 import runs
@@ -28,6 +29,8 @@ REFUSED = {("ring 2", "experts with capacity 2"), ("all-to-all 2", "experts with
 PAIRS = [(a, b) for a, b in itertools.combinations(KNOBS, 2)]
 ROUNDS = 2
 """How often every pair is covered."""
+DEPTH = 4
+"""Patterns in the stack: as many as the most stages, so that few models are trained on one device."""
 
 Case = dict[str, str]
 
@@ -56,7 +59,7 @@ def experiment(case: Case) -> Experiment:
         expert=degree("experts"),
         remat=case["remat"].split()[1],
     )
-    model = replace(runs.MODEL, layers=max(2, degree("pipeline") * rounds * period))
+    model = replace(runs.MODEL, layers=DEPTH * period)
     if period == 2:
         model = replace(model, pattern=("local", "global"), window=6)
     objective = CausalLM()
@@ -98,6 +101,16 @@ def cover(seed: int = 0) -> list[Case]:
             key = p, best[p], q, best[q]
             wanted[key] = max(0, wanted[key] - 1)
     return cases
+
+
+def sample(cases: list[Case], count: int) -> list[Case]:
+    """So many of the cases, in which every setting of every knob but precision appears (greedily)."""
+    chosen: list[Case] = []
+    for _ in range(count):
+        often = Counter(item for case in chosen for item in case.items())
+        rest = [case for case in cases if case not in chosen]
+        chosen.append(max(rest, key=lambda case: sum(0.1 ** often[item] for item in case.items() if item[0] != "precision")))
+    return chosen
 
 
 def name(case: Case) -> str:

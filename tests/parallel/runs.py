@@ -6,6 +6,7 @@ from lmx.data.recipe import Data
 from lmx.models.config import Transformer
 from lmx.train.experiment import Experiment
 from lmx.train.optimizers import SGD, Schedule
+from lmx.train.state import TrainState
 from lmx.verify import packed
 from lmx.verify import train as _train
 
@@ -32,9 +33,9 @@ def experiment(**changes) -> Experiment:
     return Experiment(**({"name": "x", "data": data, "model": MODEL, "optimizer": momentum, "batch": ROWS} | changes))
 
 
-def train(run: Experiment, steps: int = 3) -> dict:
+def train(run: Experiment, steps: int = 3, start: TrainState | None = None) -> dict:
     """`lmx.verify.train`: losses of the steps, the first step's gradients, the parameters after the last."""
-    return _train(run, steps)
+    return _train(run, steps, start)
 
 
 def batch(step: int, microbatches: int) -> dict:

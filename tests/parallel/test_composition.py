@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import cache
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,16 +12,36 @@ import runs
 import tables
 from lmx.core.tree import disagreement
 from lmx.parallel.layout import Layout
-from lmx.train.experiment import check
+from lmx.train import program
+from lmx.train.experiment import Experiment, check
 from lmx.train.objectives import CausalLM
-from lmx.verify import BOUND, differences
+from lmx.train.state import TrainState
+from lmx.verify import BOUND, BOUNDS, differences
 
 CASES = composition.cover()
+EXACT = [case | {"precision": "fp64"} for case in composition.sample(CASES, 10)]
+pytestmark = pytest.mark.usefixtures("cheaply_compiled")
+
+
+@pytest.fixture(autouse=True)
+def scanned(monkeypatch):
+    """Layers as a scan, as on other hardware: compile times do not grow with the depth."""
+    monkeypatch.setattr(program, "SHALLOW", 0)
+
+
+@cache
+def start(model, precision: str) -> TrainState:
+    """The same on every layout, of which `tests/train/test_layouts.py` is the test; here it is compiled once a model."""
+    return jax.device_get(program.build(runs.experiment(model=model, precision=precision)).initial())
 
 
 @cache
 def one_device(model, objective, precision: str) -> dict:
-    return runs.train(runs.experiment(model=model, objective=objective, precision=precision, layout=Layout()))
+    return trained(runs.experiment(model=model, objective=objective, precision=precision))
+
+
+def trained(run: Experiment) -> dict:
+    return runs.train(run, start=start(run.model, "fp64" if run.precision == "fp64" else "fp32"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=composition.name)
@@ -32,8 +53,22 @@ def test_numbers_do_not_depend_on_the_layout(case):
     if run.precision != "fp32":
         # Which experts a token gets is a choice: rounding changes it for those at the border, for other tokens on every layout.
         bound = (6 if run.model.experts else 2) * max(differences(one_device(run.model, run.objective, run.precision), exact).values())
-    found = differences(runs.train(run), exact)
+    found = differences(trained(run), exact)
     assert max(found.values()) < bound, {name: value for name, value in found.items() if not value < bound}
+
+
+@pytest.mark.parametrize("case", EXACT, ids=composition.name)
+def test_numbers_do_not_depend_on_the_layout_to_ten_digits(case):
+    run = composition.experiment(case)
+    with jax.enable_x64(True):
+        check(run)
+        found = differences(trained(run), one_device(run.model, run.objective, "fp64"))
+    assert max(found.values()) < BOUNDS["fp64"], {name: value for name, value in found.items() if not value < BOUNDS["fp64"]}
+
+
+def test_every_setting_is_among_the_exact():
+    for knob, settings in composition.KNOBS.items():
+        assert knob == "precision" or {case[knob] for case in EXACT} == set(settings)
 
 
 def test_every_pair_of_settings_is_covered():

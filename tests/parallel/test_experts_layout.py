@@ -14,6 +14,8 @@ from lmx.train.experiment import check
 from lmx.train.objectives import CausalLM
 from lmx.train.program import build
 
+pytestmark = pytest.mark.usefixtures("cheaply_compiled")
+
 OBJECTIVE = CausalLM(balance_loss=0.2, router_z_loss=0.05, z_loss=1e-3)
 DROPLESS = replace(runs.MODEL, experts=4, expert_mlp=8, shared_experts=1)
 CAPACITY = replace(DROPLESS, expert_capacity=0.75)
@@ -31,6 +33,7 @@ LAYOUTS = {
     "expert=2 fsdp=2 remat full": Layout(expert=2, fsdp=2, remat="full"),
     "expert=2 tensor=2 remat dots": Layout(expert=2, tensor=2, remat="dots"),
     "pipeline=2 expert=2 fsdp=2": Layout(pipeline=2, expert=2, fsdp=2),
+    "pipeline=2 expert=2 tensor=2": Layout(pipeline=2, expert=2, tensor=2),
     "ordered": Layout(data=2, ordered=4),
     "ring=2 expert=2 tensor=2": Layout(context=2, expert=2, tensor=2),
     "alltoall=2 expert=2 fsdp=2": Layout(context=2, exchange="alltoall", expert=2, fsdp=2),
@@ -38,11 +41,11 @@ LAYOUTS = {
 CASES = {
     "dropless": (
         "expert=2", "expert=4 data=2", "expert=2 fsdp=2 tensor=2", "expert=2 fsdp=2 zero=1", "fsdp=2 tensor=4", "expert=2 fsdp=2 remat full",
-        "pipeline=2 expert=2 fsdp=2", "ring=2 expert=2 tensor=2", "alltoall=2 expert=2 fsdp=2",
+        "pipeline=2 expert=2 fsdp=2", "pipeline=2 expert=2 tensor=2", "ring=2 expert=2 tensor=2", "alltoall=2 expert=2 fsdp=2",
     ),
     "capacity": (
         "expert=4 data=2", "expert=2 fsdp=2 tensor=2", "expert=2 fsdp=2 zero=2", "expert=4 tensor=2, sequence whole",
-        "expert=2 tensor=2 remat dots", "pipeline=2 expert=2 fsdp=2", "ordered",
+        "expert=2 tensor=2 remat dots", "pipeline=2 expert=2 fsdp=2", "pipeline=2 expert=2 tensor=2", "ordered",
     ),
     "capacity, mixed": ("pipeline=2 expert=2 fsdp=2",),
     "dropless, parallel": ("expert=2 fsdp=2 tensor=2",),
