@@ -61,11 +61,11 @@ def experiment(case: Case) -> Experiment:
     )
     model = replace(runs.MODEL, layers=DEPTH * period)
     if period == 2:
-        model = replace(model, pattern=("local", "global"), window=6)
+        model = replace(model, pattern=("local", "global"), window=6, norm="rmsnorm", bias=False)
     objective = CausalLM()
     if case["experts"] != "dense":
         capacity = 1.0 if "capacity" in case["experts"] else None
-        model = replace(model, experts=4, expert_mlp=8, shared_experts=1, expert_capacity=capacity)
+        model = replace(model, experts=4, expert_mlp=8, shared_experts=int(capacity is None), expert_capacity=capacity, gated=False)
         objective = CausalLM(balance_loss=0.2, router_z_loss=0.05, z_loss=1e-3)
     return runs.experiment(
         layout=layout, model=model, objective=objective, microbatches=degree("microbatches"), precision=case["precision"]

@@ -1,11 +1,15 @@
 """The smallest training run that has everything: two layers of width 16 on packed random tokens, for tests of layouts."""
 
+from functools import cache
 from pathlib import Path
+
+import jax
 
 from lmx.data.recipe import Data
 from lmx.models.config import Transformer
 from lmx.train.experiment import Experiment
 from lmx.train.optimizers import SGD, Schedule
+from lmx.train.program import build
 from lmx.train.state import TrainState
 from lmx.verify import packed
 from lmx.verify import train as _train
@@ -33,9 +37,19 @@ def experiment(**changes) -> Experiment:
     return Experiment(**({"name": "x", "data": data, "model": MODEL, "optimizer": momentum, "batch": ROWS} | changes))
 
 
-def train(run: Experiment, steps: int = 3, start: TrainState | None = None) -> dict:
+def train(run: Experiment, steps: int = 3) -> dict:
     """`lmx.verify.train`: losses of the steps, the first step's gradients, the parameters after the last."""
-    return _train(run, steps, start)
+    return _train(run, steps)
+
+
+def train_from_shared_start(run: Experiment, steps: int = 3) -> dict:
+    """The same from a beginning that is compiled once a model. It is the same on every layout: `tests/train/test_layouts.py`."""
+    return _train(run, steps, _start(run.model, "fp64" if run.precision == "fp64" else "fp32"))
+
+
+@cache
+def _start(model: Transformer, precision: str) -> TrainState:
+    return jax.device_get(build(experiment(model=model, precision=precision)).initial())
 
 
 def batch(step: int, microbatches: int) -> dict:

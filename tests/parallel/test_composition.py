@@ -13,9 +13,8 @@ import tables
 from lmx.core.tree import disagreement
 from lmx.parallel.layout import Layout
 from lmx.train import program
-from lmx.train.experiment import Experiment, check
+from lmx.train.experiment import check
 from lmx.train.objectives import CausalLM
-from lmx.train.state import TrainState
 from lmx.verify import BOUND, BOUNDS, differences
 
 CASES = composition.cover()
@@ -30,18 +29,8 @@ def scanned(monkeypatch):
 
 
 @cache
-def start(model, precision: str) -> TrainState:
-    """The same on every layout, of which `tests/train/test_layouts.py` is the test; here it is compiled once a model."""
-    return jax.device_get(program.build(runs.experiment(model=model, precision=precision)).initial())
-
-
-@cache
 def one_device(model, objective, precision: str) -> dict:
-    return trained(runs.experiment(model=model, objective=objective, precision=precision))
-
-
-def trained(run: Experiment) -> dict:
-    return runs.train(run, start=start(run.model, "fp64" if run.precision == "fp64" else "fp32"))
+    return runs.train_from_shared_start(runs.experiment(model=model, objective=objective, precision=precision))
 
 
 @pytest.mark.parametrize("case", CASES, ids=composition.name)
@@ -53,7 +42,7 @@ def test_numbers_do_not_depend_on_the_layout(case):
     if run.precision != "fp32":
         # Which experts a token gets is a choice: rounding changes it for those at the border, for other tokens on every layout.
         bound = (6 if run.model.experts else 2) * max(differences(one_device(run.model, run.objective, run.precision), exact).values())
-    found = differences(trained(run), exact)
+    found = differences(runs.train_from_shared_start(run), exact)
     assert max(found.values()) < bound, {name: value for name, value in found.items() if not value < bound}
 
 
@@ -62,7 +51,7 @@ def test_numbers_do_not_depend_on_the_layout_to_ten_digits(case):
     run = composition.experiment(case)
     with jax.enable_x64(True):
         check(run)
-        found = differences(trained(run), one_device(run.model, run.objective, "fp64"))
+        found = differences(runs.train_from_shared_start(run), one_device(run.model, run.objective, "fp64"))
     assert max(found.values()) < BOUNDS["fp64"], {name: value for name, value in found.items() if not value < BOUNDS["fp64"]}
 
 

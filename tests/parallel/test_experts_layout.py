@@ -54,13 +54,13 @@ CASES = {
 
 @cache
 def one_device(model: str) -> dict:
-    return runs.train(runs.experiment(model=MODELS[model], objective=OBJECTIVE))
+    return runs.train_from_shared_start(runs.experiment(model=MODELS[model], objective=OBJECTIVE))
 
 
 def compare(model: str, layout: Layout, microbatches: int = 2):
     run = runs.experiment(model=MODELS[model], objective=OBJECTIVE, layout=layout, microbatches=microbatches)
     check(run)
-    found, expected = runs.train(run), one_device(model)
+    found, expected = runs.train_from_shared_start(run), one_device(model)
     np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-5)
     for part in ("gradients", "params"):
         assert max(disagreement(found[part], expected[part]).values()) < 2e-5, part

@@ -29,7 +29,9 @@ from lmx.parallel.layout import AXES, Layout
 from lmx.parallel.rules import partition, rules
 from lmx.train import program, state, step
 from lmx.train.experiment import Experiment
-from lmx.verify import Report, packed, verify
+from lmx.verify import BOUND, Report, packed, verify
+
+pytestmark = pytest.mark.usefixtures("cheaply_compiled")
 
 TESTS = Path(__file__).parents[1]
 
@@ -345,6 +347,24 @@ def test_verify_sees(plant):
     assert not report.right
     beyond = {name.split("/")[0] for name, value in report.worst.items() if not value <= report.bound}
     assert tuple(part for part in ("losses", "gradients") if part in beyond) == plant.wrong
+
+
+def test_fp64_sees_what_passes_for_rounding_in_fp32():
+    """A gradient that is too large by a millionth."""
+
+    def accumulate(task):
+        def value_and_grad(*args):
+            sums, gradient = exact(task)(*args)
+            return sums, jax.tree.map(lambda g: g * (1 + 1e-6), gradient) if manual.axes() else gradient
+
+        return value_and_grad
+
+    exact = program.accumulate
+    with jax.enable_x64(True), Patch.context() as patch:
+        patch.setattr(program, "accumulate", accumulate)
+        report = verify(replace(RING, precision="fp64"))
+    assert not report.right
+    assert report.bound < max(report.worst.values()) < BOUND
 
 
 @pytest.mark.parametrize("plant", [p for p in PLANTS if not isinstance(p.check, Experiment)], ids=lambda p: p.name)

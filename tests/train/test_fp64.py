@@ -58,5 +58,5 @@ def test_nothing_is_computed_in_fewer_bits(experiment, model, optimizer, layout)
 
 def test_it_is_refused_where_jax_has_no_64_bits(experiment):
     for door in (check, build, verify):
-        with pytest.raises(ConfigError, match="precision=fp64 needs 64-bit numbers.*set JAX_ENABLE_X64=1"):
+        with pytest.raises(ConfigError, match=r"precision=fp64 needs 64-bit numbers.*set JAX_ENABLE_X64=1"):
             door(experiment(precision="fp64", model=replace(experiment().model, vocab=48)))
