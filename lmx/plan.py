@@ -126,8 +126,9 @@ def _print(found: Plan) -> None:
     _table("Communication", ["each step sends", "over", "one", "times", "in all"], rows)
     if made is not None:
         both = [(kind, axes, *sizes) for (kind, axes), sizes in compared(found, made).items() if max(sizes) >= SMALL]
-        rows = [[kind, " x ".join(axes), gb(planned), gb(compiled)] for kind, axes, planned, compiled in both]
-        _table("Communication, planned and compiled", ["collective", "over", "planned", "compiled"], rows)
+        of = {key: hlo.covered(c for c in made.collectives if (c.kind, c.axes or ("?",)) == key) for key in (row[:2] for row in both)}
+        rows = [[kind, " x ".join(axes), gb(planned), gb(size), f"{of[kind, axes]:.0%}"] for kind, axes, planned, size in both]
+        _table("Communication, planned and compiled", ["collective", "over", "planned", "compiled", "beside products"], rows)
     print(
         f"{found.flops[0] / 1e12:,.1f} TFLOP a device ({found.flops[1] / found.flops[0] - 1:.0%} recomputed besides). At the chip's peaks: "
         f"products {t.compute:.3g} s, memory {t.memory:.3g} s; at {roofline.EFFICIENCY:.0%} of the links': communication {t.exposed:.3g} s waited "

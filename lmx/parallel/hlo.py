@@ -1,8 +1,8 @@
-"""Compiled programs read: their collectives, how large, over which axes of the mesh, and how often they run."""
+"""Compiled programs read: their collectives, how large, over which axes of the mesh, how often they run, and what runs beside them."""
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import jax
@@ -18,6 +18,7 @@ _BRANCHES = re.compile(r"(?:branch_computations|called_computations|calls)=\{([^
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _ASYNC = re.compile(r"= .*? (?:async|call|fusion)(?:-start)?\(")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_PRODUCT = re.compile(r' (?:dot|convolution)\(|custom_call_target="__(?:cublas|cudnn|triton)')
 _TRIPS = re.compile(r'known_trip_count\W+n\W+"?(\d+)')
 
 
@@ -32,6 +33,7 @@ class Collective:
       group: devices that talk with each other.
       times: how often it runs, the trips of the loops around it multiplied.
       name: of the instruction, with the JAX source it comes from where the program says so.
+      covered: whether products run between its start and its end, as the compiler has put them in order.
     """
 
     kind: str
@@ -40,6 +42,7 @@ class Collective:
     group: int
     times: int
     name: str
+    covered: bool = False
 
     @property
     def volume(self) -> int:
@@ -83,14 +86,35 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
     times = _times(text, bodies)
     found = []
     for name, lines in bodies.items():
-        for line in lines:
+        for place, line in enumerate(lines):
             match = _COLLECTIVE.search(line)
             if match is None or not times.get(name):
                 continue
             axes, group = _who(match[2], line, mesh)
             if group > 1:
-                found.append(Collective(match[2], axes, _size(match, line, group), group, times[name], _named(line)))
+                beside = match[3] is not None and any(_computes(between, bodies) for between in _until_done(lines, place))
+                found.append(Collective(match[2], axes, _size(match, line, group), group, times[name], _named(line), beside))
     return found
+
+
+def covered(several: Iterable[Collective]) -> float:
+    """The share of their bytes that move while products run."""
+    several = list(several)
+    return sum(one.volume for one in several if one.covered) / max(1, sum(one.volume for one in several))
+
+
+def _until_done(lines: list[str], place: int) -> list[str]:
+    """The instructions between a collective's start and its end; a scheduled program lists them in the order of their launch."""
+    done = f"-done(%{re.search(r'%?([\w.\-]+) =', lines[place])[1]})"
+    end = next((i for i in range(place, len(lines)) if done in lines[i]), place)
+    return lines[place + 1 : end]
+
+
+def _computes(line: str, bodies: dict[str, list[str]]) -> bool:
+    """Whether an instruction is a product, or calls one."""
+    return _PRODUCT.search(line) is not None or any(
+        _computes(inner, bodies) for name in _CALL.findall(line) for inner in bodies.get(name, ())
+    )
 
 
 def _bodies(text: str) -> dict[str, list[str]]:

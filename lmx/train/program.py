@@ -11,7 +11,7 @@ from lmx.core.execution import Execution
 from lmx.core.precision import Precision, policy
 from lmx.core.tree import Tree
 from lmx.models import transformer
-from lmx.parallel import pipeline
+from lmx.parallel import overlap, pipeline
 from lmx.parallel.feed import batch_sharding
 from lmx.parallel.host import keep_pages
 from lmx.parallel.layout import make_mesh
@@ -107,7 +107,13 @@ def build(experiment: Experiment, mesh: Mesh | AbstractMesh | None = None) -> Pr
         initial=_on(mesh, jax.jit(start, out_shardings=shardings, compiler_options=exactly)),
         step=_on(
             mesh,
-            jax.jit(step, in_shardings=(shardings, placed), out_shardings=(shardings, None), donate_argnums=0, compiler_options=in_turn),
+            jax.jit(
+                step,
+                in_shardings=(shardings, placed),
+                out_shardings=(shardings, None),
+                donate_argnums=0,
+                compiler_options=in_turn or overlap.options(mesh, layout.remat),
+            ),
         ),
         value_and_grad=_on(mesh, jax.jit(value_and_grad, compiler_options=in_turn)),
         evaluate=_on(mesh, jax.jit(make_evaluation(task, sums), compiler_options=in_turn)),

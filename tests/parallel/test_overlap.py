@@ -1,0 +1,108 @@
+"""Talking while computing: what XLA is told, and what it then does in a step compiled for absent H100s."""
+
+import jax
+import pytest
+
+from lmx.data.recipe import Data
+from lmx.models.config import Transformer
+from lmx.parallel import absent, hlo, overlap
+from lmx.parallel.feed import batch_sharding
+from lmx.parallel.layout import Layout, make_mesh
+from lmx.plan import batch_structs
+from lmx.train.experiment import Experiment
+from lmx.train.program import build
+
+SCHEDULED = """
+%fused (a: f32[8,8], b: f32[8,8]) -> f32[8,8] {
+  ROOT %dot.1 = f32[8,8]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%cheap (a: f32[8,8]) -> f32[8,8] {
+  ROOT %add.1 = f32[8,8]{1,0} add(%a, %a)
+}
+
+ENTRY %main (a: f32[8,8]) -> f32[8,8] {
+  %ag.1 = (f32[8], f32[64]) all-gather-start(%p), replica_groups=[1,8]<=[8], dimensions={0}
+  %x.1 = f32[8,8]{1,0} fusion(%a, %a), kind=kCustom, calls=%fused
+  %ag.2 = (f32[8], f32[64]) all-gather-start(%p), replica_groups=[1,8]<=[8], dimensions={0}
+  %done.1 = f32[64] all-gather-done(%ag.1)
+  %y.1 = f32[8,8]{1,0} fusion(%a), kind=kLoop, calls=%cheap
+  %done.2 = f32[64] all-gather-done(%ag.2)
+  %z.1 = f32[8,8]{1,0} custom-call(%a, %a), custom_call_target="__cublas$gemm"
+  %rs.1 = f32[64] all-reduce(%p), replica_groups=[1,8]<=[8], to_apply=%add
+}
+"""
+
+
+def test_a_collective_is_covered_by_products_between_its_start_and_its_end():
+    found = hlo.collectives(SCHEDULED, make_mesh(Layout(fsdp=8)))
+    assert [(one.kind, one.covered) for one in found] == [("all-gather", True), ("all-gather", False), ("all-reduce", False)]
+    assert hlo.covered(found) == pytest.approx(found[0].volume / sum(one.volume for one in found))
+
+
+def test_a_cpu_and_a_single_device_are_told_nothing():
+    assert overlap.options(make_mesh(Layout(fsdp=8)), "full") is None
+    assert overlap.options(make_mesh(Layout()), "full") is None
+
+
+def test_an_option_is_set_under_the_newest_name_that_is_known_and_left_out_where_none_is(monkeypatch):
+    class Absent:
+        size, flat = 8, [type("Device", (), {"platform": "gpu", "process_index": 0})]
+
+    mesh = type("Mesh", (), {"devices": Absent})
+    (scheduler,) = overlap.SCHEDULED
+    monkeypatch.setattr(overlap, "known", lambda device, name, value: name != "xla_gpu_pipeline_all_reduce")
+    assert list(overlap.options(mesh, "full")) == [scheduler, "xla_gpu_pipeline_reduce_scatter", "xla_gpu_enable_pipelined_all_reduce"]
+    assert list(overlap.options(mesh, "none")) == [scheduler]
+    monkeypatch.setattr(overlap, "known", lambda device, name, value: name == scheduler)
+    assert overlap.options(mesh, "full") == {scheduler: True}
+
+
+def test_an_unknown_option_is_found_out_by_the_compiler():
+    device = jax.devices()[0]
+    assert overlap.known(device, "xla_cpu_enable_fast_math", True)
+    assert not overlap.known(device, "xla_no_such_option", True)
+
+
+# For absent H100s. `pytest -m aot -n 0`, where the extra `cuda` is installed.
+
+
+@pytest.fixture(scope="module")
+def step():
+    """Eight layers' step on eight H100s, ZeRO-3, lowered; and its mesh."""
+    if not absent.installed():
+        pytest.skip("the extra cuda is not installed")
+    absent.prepare()
+    try:
+        devices = absent.devices(8)
+    except RuntimeError:
+        pytest.skip("JAX has started without the CUDA plugin; run these alone: pytest -m aot -n 0")
+    model = Transformer(vocab=8192, layers=8, embed=2048, heads=16, mlp=8192, context=2048)
+    layout = Layout(fsdp=8, zero=3, remat="full")
+    run = Experiment(name="overlap", data=Data(train="unread", length=2048), model=model, layout=layout, precision="bf16", batch=64)
+    program = build(run, devices)
+    batch = batch_structs(run, batch_sharding(program.mesh, microbatches=True))
+    with jax.set_mesh(program.mesh):
+        return program.mesh, program.step.jitted.lower(program.abstract, batch)
+
+
+def loops(text: str, mesh) -> dict[tuple[str, bool], float]:
+    """The share of bytes beside products of each kind of collective, in scans: forward, and backward (True)."""
+    shares = {}
+    for kind in ("all-gather", "reduce-scatter"):
+        for back in (False, True):
+            own = [c for c in hlo.collectives(text, mesh) if c.kind == kind and c.times > 1 and ("transpose(jvp" in c.name) == back]
+            shares[kind, back] = hlo.covered(own)
+    return shares
+
+
+@pytest.mark.aot
+def test_layers_are_gathered_and_gradients_summed_beside_products(step):
+    mesh, lowered = step
+    told = loops(lowered.compile().as_text(), mesh)
+    silent = {name: "COLLECTIVE_PIPELINING_MODE_OFF" for names in overlap.GRADIENTS for name, v in names.items() if v == overlap.PIPELINED}
+    untold = loops(lowered.compile(silent | dict.fromkeys(overlap.SCHEDULED, False)).as_text(), mesh)
+    assert all(told[key] >= untold[key] for key in told)
+    assert told["all-gather", False] > 0.5
+    assert told["all-gather", True] > 0.7 > 0.6 > untold["all-gather", True]
+    assert told["reduce-scatter", True] > 0.9 > 0.1 > untold["reduce-scatter", True]
