@@ -3,13 +3,13 @@
 from jax import Array
 from jaxtyping import Float
 
-from lmx.kernels import chunked, dense, reference, single
+from lmx.kernels import chunked, cudnn, dense, reference, single
 from lmx.kernels.masks import Mask
 
-IMPLEMENTATIONS = ("auto", "reference", "dense", "chunked", "single")
+IMPLEMENTATIONS = ("auto", "reference", "dense", "chunked", "cudnn", "single")
 """`reference` is the textbook; `dense` forms every score too, with a faster backward pass; `chunked` never forms more than a tile of
-them; `single` is for one query a row (decoding). `auto` takes `single` for one query, `reference` under dropout, `dense` up to `LONG` keys
-where there is no soft cap, and else `chunked`."""
+them; `cudnn` is NVIDIA's; `single` is for one query a row (decoding). `auto` takes `single` for one query, `reference` under dropout,
+`cudnn` on NVIDIA GPUs where it can do what is asked, `dense` up to `LONG` keys where there is no soft cap, and else `chunked`."""
 LONG = 2048
 """From this many keys on, scores are not kept."""
 
@@ -48,6 +48,8 @@ def attention(
             implementation = "reference"
         elif q.shape[1] == 1:
             implementation = "single"
+        elif cudnn.on_nvidia() and cudnn.refusal(q, k, mask, softcap=softcap, slopes=slopes, keep=keep) is None:
+            implementation = "cudnn"
         else:
             implementation = "dense" if softcap is None and k.shape[1] <= LONG else "chunked"
     if implementation == "single":
@@ -58,6 +60,10 @@ def attention(
         if softcap is not None or keep is not None:
             raise ValueError("attention='dense' takes neither a soft cap nor dropout; use auto")
         return dense.attention(q, k, v, mask, scale=scale, slopes=slopes)
+    if implementation == "cudnn":
+        if reason := cudnn.refusal(q, k, mask, softcap=softcap, slopes=slopes, keep=keep):
+            raise ValueError(f"attention='cudnn' {reason}; use auto")
+        return cudnn.attention(q, k, v, mask, scale=scale)
     if implementation == "chunked":
         if keep is not None:
             raise ValueError("attention='chunked' takes no dropout; use auto")
