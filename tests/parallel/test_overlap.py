@@ -103,6 +103,6 @@ def test_layers_are_gathered_and_gradients_summed_beside_products(step):
     silent = {name: "COLLECTIVE_PIPELINING_MODE_OFF" for names in overlap.GRADIENTS for name, v in names.items() if v == overlap.PIPELINED}
     untold = loops(lowered.compile(silent | dict.fromkeys(overlap.SCHEDULED, False)).as_text(), mesh)
     assert all(told[key] >= untold[key] for key in told)
-    assert told["all-gather", False] > 0.5
+    assert told["all-gather", False] > 0.45
     assert told["all-gather", True] > 0.7 > 0.6 > untold["all-gather", True]
     assert told["reduce-scatter", True] > 0.9 > 0.1 > untold["reduce-scatter", True]
