@@ -3,9 +3,10 @@
     python -m experiments.bench.train_gpu [--sizes 124m 350m 1.3b] [--peer-python PATH] [--rounds 3]
 
 GPT-2 shapes in bf16 with fp32 master weights, AdamW and clipping; one batch, the same for all. Contenders take turns, each time as a
-process of its own that has the GPU's memory to itself. All start from lmx's initial weights, and their losses there, and after the steps of warming up, must agree within
-bf16's error, or the script ends with what differs: a faster step that computes something else is no faster step. PyTorch runs once with
-each of its attention backends; those that are not there are named. `--device cpu --sizes tiny` says whether the script works, no more.
+process of its own that has the GPU's memory to itself. All start from lmx's initial weights, and their losses there, and after the steps
+of warming up, must agree, or the script ends with what differs: a faster step that computes something else is no faster step. PyTorch
+runs once with each of its attention backends; those that are not there are named. `--device cpu --sizes tiny` says whether the script
+works, no more.
 """
 
 import argparse

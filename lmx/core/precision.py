@@ -11,7 +11,7 @@ from jax import Array
 from lmx.core.config import ConfigError
 from lmx.core.tree import Tree
 
-PrecisionName = Literal["fp32", "bf16", "bf16_pure", "fp16", "fp64"]
+PrecisionName = Literal["fp32", "bf16", "bf16_pure", "fp16", "fp8", "fp64"]
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,14 @@ class Precision:
     Attributes:
       params: the master parameters, gradients and optimizer state.
       compute: activations, and the copy of the parameters that products read.
+      fp8: whether products with layers' weights are of float8 numbers (`lmx.core.weights.Narrow`).
       scaled: whether losses are scaled (Micikevicius et al., 2018) so that small fp16 gradients do not vanish.
     """
 
     params: str = "float32"
     compute: str = "float32"
     scaled: bool = False
+    fp8: bool = False
 
 
 POLICIES: dict[str, Precision] = {
@@ -35,6 +37,7 @@ POLICIES: dict[str, Precision] = {
     "bf16": Precision(compute="bfloat16"),
     "bf16_pure": Precision(params="bfloat16", compute="bfloat16"),
     "fp16": Precision(compute="float16", scaled=True),
+    "fp8": Precision(compute="bfloat16", fp8=True),
     "fp64": Precision(params="float64", compute="float64"),
 }
 

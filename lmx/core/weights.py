@@ -25,6 +25,7 @@ PRODUCT = "product"
 """What a rematerialisation policy calls the result of a product with a weight."""
 NARROW = 256
 """Up to this width of its output, a weight's gradient is computed transposed."""
+E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 TILE = 64
 """Rows that a CPU multiplies at once with one expert's weight; 8 where experts have fewer (decoding)."""
 
@@ -73,7 +74,22 @@ class Part:
         return self.value.dtype
 
 
-Weight = Array | Split | Part
+@flax.struct.dataclass
+class Narrow:
+    """A weight whose products are of float8 numbers (Micikevicius et al., 2022): e4m3 of operands, e5m2 of the gradients that come back.
+
+    A tensor is divided by one power of two, such that its largest number, over all devices, just fits: scaling then rounds nothing, and
+    products are those of float8 numbers, accumulated in fp32, wherever they are computed. What the backward pass needs of the input is
+    kept as float8. On a mesh, weights travel as float8.
+
+    Attributes:
+      value: the weight.
+    """
+
+    value: Array | Split
+
+
+Weight = Array | Split | Part | Narrow
 
 
 def values(weight: Weight, dtype) -> Array:
@@ -104,7 +120,8 @@ def linear(x: Array, weight: Weight, bias: Weight | None = None, *, inputs: int 
 
     Shapes: x `[..., *in]`, weight `[*in, *out]`, bias `[*out]`; gives `[..., *out]` in x's type, accumulated in fp32 at least.
     """
-    return checkpoint_name(_linear(inputs, x, weight, None if bias is None else whole(bias)), PRODUCT)
+    product = _narrow_linear if isinstance(weight, Narrow) else _linear
+    return checkpoint_name(product(inputs, x, weight, None if bias is None else whole(bias)), PRODUCT)
 
 
 def lookup(tokens: Array, weight: Weight, dtype) -> Array:
@@ -181,6 +198,58 @@ def _linear_backward(inputs, saved, g):
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
+
+
+def narrowed(sublayer: dict) -> dict:
+    """A sublayer's parameters, its linears' weights made `Narrow`."""
+    return {name: one | {"weight": Narrow(one["weight"])} if "weight" in one else one for name, one in sublayer.items()}
+
+
+def quantised(a: Array, dtype) -> tuple[Array, Array]:
+    """An array as float8 numbers, and the power of two, fp32, that they are to be multiplied by."""
+    largest = jnp.max(jnp.abs(a)).astype(jnp.float32) / float(jnp.finfo(dtype).max)
+    scale = jnp.ldexp(jnp.float32(1), jnp.where(largest > 0, jnp.frexp(largest)[1], 0))
+    return (a.astype(jnp.float32) / jnp.where(jnp.isfinite(largest), scale, largest)).astype(dtype), scale
+
+
+def _narrow_values(weight: Array | Split) -> tuple[Array, Array]:
+    if not isinstance(weight, Split):
+        return quantised(weight, E4M3)
+    numbers, scale = quantised(weight.value, E4M3)
+    return jax.lax.with_sharding_constraint(numbers, weight.whole), scale
+
+
+def _scaled_dot(a: tuple[Array, Array], b: tuple[Array, Array], over, dtype, precision=None) -> Array:
+    y = jax.lax.dot_general(a[0], b[0], (over, ((), ())), precision=precision, preferred_element_type=dtype)
+    return y * (a[1] * b[1]).astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _narrow_linear(inputs: int, x: Array, weight: Narrow, bias: Array | None) -> Array:
+    return _narrow_forward(inputs, x, weight, bias)[0]
+
+
+def _narrow_forward(inputs, x, weight, bias):
+    flat, (numbers, scale) = quantised(_flat(x, inputs), E4M3), _narrow_values(weight.value)
+    y = _scaled_dot(flat, (_matrix(numbers, inputs), scale), ((flat[0].ndim - 1,), (0,)), x.dtype)
+    y = y.reshape(*x.shape[: x.ndim - inputs], *weight.value.shape[inputs:])
+    return y if bias is None else y + bias.astype(x.dtype), (flat, jnp.zeros((0, *x.shape[x.ndim - inputs :]), x.dtype), weight, bias)
+
+
+def _narrow_backward(inputs, saved, g):
+    flat, like, weight, bias = saved
+    g = _flat(g, len(weight.value.shape) - inputs)
+    narrow, (numbers, scale) = quantised(g, E5M2), _narrow_values(weight.value)
+    # Gradients are accumulated in all of fp32: by default the units that multiply float8 keep fewer bits.
+    product = partial(_scaled_dot, precision=jax.lax.Precision.HIGHEST)
+    dx = product(narrow, (_matrix(numbers, inputs), scale), ((g.ndim - 1,), (1,)), like.dtype).reshape(*g.shape[:-1], *like.shape[1:])
+    lead = tuple(range(g.ndim - 1))
+    d_weight = product(flat, narrow, (lead, lead), weight.value.dtype).reshape(weight.value.shape)
+    d_bias = None if bias is None else sum_rows(g, bias.dtype).reshape(bias.shape)
+    return dx, Narrow(gradient_of(weight.value, d_weight)), d_bias
+
+
+_narrow_linear.defvjp(_narrow_forward, _narrow_backward)
 
 
 @jax.custom_vjp

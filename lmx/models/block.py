@@ -5,6 +5,7 @@ from jaxtyping import Float
 
 from lmx.core.execution import Execution
 from lmx.core.tree import Tree
+from lmx.core.weights import narrowed
 from lmx.models import attention, dropout, experts, feedforward, norms
 from lmx.models.attention import Context
 from lmx.models.config import LayerKind, Transformer, is_local, is_mixture
@@ -38,6 +39,8 @@ def block(
     """One layer; gives its output, the cache with this layer's new keys and values (see `attention.attention`), and auxiliary values."""
 
     params = placed(params, specs(config, kind), execution)
+    if execution.precision.fp8:
+        params |= {name: narrowed(params[name]) for name in ("attention", "feedforward") if name in params}
     mixture = is_mixture(config, kind)
 
     def normed(y: Array, name: str) -> Array:

@@ -69,8 +69,9 @@ class Experiment:
     hosts: Hosts = field(default_factory=Hosts)
     """By which processes."""
     precision: PrecisionName = "fp32"
-    """fp32; bf16 (fp32 master parameters, bf16 compute); bf16_pure; fp16 (with dynamic loss scaling); fp64 (with JAX_ENABLE_X64=1: slow, to
-    tell rounding from bugs)."""
+    """fp32; bf16 (fp32 master parameters, bf16 compute); bf16_pure; fp16 (with dynamic loss scaling); fp8 (as bf16, products with
+    layers' weights in float8: for chips that multiply it, Hopper and later; others compute the same, no faster); fp64 (with
+    JAX_ENABLE_X64=1: slow, to tell rounding from bugs)."""
     steps: int = 1000
     """Optimizer steps of the whole run."""
     batch: int = 32
@@ -119,8 +120,9 @@ def check(experiment: Experiment, devices: int | None = None) -> None:
     for knob in ("steps", "batch", "microbatches", "log_every"):
         if getattr(experiment, knob) < 1:
             raise ConfigError(f"{knob}={getattr(experiment, knob)} must be at least 1")
-    policy(experiment.precision)
-    model = experiment.model
+    precision, model = policy(experiment.precision), experiment.model
+    if precision.fp8 and model.experts:
+        raise ConfigError(f"precision={experiment.precision} is not there for mixtures (model.experts={model.experts}); use bf16")
     model_config.check(dataclasses.replace(model, vocab=model.vocab or 8))
     if experiment.data.length > model.context:
         raise ConfigError(

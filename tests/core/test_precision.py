@@ -25,6 +25,7 @@ def test_policies_hold_what_their_names_say():
         "bf16": Precision("float32", "bfloat16", False),
         "bf16_pure": Precision("bfloat16", "bfloat16", False),
         "fp16": Precision("float32", "float16", True),
+        "fp8": Precision("float32", "bfloat16", False, True),
         "fp64": Precision("float64", "float64", False),
     } == POLICIES
 
