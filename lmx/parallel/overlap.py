@@ -7,7 +7,7 @@ and where only its older name is known, that is used.
 from functools import lru_cache
 
 import jax
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import AbstractMesh, Mesh, SingleDeviceSharding
 
 from lmx.core.execution import Remat
 
@@ -41,8 +41,10 @@ gathers, behind which nothing of the last one's sums is hidden (30% of them wher
 """
 
 
-def options(mesh: Mesh, remat: Remat) -> dict[str, Value] | None:
-    """Compiler options of a step on a mesh; None where there is nothing to say: on CPUs, and on one device."""
+def options(mesh: Mesh | AbstractMesh, remat: Remat) -> dict[str, Value] | None:
+    """Compiler options of a step on a mesh; None where there is nothing to say: on CPUs, on one device, on devices not known yet."""
+    if isinstance(mesh, AbstractMesh):
+        return None
     device = next((d for d in mesh.devices.flat if d.process_index == jax.process_index()), mesh.devices.flat[0])
     if mesh.devices.size == 1 or device.platform == "cpu":
         return None

@@ -17,7 +17,7 @@ from lmx.data.recipe import Data
 from lmx.kernels.attention import LONG
 from lmx.models import experts, transformer
 from lmx.models.config import Transformer, is_local
-from lmx.parallel import absent, chips, cost, hlo, roofline
+from lmx.parallel import absent, chips, cost, hlo, overlap, roofline
 from lmx.parallel.chips import Chip
 from lmx.parallel.cost import Work
 from lmx.parallel.feed import batch_sharding
@@ -230,7 +230,8 @@ def compile_step(experiment: Experiment, chip: str | None = None) -> hlo.Compile
         with jax.set_mesh(mesh):
             made = program.step.jitted.lower(program.abstract, batch).compile()
     else:
-        made = absent.compiled(program.step.jitted, mesh, program.abstract, batch)
+        told = overlap.options(mesh, experiment.layout.remat)
+        made = absent.compiled(program.step.jitted, mesh, program.abstract, batch, options=told)
     target = "simulated CPU devices" if chip is None else chips.chip(chip).kind
     return hlo.read(made, mesh, target, time.perf_counter() - start)
 

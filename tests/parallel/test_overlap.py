@@ -8,8 +8,8 @@ from lmx.models.config import Transformer
 from lmx.parallel import absent, hlo, overlap
 from lmx.parallel.feed import batch_sharding
 from lmx.parallel.layout import Layout, make_mesh
-from lmx.plan import batch_structs
 from lmx.train.experiment import Experiment
+from lmx.train.planning import batch_structs
 from lmx.train.program import build
 
 SCHEDULED = """
@@ -80,7 +80,7 @@ def step():
     model = Transformer(vocab=8192, layers=8, embed=2048, heads=16, mlp=8192, context=2048)
     layout = Layout(fsdp=8, zero=3, remat="full")
     run = Experiment(name="overlap", data=Data(train="unread", length=2048), model=model, layout=layout, precision="bf16", batch=64)
-    program = build(run, devices)
+    program = build(run, make_mesh(layout, devices))
     batch = batch_structs(run, batch_sharding(program.mesh, microbatches=True))
     with jax.set_mesh(program.mesh):
         return program.mesh, program.step.jitted.lower(program.abstract, batch)
