@@ -7,6 +7,7 @@ of it. Sizes are of one device and in bytes, collectives as `lmx.parallel.hlo` r
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import jax
 
@@ -74,7 +75,7 @@ class Work:
     compute: int = 2
     master: int = 4
 
-    @property
+    @cached_property
     def here(self) -> "Work":
         """The same with the sizes of one device, inside a sublayer."""
         t = self.layout.tensor
@@ -123,7 +124,7 @@ class Work:
         """Whether a pipeline's last phase is one tick, which is then no loop."""
         return self.flow is not None and self.flow.ticks[2] == 1
 
-    @property
+    @cached_property
     def flow(self) -> Schedule | None:
         return None if self.layout.pipeline == 1 else schedule(self.layout, self.microbatches)
 
@@ -135,18 +136,18 @@ class Work:
             return self.experts * here.rows * self.capacity
         return here.rows * here.length * self.choices * self.layout.expert
 
-    @property
+    @cached_property
     def scores(self) -> int:
         """Attention scores of a layer on one device."""
         here = self.here
         return here.rows * here.length**2 * here.heads * self.layout.context
 
-    @property
+    @cached_property
     def whole(self) -> int:
         """Bytes of the residual stream inside a sublayer, where all of its length that context leaves is there."""
         return self.here.rows * self.here.length * self.embed * self.compute
 
-    @property
+    @cached_property
     def between(self) -> int:
         """Bytes of the residual stream between sublayers."""
         return self.whole // (self.layout.tensor if self.layout.sequence else 1)
@@ -159,9 +160,14 @@ def held(tree: Tree) -> int:
 
 def share(spec: ParamSpec, layout: Layout, *, split: bool) -> int:
     """Numbers of a parameter on one device, where it multiplies or (`split`) where ZeRO puts it."""
-    sizes = {axis: getattr(layout, axis) for axis in AXES}
-    places = partition(spec.axes, spec.shape, rules(layout, split=split), sizes)
-    return math.prod(spec.shape) // math.prod(sizes[n] for n in manual.names(places))
+    return _share(spec.axes, spec.shape, tuple(getattr(layout, axis) for axis in AXES), split)
+
+
+@lru_cache(100_000)
+def _share(axes: tuple[str | None, ...], shape: tuple[int, ...], degrees: tuple[int, ...], split: bool) -> int:
+    sizes = dict(zip(AXES, degrees, strict=True))
+    places = partition(axes, shape, rules(Layout(), split=split), sizes)
+    return math.prod(shape) // math.prod(sizes[n] for n in manual.names(places))
 
 
 def gradients(work: Work, specs: Tree) -> tuple[int, int]:
@@ -200,7 +206,7 @@ def kept(work: Work, *, mixture: bool = False, cpu: bool = False) -> dict[str, i
     scores = tokens * here.heads * here.length
     if work.dropout:  # the textbook's attention, all fp32: exponentials, masks and what both make
         found["queries, keys, values"] = 4 * (queries + 2 * keys) // work.compute
-        return found | {"attention weights": scores * 4 * (3 if cpu else 4), "dropout masks": 2 * work.between}
+        return found | {"attention weights": scores * (12 if cpu else 14), "dropout masks": 2 * work.between}
     if work.dense:
         return found | {"attention weights": scores * work.compute}
     return found | {"attention sums": tokens * here.heads * 4}
@@ -229,7 +235,7 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
     queries, keys = (tokens * heads * work.head_dim for heads in (here.heads, here.kv_heads))
     scores = work.scores
     if work.dropout:  # the textbook's attention, and the masks' random bits
-        attention = scores * (26 if cpu else 20 if layout.remat == "dots" else 14) + 4 * queries * work.compute
+        attention = scores * (26 if cpu else 18 if layout.remat == "dots" else 14) + 4 * queries * work.compute
     elif work.dense:
         attention = scores * (4 + 2 * work.compute) + 4 * queries * work.compute
     else:
@@ -252,6 +258,8 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
     if cpu:
         found += sum(size for name, size in anew.items() if name != "attention weights") + 4 * work.whole
         others = sum(kept(everything, cpu=cpu).values()) + attention // 2
+        if work.mixed and work.capacity is None:  # rows are padded before they are cut in tiles
+            found += work.routed * work.embed * work.compute
     else:
         others = sum(anew.values())
     return found + (work.period - 1) * others
@@ -262,9 +270,10 @@ def _experts_working(work: Work, *, cpu: bool) -> int:
     ragged products, which are dense: every row once for every expert."""
     here, rows, c = work.here, work.routed, work.compute
     projections = 2 if work.gated else 1
-    of_hidden, of_embed = (
-        (projections + 1, 3) if cpu and work.capacity is not None else (projections + 2, 5) if cpu else (2 * projections + 1, 5)
-    )
+    if cpu:
+        of_hidden, of_embed = (projections + 1, 3) if work.capacity is not None else (projections + 2, 5)
+    else:
+        of_hidden, of_embed = 2 * projections + 1, 5 if work.capacity is not None else 3
     if work.layout.expert > 1 and work.capacity is not None and not cpu:  # sent, received, and in order of experts
         of_hidden, of_embed = 2 * of_hidden, 6
     found = rows * (of_hidden * here.expert_mlp + of_embed * work.embed) * c
@@ -317,67 +326,66 @@ def memory(work: Work, specs: Tree, *, parameters: int, optimizer: int, rest: in
     """Bytes of one device by row: what lies there all along (given), then what a step adds at its fullest moment.
 
     That is the fullest of four: the last layer's forward pass; head and loss, with every layer's activations; the backward pass of a
-    layer, with gradients besides; the update, with gradients alone.
+    layer, with gradients besides; the update, with gradients alone. A pipeline's moments are those of a tick.
     """
     (grads, largest), layout = gradients(work, specs), work.layout
-    kept_here = activations(work, cpu=cpu)
-    table = work.here.vocab * work.embed
-    read = table * (work.compute + (work.master if layout.zero == 3 and layout.fsdp > 1 else 0))
-    # The head's gradient is reduced last, with the embedding's.
-    unreduced = table * work.master if layout.zero >= 1 and layout.fsdp > 1 else 0
-    # A mask in tiles is made anew where a layer is recomputed.
-    masked = {"attention mask": mask(work)}
-    masked_again = masked if work.dense or layout.remat == "none" else {}
     updated = work.master * sum(share(spec, layout, split=False) for spec in jax.tree.leaves(specs, is_leaf=is_spec))
     update = {"gradients": grads, "update": updated if layout.zero in (1, 2) and layout.fsdp > 1 else largest}
-    all_along = {"parameters": parameters, "optimizer": optimizer, "batch and the rest": rest}
-    if work.flow is not None:
-        outer = work.master * sum(
-            share(spec, layout, split=layout.zero >= 1) for spec in jax.tree.leaves(specs, is_leaf=is_spec) if not spec.layers
-        )
-        outer_held = work.master * sum(
-            share(spec, layout, split=layout.zero == 3) for spec in jax.tree.leaves(specs, is_leaf=is_spec) if not spec.layers
-        )
-        carried = {
-            "stage inputs": work.flow.kept * work.between,
-            "on their way": 2 * work.between,
-            "gradients so far": grads,
-        }
-        # A stage's gradients are formed apart from the sum so far; those of head and embedding likewise.
-        formed = (grads - outer) // layout.rounds
-        layers = {"layers of a stage": (parameters - outer_held) // layout.rounds + formed} if layout.rounds > 1 else {}
-        if cpu and work.written_out:  # whose stacks XLA:CPU makes before the loop
-            kept_here, formed, masked_again = (
-                {n: 2 * size for n, size in kept_here.items()},
-                2 * formed,
-                {"attention mask": 4 * mask(work) + work.dropout * 4 * work.scores},
-            )
-        moments = [
-            {
-                **kept_here,
-                **layers,
-                **masked,
-                "gradient of the head, whole": unreduced + outer,
-                "head and loss": loss_working(work, cpu=cpu),
-            },
-            {
-                **kept_here,
-                **layers,
-                **masked_again,
-                "gradients of a stage": formed,
-                "gradients of head and embedding": 2 * outer + unreduced,
-                "working set of a layer": working(work, specs, cpu=cpu) + 4 * work.whole,
-            },
-        ]
-        fullest = max([carried | moment for moment in moments] + [update], key=lambda moment: sum(moment.values()))
-        return all_along | fullest
+    moments = _of_a_pass(work, specs, cpu=cpu) if work.flow is None else _of_a_tick(work, specs, cpu=cpu)
+    sums = {"gradients of earlier microbatches": grads} if work.microbatches > 1 and work.flow is None else {}
+    fullest = max([*moments, update], key=lambda moment: sum(moment.values()))
+    return {"parameters": parameters, "optimizer": optimizer, "batch and the rest": rest, **sums, **fullest}
+
+
+def _of_a_pass(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
+    (grads, largest), layout = gradients(work, specs), work.layout
+    kept_here, unreduced = activations(work, cpu=cpu), _unreduced(work)
+    table = work.here.vocab * work.embed
+    read = table * (work.compute + (work.master if layout.zero == 3 and layout.fsdp > 1 else 0))
+    masked, masked_again = _masks(work)
     busy = working(work, specs, cpu=cpu) + (grads if cpu else largest)
-    moments = [
+    return [
         {**kept_here, **masked, "working set of a layer": _forward(work, specs) + read},
         {**kept_here, **masked_again, "head and loss": loss_working(work, cpu=cpu)},
         {**kept_here, **masked_again, "gradients": grads, "gradient of the head, whole": unreduced, "working set of a layer": busy},
-        update,
     ]
-    sums = {"gradients of earlier microbatches": grads} if work.microbatches > 1 else {}
-    fullest = max(moments, key=lambda moment: sum(moment.values()))
-    return all_along | sums | fullest
+
+
+def _of_a_tick(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
+    """Head and loss, and the backward pass of a layer, in the tick of a pipeline that does both a forward and a backward."""
+    (grads, _), layout, rounds = gradients(work, specs), work.layout, work.layout.rounds
+    kept_here, unreduced = activations(work, cpu=cpu), _unreduced(work)
+    leaves = jax.tree.leaves(specs, is_leaf=is_spec)
+    outer = work.master * sum(share(spec, layout, split=layout.zero >= 1) for spec in leaves if not spec.layers)
+    layers = work.master * sum(share(spec, layout, split=layout.zero == 3) for spec in leaves if spec.layers)
+    masked, masked_again = _masks(work)
+    # A stage's gradients are formed apart from the sum so far; those of head and embedding likewise.
+    formed = (grads - outer) // rounds
+    # One stage of several is taken out of the device's layers, and its gradients are put back.
+    taken = {"layers of a stage": layers // rounds + formed} if rounds > 1 else {}
+    if work.mixed:  # in another order too
+        formed += formed // 2
+    if cpu and work.written_out:  # whose stacks and masks XLA:CPU makes before the loop
+        kept_here, formed = {name: 2 * size for name, size in kept_here.items()}, 2 * formed
+        scores = 4 * work.scores * (work.dropout + work.period - 1)
+        masked_again = {"attention mask": mask(work) * (4 if work.dense else 1) + scores}
+    flowing = {"stage inputs": work.flow.kept * work.between, "on their way": 2 * work.between, "gradients so far": grads}
+    common = flowing | kept_here | taken
+    busy = working(work, specs, cpu=cpu) + 4 * work.whole
+    return [
+        common | masked | {"gradient of the head, whole": unreduced + outer, "head and loss": loss_working(work, cpu=cpu)},
+        common
+        | masked_again
+        | {"gradients of a stage": formed, "gradients of head and embedding": 2 * outer + unreduced, "working set of a layer": busy},
+    ]
+
+
+def _unreduced(work: Work) -> int:
+    """Bytes of the head's gradient, which is reduced last, with the embedding's."""
+    return work.here.vocab * work.embed * work.master if work.layout.zero >= 1 and work.layout.fsdp > 1 else 0
+
+
+def _masks(work: Work) -> tuple[dict[str, int], dict[str, int]]:
+    """The attention mask, in the forward pass and in the backward pass: one in tiles is made anew where a layer is recomputed."""
+    masked = {"attention mask": mask(work)}
+    return masked, masked if work.dense or work.layout.remat == "none" else {}

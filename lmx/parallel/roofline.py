@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from lmx.parallel.chips import Chip
-from lmx.parallel.cost import Work, kept
+from lmx.parallel.cost import Work, activations
 from lmx.parallel.layout import AXES, Layout
 from lmx.parallel.traffic import Traffic
 
@@ -12,8 +12,9 @@ from lmx.parallel.traffic import Traffic
 def moved(work: Work, parameters: int, optimizer: int) -> int:
     """Bytes through a device's memory in a step, at least: the state read and written once, weights read three times a microbatch, and
     what layers give written and read."""
-    layers = work.layers * sum(kept(replace(work, layout=replace(work.layout, remat="none"))).values())
-    return 2 * (parameters + optimizer) + work.microbatches * (3 * parameters * work.compute // work.master + 2 * layers)
+    layers = sum(activations(replace(work, layout=replace(work.layout, remat="none"))).values())
+    weights = 3 * parameters * work.compute // work.master // work.layout.rounds
+    return 2 * (parameters + optimizer) + work.microbatches * work.layout.rounds * (weights + 2 * layers)
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class Time:
     Attributes:
       compute: products, what is recomputed included.
       memory: bytes that must pass through the chip's memory: weights, activations, state.
-      exposed: communication that products wait for (tensor, context, updated parameters).
+      exposed: communication that products wait for (tensor, context, experts, stages, updated parameters).
       hidden: communication that can run beside products (ZeRO's gathers and reductions).
+      bubble: the share of the step in which a pipeline's devices idle.
       step: predicted.
     """
 
@@ -32,6 +34,7 @@ class Time:
     memory: float
     exposed: float
     hidden: float
+    bubble: float
     step: float
 
 
@@ -45,13 +48,14 @@ def seconds(work: Work, collectives: list[Traffic], flops: float, chip: Chip, mo
     exposed = hidden = 0.0
     for one in collectives:
         spent = wire(one, work.layout) / link(one.axes, work.layout, chip) / EFFICIENCY
-        if set(one.axes) & {"tensor", "context"} or one.times == 1:
+        if (set(one.axes) & {"tensor", "context", "expert", "pipeline"} and not one.what.startswith("gradient")) or one.times == 1:
             exposed += spent
         else:
             hidden += spent
     compute, memory_ = flops / chip.flops[kind], moved / chip.bandwidth
-    step = max(max(compute / EFFICIENCY, memory_), hidden) + exposed
-    return Time(compute, memory_, exposed, hidden, step)
+    bubble = 0.0 if work.flow is None else work.flow.bubble
+    step = max(max(compute / EFFICIENCY, memory_) / (1 - bubble), hidden) + exposed
+    return Time(compute, memory_, exposed, hidden, bubble, step)
 
 
 def wire(one: Traffic, layout: Layout) -> float:

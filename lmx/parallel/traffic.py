@@ -155,14 +155,15 @@ def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
     # XLA:CPU sums the gradients of several projections of one input one by one.
     attention, feed = (1 if replicated else 3, 2 if work.gated else 1) if cpu else (1, work.reads - 1)
     dense, mixed = (work.depth - work.mixed) * work.ticks, work.mixed * work.ticks
-    sums = (2 * work.forwards + again + attention) * times + feed * dense + between
+    shared = mixed if work.shared else 0
+    sums = (2 * work.forwards + again + attention) * times + feed * (dense + shared) + work.forwards * shared + between
     if not work.layout.sequence:
         return [*found, Traffic("all-reduce", axes, size, sums + mixed, "residual stream")]
     kept = work.reads if remat != "none" else 0
     if work.post and remat != "none":
         kept = 1  # a layer's input is kept whole, since attention reads it without a norm
-    gathers = (work.reads * work.forwards + 2 + kept) * times
-    if work.layout.pipeline > 1 and remat != "full":  # a gradient is gathered for the input's and for the weight's apart
+    gathers = (work.reads * work.forwards + 2 + kept) * times + (work.forwards + 1 + (remat != "none")) * shared
+    if work.written_out and remat != "full":  # a gradient is gathered for the input's and for the weight's apart
         gathers += times if cpu else times + dense
     found.append(Traffic("all-gather", axes, size, gathers, "residual stream"))
     if mixed:  # which gather, and sum, themselves, and with tokens where they go

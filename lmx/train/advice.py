@@ -1,6 +1,7 @@
 """What would make an experiment fit, or run faster: single knobs that lower a plan, and a search over layouts."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -73,7 +74,8 @@ def advice(found: Plan, chip: str) -> list[Advice]:
         turn(factor * experiment.microbatches)
         for axis in ("data", "fsdp"):
             if getattr(layout, axis) % factor == 0:
-                turn(**{"tensor": factor * layout.tensor, axis: getattr(layout, axis) // factor})
+                for inner in ("tensor", "pipeline", *(("expert",) if experiment.model.experts else ())):
+                    turn(**{inner: factor * getattr(layout, inner), axis: getattr(layout, axis) // factor})
     turned = []
     for name, changed in knobs.items():
         try:
@@ -124,29 +126,42 @@ def gb(size: float) -> str:
 
 def search(experiment: Experiment, devices: int, *, chip: str = "h100", best: int = 10) -> list[Plan]:
     """Plans of layouts of so many devices that fit, fastest first (all, smallest first, where none does)."""
-    plans = []
-    for degrees, microbatches in candidates(devices, experiment.batch, experiment.data.length, chips.chip(chip).per_host):
+    plans, fit = [], None
+    for degrees, microbatches in candidates(experiment, devices, chips.chip(chip).per_host):
+        if degrees == fit and degrees["pipeline"] == 1:
+            continue  # more microbatches would only take longer
         try:
-            plans.append(plan(replace(experiment, layout=replace(experiment.layout, **degrees), microbatches=microbatches), chip=chip))
+            found = plan(replace(experiment, layout=replace(experiment.layout, **degrees), microbatches=microbatches), chip=chip)
         except ValueError:
             continue
+        plans.append(found)
+        fit = degrees if found.fits else None
     fitting = [p for p in plans if p.fits]
     if fitting:
         return sorted(fitting, key=lambda p: p.time.step)[:best]
     return sorted(plans, key=lambda p: p.total)[:best]
 
 
-def candidates(devices: int, batch: int, length: int, per_host: int) -> Iterator[tuple[dict, int]]:
-    """Layouts of so many devices that are worth a plan, as fields of `Layout`, and how many microbatches: tensor within a host, context for
-    long sequences, ZeRO over whole hosts or all shards, the batch cut in powers of two."""
-    long = [c for c in divisors(devices) if c <= 16 and length // c >= 2048] or [1]
-    for tensor, context in itertools.product((t for t in divisors(devices) if t <= per_host), long):
-        shards = devices // (tensor * context)
-        if devices % (tensor * context) or batch % shards:
+def candidates(experiment: Experiment, devices: int, per_host: int) -> Iterator[tuple[dict, int]]:
+    """Layouts of so many devices that are worth a plan, as fields of `Layout`, and how many microbatches.
+
+    Tensor within a host, context for long sequences, experts over what divides them, pipelines of up to 16 stages (and of two rounds) with
+    microbatches enough for them, ZeRO over whole hosts or all shards, the batch cut in powers of two.
+    """
+    model, batch, length = experiment.model, experiment.batch, experiment.data.length
+    repeats = model.layers // len(model.pattern)
+    tensors = [n for n in divisors(math.gcd(devices, per_host)) if model.heads % n == 0]
+    contexts = [n for n in divisors(devices) if n <= 16 and length // n >= 2048] or [1]
+    experts = [n for n in divisors(devices) if n == 1 or (model.experts and model.experts % n == 0)]
+    pipelines = [(n, v) for n in divisors(devices) for v in (1, 2) if n <= 16 and repeats % (n * v) == 0 and (n > 1 or v == 1)]
+    for tensor, context, expert, (pipeline, rounds) in itertools.product(tensors, contexts, experts, pipelines):
+        shards, rest = divmod(devices, tensor * context * expert * pipeline)
+        if rest or not shards or batch % (shards * expert):
             continue
+        inner = {"tensor": tensor, "context": context, "expert": expert, "pipeline": pipeline, "rounds": rounds}
+        cuts = [m for m in divisors(batch // (shards * expert)) if m & (m - 1) == 0 and (pipeline == 1 or 2 <= m // pipeline <= 8)]
         for fsdp in divisors(shards):
-            if fsdp not in (1, shards) and fsdp * tensor * context % per_host:
+            if fsdp not in (1, shards) and fsdp * tensor * context * expert % per_host:
                 continue
-            cuts = [m for m in divisors(batch // shards) if m & (m - 1) == 0]
             for zero, remat, m in itertools.product((3, 1) if fsdp > 1 else (3,), cost.REMATS, cuts):
-                yield {"data": shards // fsdp, "fsdp": fsdp, "zero": zero, "tensor": tensor, "context": context, "remat": remat}, m
+                yield inner | {"data": shards // fsdp, "fsdp": fsdp, "zero": zero, "remat": remat}, m

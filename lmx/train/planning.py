@@ -77,14 +77,14 @@ def plan(experiment: Experiment, *, chip: str = "h100", compiled: bool = False, 
     """
     experiment = settled(experiment)
     kind = chips.chip(chip)
-    found, specs = work(experiment), transformer.specs(experiment.model)
+    found, specs = work(experiment), _specs(experiment.model)
     whole = state_bytes(experiment.model, experiment.optimizer, experiment.steps, experiment.precision, _of_state(experiment.layout))
     rest = whole["rest"] + _batch_bytes(experiment)
     memory = cost.memory(found, specs, parameters=whole["parameters"], optimizer=whole["optimizer"], rest=rest, cpu=cpu)
     sent = traffic(found, specs, cpu=cpu)
     tokens = experiment.batch * experiment.data.length
-    model = transformer.flops_per_token(experiment.model, experiment.data.length) * tokens / experiment.layout.devices
-    flops = (model, model + _recomputed(experiment) / experiment.layout.devices)
+    model = _flops_per_token(experiment.model, experiment.data.length) * tokens / experiment.layout.devices
+    flops = (model, model + _besides(experiment, found) / experiment.layout.devices)
     moved = roofline.moved(found, memory["parameters"], memory["optimizer"])
     timed = roofline.seconds(found, sent, flops[1], kind, moved)
     made = compile_step(experiment, chip if absent.prepared() else None) if compiled else None
@@ -159,10 +159,8 @@ def _of_state(layout: Layout) -> Layout:
 def state_bytes(model: Transformer, recipe: optimizers.Optimizer, steps: int, precision: str, layout: Layout) -> MappingProxyType:
     """Bytes on one device of parameters, optimizer state and the rest of the state, which lie there all along: exact."""
     mesh = AbstractMesh(tuple(getattr(layout, a) for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    specs, policy = transformer.specs(model), POLICIES[precision]
-    transform, _ = optimizers.build(recipe, steps, specs)
-    where = state_shardings(specs, transform, policy, mesh, layout)
     shapes = _shapes(model, recipe, steps, precision)
+    where = state_shardings(_specs(model), shapes, mesh, layout)
     state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, where)
     return MappingProxyType(
         {
@@ -171,6 +169,16 @@ def state_bytes(model: Transformer, recipe: optimizers.Optimizer, steps: int, pr
             "rest": cost.held((state.step, state.key, state.loss_scale)),
         }
     )
+
+
+@lru_cache(64)
+def _specs(model: Transformer) -> Tree:
+    return transformer.specs(model)
+
+
+@lru_cache(64)
+def _flops_per_token(model: Transformer, length: int) -> float:
+    return transformer.flops_per_token(model, length)
 
 
 @lru_cache(64)
@@ -195,17 +203,19 @@ def _batch_bytes(experiment: Experiment) -> int:
     return 4 * rows * (arrays * experiment.data.length + (experiment.model.dropout > 0))
 
 
-def _recomputed(experiment: Experiment) -> float:
-    """FLOPs that rematerialisation adds to a step, over all devices: products of layers again, and attention's scores."""
-    model, length = experiment.model, experiment.data.length
+def _besides(experiment: Experiment, work: Work) -> float:
+    """FLOPs of a step over all devices that MFU does not count: forward passes of layers done again, by rematerialisation and by a pipeline
+    with its backward pass; products of empty slots of experts; and, dropless, each row with every expert of its device, as XLA:GPU has
+    it."""
+    model, length, layout = experiment.model, experiment.data.length, experiment.layout
     tokens = experiment.batch * length
     scores = 4.0 * model.layers * model.heads * model.head_size * length * tokens
-    outer = 2.0 * model.vocab * model.embed
-    if experiment.layout.remat == "none":
-        return 0.0
-    if experiment.layout.remat == "dots":
-        return scores
-    return transformer.flops_per_token(model, length) / 3 * tokens - outer * tokens
+    forward = _flops_per_token(model, length) / 3 * tokens - 2.0 * model.vocab * model.embed * tokens
+    again = {"none": 0.0, "dots": scores, "full": forward}[layout.remat] + (forward if layout.pipeline > 1 else 0.0)
+    routed = work.routed * work.microbatches * layout.devices // (layout.tensor * layout.pipeline)
+    rows = routed * (1 if work.capacity is not None else work.here.experts) - tokens * work.choices
+    passes = 3 + (layout.remat == "full") + (layout.pipeline > 1)
+    return again + passes * 2.0 * max(rows, 0) * work.mixtures * work.embed * work.expert_mlp * (3 if work.gated else 2)
 
 
 def compile_step(experiment: Experiment, chip: str | None = None) -> hlo.Compiled:

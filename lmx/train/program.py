@@ -87,18 +87,18 @@ def build(experiment: Experiment, mesh: Mesh | AbstractMesh | None = None) -> Pr
     elif layout.pipeline > 1:
         staged = task.staged()
         value_and_grad, sums = pipeline.value_and_grad(staged, layout), pipeline.sums(staged, layout)
-    shardings = state_shardings(specs, transform, precision, mesh, layout)
+    start = partial(initial_state, experiment.seed, specs, transform, precision)
+    shapes = jax.eval_shape(start)
+    shardings = state_shardings(specs, shapes, mesh, layout)
 
     # Optimised code rounds a normal number differently in a vector loop and in its remainder, so by where a shard ends.
     exactly = {"xla_backend_optimization_level": 0} if on_cpu else None
     # XLA:CPU's concurrent scheduler runs collectives inside a branch and outside it in any order: devices then wait for each other for ever.
     in_turn = {"xla_cpu_enable_concurrency_optimized_scheduler": False} if on_cpu and layout.pipeline > 1 else None
-    start = partial(initial_state, experiment.seed, specs, transform, precision)
     streamed = "optimizer" in layout.offload or "params" in layout.offload
     update = layer_by_layer(lambda part: recipe(part)[0], specs) if streamed else at_once(transform)
     step = make_step(task, value_and_grad, update, rate, experiment.optimizer.clip)
     placed = batch_sharding(mesh, microbatches=True)
-    shapes = jax.eval_shape(start)
     return Program(
         experiment,
         precision,

@@ -8,7 +8,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lmx.core.params import abstract, initial_values
+from lmx.core.params import initial_values
 from lmx.core.precision import LossScale, Precision, initial_loss_scale
 from lmx.core.tree import Tree
 from lmx.parallel.layout import Layout
@@ -36,13 +36,12 @@ class TrainState:
     loss_scale: LossScale | None = None
 
 
-def state_shardings(specs: Tree, transform: optax.GradientTransformation, precision: Precision, mesh: Mesh, layout: Layout) -> TrainState:
-    """A sharding for each leaf of the state: parameters and what is shaped like them by the rules, the rest replicated."""
+def state_shardings(specs: Tree, shapes: TrainState, mesh: Mesh, layout: Layout) -> TrainState:
+    """A sharding for each leaf of a state of these shapes: parameters and what is shaped like them by the rules, the rest replicated."""
     whole = NamedSharding(mesh, P())
-    values = abstract(specs, precision.params)
-    scale = jax.tree.map(lambda _: whole, jax.eval_shape(initial_loss_scale)) if precision.scaled else None
+    scale = jax.tree.map(lambda _: whole, shapes.loss_scale)
     moments = rules(layout, split=layout.zero >= 1)
-    optimizer = like_parameters(jax.eval_shape(transform.init, values), specs, mesh, moments, in_host="optimizer" in layout.offload)
+    optimizer = like_parameters(shapes.optimizer, specs, mesh, moments, in_host="optimizer" in layout.offload)
     params = shardings(specs, mesh, rules(layout, split=layout.zero >= 3), in_host="params" in layout.offload)
     return TrainState(whole, whole, params, {}, optimizer, scale)
 
