@@ -1,9 +1,9 @@
 """What will a step cost? Bytes, communication, FLOPs and time of each device, before anything runs.
 
-`python -m lmx.plan experiments.NAME [--devices 64] [--chip h100] [--compile] [--search] [--layout.tensor 2 ...]` takes the knobs of the
+`python -m lmx.plan experiments.NAME [--devices 64] [--chip h100] [--compile] [--search] [--picture plan.png] [...]` takes the knobs of the
 experiment. Nothing is allocated, so it runs on a laptop for thousands of devices. `--devices` widens (or narrows) `layout.fsdp` to as many;
 `--compile` adds what the compiler makes of it, for the real chip where the extra `cuda` is installed (no GPU is needed) and else for
-simulated CPU devices; `--search` ranks layouts of as many devices.
+simulated CPU devices; `--search` ranks layouts of as many devices; `--picture` draws memory by layout, and who holds what.
 """
 
 import sys
@@ -17,6 +17,7 @@ from lmx.parallel import absent, chips, roofline
 from lmx.parallel.layout import AXES, Layout
 from lmx.train.advice import Advice, advice, gb, search
 from lmx.train.experiment import Experiment, named
+from lmx.train.pictures import draw
 from lmx.train.planning import Plan, compared, plan, settled
 
 SMALL = 10_000
@@ -32,6 +33,7 @@ class Options:
     chip: str = "h100"
     compile: bool = False
     search: bool = False
+    picture: str = ""
 
 
 def options(argv: Sequence[str]) -> tuple[Options, list[str]]:
@@ -43,7 +45,7 @@ def options(argv: Sequence[str]) -> tuple[Options, list[str]]:
     chosen, rest, tokens = Options(), [], iter(argv)
     for token in tokens:
         name, joined, value = token.removeprefix("--").partition("=")
-        if not token.startswith("--") or name not in ("devices", "chip", "compile", "search"):
+        if not token.startswith("--") or name not in ("devices", "chip", "compile", "search", "picture"):
             rest.append(token)
         elif name in ("compile", "search"):
             chosen = replace(chosen, **{name: True})
@@ -51,6 +53,8 @@ def options(argv: Sequence[str]) -> tuple[Options, list[str]]:
             value = value if joined else next(tokens, "")
             if name == "devices" and (not value.isdigit() or int(value) < 1):
                 raise ConfigError(f"--devices {value}: give the number of devices, 64 say")
+            if name == "picture" and not value.endswith(".png"):
+                raise ConfigError(f"--picture {value}: give a file to draw to, plan.png say")
             chosen = replace(chosen, **{name: int(value) if name == "devices" else value})
     chips.chip(chosen.chip)
     return chosen, rest
@@ -84,14 +88,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             experiment = widened(experiment, chosen.devices)
         _start(chosen, experiment.layout.devices)
         if chosen.search:
-            _print_search(
-                search(settled(replace(experiment, layout=Layout())), chosen.devices or experiment.layout.devices, chip=chosen.chip)
-            )
+            devices = chosen.devices or experiment.layout.devices
+            ranked = search(settled(replace(experiment, layout=Layout())), devices, chip=chosen.chip)
+            _print_search(ranked)
+            if chosen.picture:
+                draw(ranked, chosen.picture)
             return
         found = plan(experiment, chip=chosen.chip, compiled=chosen.compile, cpu=chosen.compile and not absent.prepared())
     _print(found)
+    turns = advice(found, chosen.chip) if chosen.picture or not found.fits else []
+    if chosen.picture:
+        draw([found, *(one.plan for one in turns[:5])], chosen.picture)
     if not found.fits:
-        _print_advice(advice(found, chosen.chip))
+        _print_advice(turns)
         sys.exit(1)
 
 
@@ -129,11 +138,12 @@ def _print(found: Plan) -> None:
         of = {key: hlo.covered(c for c in made.collectives if (c.kind, c.axes or ("?",)) == key) for key in (row[:2] for row in both)}
         rows = [[kind, " x ".join(axes), gb(planned), gb(size), f"{of[kind, axes]:.0%}"] for kind, axes, planned, size in both]
         _table("Communication, planned and compiled", ["collective", "over", "planned", "compiled", "beside products"], rows)
+    idle = f"; a pipeline idles {t.bubble:.0%}" if t.bubble else ""
     print(
-        f"{found.flops[0] / 1e12:,.1f} TFLOP a device ({found.flops[1] / found.flops[0] - 1:.0%} recomputed besides). At the chip's peaks: "
-        f"products {t.compute:.3g} s, memory {t.memory:.3g} s; at {roofline.EFFICIENCY:.0%} of the links': communication {t.exposed:.3g} s waited "
-        f"for, {t.hidden:.3g} s beside products.\nPredicted, unmeasured: {t.step:.3g} s a step, MFU {found.mfu:.0%}, "
-        f"{found.experiment.batch * found.experiment.data.length / t.step:,.0f} tokens/s."
+        f"{found.flops[0] / 1e12:,.1f} TFLOP a device, {found.flops[1] / found.flops[0] - 1:.0%} besides (recomputed, or experts' empty rows). "
+        f"At the chip's peaks: products {t.compute:.3g} s, memory {t.memory:.3g} s; at {roofline.EFFICIENCY:.0%} of the links': communication "
+        f"{t.exposed:.3g} s waited for, {t.hidden:.3g} s beside products{idle}.\nPredicted, unmeasured: {t.step:.3g} s a step, MFU "
+        f"{found.mfu:.0%}, {found.experiment.batch * found.experiment.data.length / t.step:,.0f} tokens/s."
     )
 
 

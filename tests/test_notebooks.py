@@ -82,7 +82,16 @@ def check_tour(notebook: NotebookNode) -> None:
         assert len(picture(notebook, cell)) > 5_000
 
 
-CHECKS = {"tour": check_tour}
+def check_plan(notebook: NotebookNode) -> None:
+    assert re.search(r"^ +198\.\d\d GB  in all, of 84\.94 GB: does not fit$", printed(notebook, "model"), re.MULTILINE)
+    for cell in ("bars", "mesh"):
+        assert len(picture(notebook, cell)) > 20_000
+    times = [float(line.split()[0]) for line in printed(notebook, "search").splitlines()]
+    assert len(times) == 5
+    assert times == sorted(times)
+
+
+CHECKS = {"tour": check_tour, "plan": check_plan}
 
 
 def test_every_notebook_is_checked():

@@ -12,6 +12,8 @@ from experiments.shakespeare import experiment as shakespeare
 from lmx import plan as plans
 from lmx.core.config import ConfigError
 from lmx.parallel.layout import Layout
+from lmx.train import pictures
+from lmx.train.advice import candidates
 
 LARGE = dataclasses.replace(
     gpt2,
@@ -122,9 +124,8 @@ def test_the_vocabulary_of_a_trained_tokenizer_is_known():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pipeline": 2}, "layout.pipeline=2 cannot be planned yet"),
-        ({"expert": 2}, "layout.expert=2 cannot be planned yet"),
-        ({"ordered": 2, "data": 2}, "layout.ordered=2 cannot be planned yet"),
+        ({"pipeline": 5}, "model.layers=12 is not divisible by layout.pipeline=5"),
+        ({"ordered": 2, "data": 2}, "layout.ordered=2 is for debugging and cannot be planned"),
         ({"tensor": 5}, "model.heads=12 is not divisible by layout.tensor=5"),
         ({"data": 7}, "is not divisible by layout.data x layout.fsdp"),
     ],
@@ -143,6 +144,7 @@ def test_what_cannot_be_planned_is_refused(changes, message):
         (["experiments.gpt2_124m", "--devices", "many"], "--devices many: give the number of devices"),
         (["experiments.gpt2_124m", "--devices", "12", "--layout.tensor", "8"], "--devices 12 is not divisible by 8"),
         (["experiments.gpt2_124m", "--layout.tensr", "8"], "layout.tensor"),
+        (["experiments.gpt2_124m", "--picture", "plan.jpg"], "--picture plan.jpg: give a file to draw to, plan.png say"),
     ],
 )
 def test_a_wrong_command_is_one_line(argv, message, capsys):
@@ -154,10 +156,45 @@ def test_a_wrong_command_is_one_line(argv, message, capsys):
     assert error.count("\n") == 1
 
 
-def test_mixtures_and_dropout_are_refused():
-    for change, message in (({"experts": 4}, "model.experts=4"), ({"dropout": 0.1}, "model.dropout=0.1")):
-        with pytest.raises(ConfigError, match=message):
-            plans.plan(dataclasses.replace(gpt2, model=dataclasses.replace(gpt2.model, **change)))
+def test_a_pipeline_idles_as_its_schedule_says():
+    def planned(**degrees):
+        return plans.plan(dataclasses.replace(on(LARGE, pipeline=4, fsdp=8, **degrees), microbatches=8))
+
+    found = planned()
+    assert found.time.bubble == pytest.approx(3 / (8 + 3))
+    assert planned(rounds=2).time.bubble == pytest.approx(3 / (16 + 3))
+    assert found.time.step > found.time.compute / (1 - found.time.bubble)
+    assert found.flops[1] > 1.2 * found.flops[0]  # each stage's forward pass is done again
+    kept = [planned(schedule=schedule, remat="full").memory["stage inputs"] for schedule in ("1f1b", "gpipe")]
+    assert kept[0] / kept[1] == 7 / 8  # 2 stages - 1, of all microbatches
+
+
+def test_search_ranks_pipelines_and_experts_too():
+    mixture = dataclasses.replace(LARGE, batch=256, model=dataclasses.replace(LARGE.model, experts=8, expert_capacity=1.25))
+    found = [degrees for degrees, _ in candidates(plans.settled(mixture), 64, 8)]
+    for knob, value in (("pipeline", 4), ("rounds", 2), ("expert", 8), ("tensor", 8), ("zero", 1)):
+        assert any(degrees[knob] == value for degrees in found)
+    assert all(plans.plan(p.experiment).fits for p in plans.search(mixture, 64, best=3))
+
+
+def test_the_picture_shows_all_memory_and_every_device(tmp_path, capsys):
+    path = tmp_path / "plan.png"
+    plans.main(["experiments.gpt2_124m", "--layout.pipeline", "2", "--layout.fsdp", "2", "--microbatches", "20", "--picture", str(path)])
+    assert path.read_bytes().startswith(b"\x89PNG")
+    for case in ({"pipeline": 4, "fsdp": 8}, {"fsdp": 64, "zero": 1, "remat": "dots"}):
+        plan = plans.plan(dataclasses.replace(on(LARGE, **case), microbatches=8 if "pipeline" in case else 1))
+        assert sum(pictures.parts(plan).values()) == plan.total
+        assert pictures.parts(plan)["the rest"] < 0.01 * plan.total
+
+
+def test_who_holds_what():
+    layout = Layout(pipeline=2, rounds=2, fsdp=2, tensor=2)
+    held = pictures.holdings(layout, 8)
+    assert len(held) == layout.devices
+    assert held[0].layers == ((0, 1), (4, 5))
+    assert held[-1].layers == ((2, 3), (6, 7))
+    assert [one.part for one in held] == [0, 1, 0, 1, 2, 3, 2, 3]
+    assert len(pictures.holdings(Layout(data=1024), 8)) == pictures.SHOWN
 
 
 def test_devices_go_to_fsdp():

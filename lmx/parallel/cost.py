@@ -206,7 +206,7 @@ def kept(work: Work, *, mixture: bool = False, cpu: bool = False) -> dict[str, i
     scores = tokens * here.heads * here.length
     if work.dropout:  # the textbook's attention, all fp32: exponentials, masks and what both make
         found["queries, keys, values"] = 4 * (queries + 2 * keys) // work.compute
-        return found | {"attention weights": scores * (12 if cpu else 14), "dropout masks": 2 * work.between}
+        return found | {"attention weights": scores * (24 if cpu else 29) // 2, "dropout masks": 2 * work.between}
     if work.dense:
         return found | {"attention weights": scores * work.compute}
     return found | {"attention sums": tokens * here.heads * 4}
@@ -235,7 +235,7 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
     queries, keys = (tokens * heads * work.head_dim for heads in (here.heads, here.kv_heads))
     scores = work.scores
     if work.dropout:  # the textbook's attention, and the masks' random bits
-        attention = scores * (26 if cpu else 18 if layout.remat == "dots" else 14) + 4 * queries * work.compute
+        attention = scores * (26 if cpu else 19 if layout.remat == "dots" else 14) + 4 * queries * work.compute
     elif work.dense:
         attention = scores * (4 + 2 * work.compute) + 4 * queries * work.compute
     else:
@@ -258,8 +258,8 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
     if cpu:
         found += sum(size for name, size in anew.items() if name != "attention weights") + 4 * work.whole
         others = sum(kept(everything, cpu=cpu).values()) + attention // 2
-        if work.mixed and work.capacity is None:  # rows are padded before they are cut in tiles
-            found += work.routed * work.embed * work.compute
+        if work.mixed and work.capacity is None:  # rows are padded before they are cut in tiles, for part of the time
+            found += work.routed * work.embed * work.compute // 2
     else:
         others = sum(anew.values())
     return found + (work.period - 1) * others
@@ -334,7 +334,8 @@ def memory(work: Work, specs: Tree, *, parameters: int, optimizer: int, rest: in
     moments = _of_a_pass(work, specs, cpu=cpu) if work.flow is None else _of_a_tick(work, specs, cpu=cpu)
     sums = {"gradients of earlier microbatches": grads} if work.microbatches > 1 and work.flow is None else {}
     fullest = max([*moments, update], key=lambda moment: sum(moment.values()))
-    return {"parameters": parameters, "optimizer": optimizer, "batch and the rest": rest, **sums, **fullest}
+    added = {name: size for name, size in (sums | fullest).items() if size}
+    return {"parameters": parameters, "optimizer": optimizer, "batch and the rest": rest} | added
 
 
 def _of_a_pass(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:

@@ -72,10 +72,10 @@ class DeviceMemoryError(MemoryError):
 def main(experiment: Experiment, argv: list[str] | None = None) -> Result:
     """The door of every experiment module: command line, checks, run.
 
-    Leaves with code 2 and one line when something is wrong before the run; with code 1 and one line when loss or gradients are no
-    numbers any more or another process of the run is lost, and with the largest rows of the plan when memory was not enough; and with
-    128 + the signal's number, everything saved, when Ctrl-C or SIGTERM
-    ended it. Of several processes all leave with the same code, whichever got the signal.
+    Leaves with code 2 and one line when something is wrong before the run; with code 1 and one line when loss or gradients are no numbers
+    any more or another process of the run is lost; with code 1 and the plan's largest rows when memory was not enough; and with 128 + the
+    signal's number, everything saved, when Ctrl-C or SIGTERM ended it. Of several processes all leave with the same code, whichever got
+    the signal.
     """
     keep_pages()
     description = sys.modules["__main__"].__doc__ or "Trains a language model."

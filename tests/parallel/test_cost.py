@@ -31,6 +31,7 @@ GPT2 = dataclasses.replace(
     mlp=1024,
     context=512,
 )
+EXPERTS = {"experts": 8, "experts_per_token": 2, "mlp": 384}
 LOW, HIGH = 0.95, 1.15
 """A plan's total over the compiler's."""
 MEGABYTE = 1_000_000
@@ -80,6 +81,22 @@ CASES = {
     "gpt2-tensor-full": {"model": GPT2, "fsdp": 2, "tensor": 4, "remat": "full"},
     "parallel-blocks": {"model": changed(parallel=True), "fsdp": 2, "tensor": 4},
     "sandwich-untied": {"model": changed(qk_norm=True, norm_placement="sandwich", tied=False), "fsdp": 4, "tensor": 2, "remat": "dots"},
+    "post-norm-full": {"model": changed(norm_placement="post"), "fsdp": 2, "tensor": 4, "remat": "full"},
+    "zero-1-replicas": {"data": 2, "fsdp": 4, "zero": 1, "remat": "full"},
+    "pattern-full": {"model": changed(pattern=("local", "local", "local", "global"), window=128), "fsdp": 8, "remat": "full"},
+    "1f1b": {"pipeline": 4, "data": 2, "microbatches": 8, "batch": 32},
+    "1f1b-full": {"pipeline": 4, "data": 2, "microbatches": 8, "batch": 32, "remat": "full"},
+    "gpipe": {"pipeline": 4, "fsdp": 2, "microbatches": 8, "batch": 32, "schedule": "gpipe"},
+    "rounds": {"pipeline": 2, "rounds": 2, "fsdp": 4, "microbatches": 4, "batch": 32},
+    "pipeline-tensor-dots": {"pipeline": 2, "tensor": 2, "fsdp": 2, "microbatches": 4, "remat": "dots"},
+    "experts": {"model": changed(**EXPERTS), "fsdp": 8},
+    "experts-split": {"model": changed(**EXPERTS), "fsdp": 2, "expert": 4, "remat": "full"},
+    "experts-capacity": {"model": changed(**EXPERTS, expert_capacity=1.25), "fsdp": 2, "expert": 4},
+    "experts-tensor": {"model": changed(**EXPERTS, expert_capacity=1.25), "expert": 4, "tensor": 2, "remat": "full"},
+    "experts-shared": {"model": changed(**EXPERTS, shared_experts=1), "fsdp": 4, "expert": 2, "remat": "full"},
+    "experts-pipeline": {"model": changed(**EXPERTS), "pipeline": 2, "expert": 2, "fsdp": 2, "microbatches": 4, "remat": "full"},
+    "dropout": {"model": changed(dropout=0.1), "fsdp": 8},
+    "dropout-full": {"model": changed(dropout=0.1), "fsdp": 4, "tensor": 2, "remat": "full"},
     "one-key-head": {"model": changed(kv_heads=1), "data": 4, "tensor": 2, "remat": "full"},
 }
 """On eight simulated devices. In fp32: XLA:CPU widens bf16 here and there."""
@@ -190,6 +207,12 @@ GPU_CASES = {
     "alltoall": {"fsdp": 2, "context": 4, "exchange": "alltoall", "length": 4096, "batch": 4},
     "alltoall-full": {"fsdp": 2, "context": 4, "exchange": "alltoall", "remat": "full", "length": 4096, "batch": 4},
     "three-axes": {"fsdp": 2, "context": 2, "tensor": 2, "remat": "dots", "length": 4096, "batch": 4},
+    "1f1b": {"pipeline": 4, "data": 2, "microbatches": 8, "batch": 32},
+    "gpipe-full": {"pipeline": 2, "fsdp": 4, "microbatches": 8, "batch": 64, "schedule": "gpipe", "remat": "full"},
+    "rounds-full": {"pipeline": 4, "rounds": 2, "data": 2, "microbatches": 4, "remat": "full"},
+    "experts": {"model": dataclasses.replace(LARGE, **EXPERTS | {"mlp": 768}), "fsdp": 2, "expert": 4, "remat": "full"},
+    "experts-capacity": {"model": dataclasses.replace(LARGE, **EXPERTS | {"mlp": 768}, expert_capacity=1.25), "fsdp": 2, "expert": 4},
+    "dropout": {"model": dataclasses.replace(LARGE, dropout=0.1), "fsdp": 8},
 }
 WIDE = {
     "8b-64": (changed(vocab=128256, layers=32, embed=4096, heads=32, kv_heads=8, mlp=14336, context=8192, tied=False), 64, {"fsdp": 64}),
