@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import jax
 
 from lmx.core.config import ConfigError, command_line, exits_with_one_line
-from lmx.parallel import absent, chips, roofline
+from lmx.parallel import absent, chips, hlo, roofline
 from lmx.parallel.layout import AXES, Layout
 from lmx.train.advice import Advice, advice, gb, search
 from lmx.train.experiment import Experiment, named
@@ -129,6 +129,7 @@ def _print(found: Plan) -> None:
         rows = [[*row, ""] for row in rows]
         rows[state - 1][2], rows[-2][2] = f"{gb(made.arguments)} so far", f"{gb(made.temporary)} of temporaries"
         rows[-1][2] = gb(made.total)
+    rows += [[f"in its host's memory: {name}", gb(size), ""][: len(columns)] for name, size in found.host.items()]
     _table(title, columns, rows)
     sent = [one for one in found.traffic if one.volume >= SMALL]
     rows = [[f"{one.kind}: {one.what}", " x ".join(one.axes), gb(one.size), f"{one.times:,}", gb(one.volume)] for one in sent]

@@ -16,12 +16,15 @@ from lmx.core.tree import Tree
 from lmx.kernels.chunked import TILE
 from lmx.parallel import manual
 from lmx.parallel.layout import AXES, Layout
+from lmx.parallel.offload import HOST
 from lmx.parallel.pipeline import Schedule, schedule
 from lmx.parallel.rules import partition, rules
 from lmx.parallel.tensor import chunks
 
 REMATS = ("none", "dots", "full")
 """From the most that a layer keeps to the least."""
+LESS = {"none": ("dots", "full"), "dots": ("full",), "sites": ("full",), "full": ()}
+"""What keeps less than each."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +156,10 @@ class Work:
         return self.whole // (self.layout.tensor if self.layout.sequence else 1)
 
 
-def held(tree: Tree) -> int:
-    """Bytes on one device of a tree of `jax.ShapeDtypeStruct` with shardings (of an `AbstractMesh` too)."""
-    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+def held(tree: Tree, *, in_host: bool = False) -> int:
+    """Bytes on one device of a tree of `jax.ShapeDtypeStruct` with shardings (of an `AbstractMesh` too), or in its host's memory."""
+    there = (a for a in jax.tree.leaves(tree) if (a.sharding.memory_kind == HOST) == in_host)
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in there)
 
 
 def share(spec: ParamSpec, layout: Layout, *, split: bool) -> int:
@@ -189,6 +193,9 @@ def kept(work: Work, *, mixture: bool = False, cpu: bool = False) -> dict[str, i
     entering = work.whole if work.post else work.between
     if remat == "full":
         return {"layer inputs": entering}
+    if remat == "sites":
+        sites = {"query": queries, "key": keys, "value": keys, "mixed": queries, "hidden": 0 if mixture else hidden}
+        return {"layer inputs": entering, "sites": sum(sites[site] for site in set(work.layout.sites))}
     if remat == "dots":
         outputs = work.between * (work.reads - 1 + work.after)
         routed = work.routed * work.embed * work.compute if mixture else 0
@@ -322,18 +329,22 @@ def loss_working(work: Work, *, cpu: bool = False) -> int:
     return tokens // parts * here.vocab * (8 + work.compute) + copies * table + 2 * work.whole
 
 
-def memory(work: Work, specs: Tree, *, parameters: int, optimizer: int, rest: int, cpu: bool = False) -> dict[str, int]:
+def memory(
+    work: Work, specs: Tree, *, parameters: int, optimizer: int, rest: int, fetched: tuple[int, int] = (0, 0), cpu: bool = False
+) -> dict[str, int]:
     """Bytes of one device by row: what lies there all along (given), then what a step adds at its fullest moment.
 
     That is the fullest of four: the last layer's forward pass; head and loss, with every layer's activations; the backward pass of a
-    layer, with gradients besides; the update, with gradients alone. A pipeline's moments are those of a tick.
+    layer, with gradients besides; the update, with gradients alone. A pipeline's moments are those of a tick. `fetched` is what is there at
+    once of what waits in the host's memory: in a pass, and in the update.
     """
     (grads, largest), layout = gradients(work, specs), work.layout
     updated = work.master * sum(share(spec, layout, split=False) for spec in jax.tree.leaves(specs, is_leaf=is_spec))
     update = {"gradients": grads, "update": updated if layout.zero in (1, 2) and layout.fsdp > 1 else largest}
     moments = _of_a_pass(work, specs, cpu=cpu) if work.flow is None else _of_a_tick(work, specs, cpu=cpu)
     sums = {"gradients of earlier microbatches": grads} if work.microbatches > 1 and work.flow is None else {}
-    fullest = max([*moments, update], key=lambda moment: sum(moment.values()))
+    there = [(moment, fetched[0]) for moment in moments] + [(update, fetched[1])]
+    fullest = max((moment | {"fetched from the host": size} for moment, size in there), key=lambda moment: sum(moment.values()))
     added = {name: size for name, size in (sums | fullest).items() if size}
     return {"parameters": parameters, "optimizer": optimizer, "batch and the rest": rest} | added
 
@@ -341,6 +352,8 @@ def memory(work: Work, specs: Tree, *, parameters: int, optimizer: int, rest: in
 def _of_a_pass(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
     (grads, largest), layout = gradients(work, specs), work.layout
     kept_here, unreduced = activations(work, cpu=cpu), _unreduced(work)
+    if "activations" in layout.offload:  # one layer's are on their way
+        kept_here = {name: size // work.depth for name, size in kept_here.items()}
     table = work.here.vocab * work.embed
     read = table * (work.compute + (work.master if layout.zero == 3 and layout.fsdp > 1 else 0))
     masked, masked_again = _masks(work)

@@ -48,7 +48,7 @@ def options(mesh: Mesh | AbstractMesh, remat: Remat) -> dict[str, Value] | None:
     device = next((d for d in mesh.devices.flat if d.process_index == jax.process_index()), mesh.devices.flat[0])
     if mesh.devices.size == 1 or device.platform == "cpu":
         return None
-    wanted = (SCHEDULED, *GRADIENTS) if remat == "full" else (SCHEDULED,)
+    wanted = (SCHEDULED, *GRADIENTS) if remat in ("sites", "full") else (SCHEDULED,)
     chosen = (next(((name, value) for name, value in names.items() if known(device, name, value)), None) for names in wanted)
     return dict(filter(None, chosen))
 

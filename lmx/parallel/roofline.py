@@ -17,6 +17,12 @@ def moved(work: Work, parameters: int, optimizer: int) -> int:
     return 2 * (parameters + optimizer) + work.microbatches * work.layout.rounds * (weights + 2 * layers)
 
 
+def fetched(work: Work, host: dict[str, int]) -> int:
+    """Bytes that a device reads from its host's memory in a step, or writes there, whichever are more: the state once to be moved,
+    parameters twice a microbatch besides, activations once."""
+    return (2 * work.microbatches + 1) * host["parameters"] + host["optimizer"] + work.microbatches * host["activations"]
+
+
 @dataclass(frozen=True)
 class Time:
     """Seconds of a step, each part as if it ran alone at the chip's peaks, and their sum as predicted.
@@ -26,6 +32,7 @@ class Time:
       memory: bytes that must pass through the chip's memory: weights, activations, state.
       exposed: communication that products wait for (tensor, context, experts, stages, updated parameters).
       hidden: communication that can run beside products (ZeRO's gathers and reductions).
+      host: what is read from the host's memory.
       bubble: the share of the step in which a pipeline's devices idle.
       step: predicted.
     """
@@ -34,6 +41,7 @@ class Time:
     memory: float
     exposed: float
     hidden: float
+    host: float
     bubble: float
     step: float
 
@@ -42,8 +50,8 @@ EFFICIENCY = 0.7
 """The share of its peak at which a chip runs large products, and of a link's at which collectives run; a guess until measured."""
 
 
-def seconds(work: Work, collectives: list[Traffic], flops: float, chip: Chip, moved: int) -> Time:
-    """The roofline: `flops` of a device, `moved` bytes through its memory."""
+def seconds(work: Work, collectives: list[Traffic], flops: float, chip: Chip, moved: int, fetched: int = 0) -> Time:
+    """The roofline: `flops` of a device, `moved` bytes through its memory, `fetched` from its host's."""
     kind = {2: "bfloat16", 4: "float32"}[work.compute]
     exposed = hidden = 0.0
     for one in collectives:
@@ -54,8 +62,9 @@ def seconds(work: Work, collectives: list[Traffic], flops: float, chip: Chip, mo
             hidden += spent
     compute, memory_ = flops / chip.flops[kind], moved / chip.bandwidth
     bubble = 0.0 if work.flow is None else work.flow.bubble
-    step = max(max(compute / EFFICIENCY, memory_) / (1 - bubble), hidden) + exposed
-    return Time(compute, memory_, exposed, hidden, bubble, step)
+    host = fetched / chip.host_link / EFFICIENCY
+    step = max(max(compute / EFFICIENCY, memory_) / (1 - bubble), hidden, host) + exposed
+    return Time(compute, memory_, exposed, hidden, host, bubble, step)
 
 
 def wire(one: Traffic, layout: Layout) -> float:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 
@@ -40,6 +40,8 @@ def traffic(work: Work, specs: Tree, *, cpu: bool = False) -> list[Traffic]:
         for one itself, as head, embedding and experts do, it is one there too), sums the gradients of a sublayer's several projections one
         by one, gathers weights once for recomputation and backward pass together, and tables once for all ticks of a pipeline.
     """
+    if work.layout.remat == "sites":  # what is kept saves products, and nothing that is sent
+        work = replace(work, layout=replace(work.layout, remat="full", sites=()))
     found = [*_of_weights(work, specs, cpu), *_of_sublayers(work, cpu), *_of_experts(work), *_of_ends(work, specs, cpu)]
     found += [*_of_attention(work), *_of_pipeline(work, specs)]
     return sorted((t for t in found if t.size and t.times and t.axes), key=lambda t: -t.volume)

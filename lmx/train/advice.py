@@ -13,9 +13,10 @@ from lmx.train.planning import Plan, plan
 STATE = ("zero", "tensor")
 KEPT = ("remat", "microbatches", "tensor", "context")
 MADE = ("microbatches", "tensor", "context")
+OFFLOADS = ("optimizer", "params", "activations")
 LOWERED_BY: dict[str, tuple[str, ...]] = {
-    "parameters": STATE,
-    "optimizer": STATE,
+    "parameters": (*STATE, "params"),
+    "optimizer": (*STATE, "optimizer"),
     "batch and the rest": ("fsdp",),
     "gradients": STATE,
     "gradients of earlier microbatches": STATE,
@@ -27,8 +28,10 @@ LOWERED_BY: dict[str, tuple[str, ...]] = {
     "layers of a stage": STATE,
     "stage inputs": MADE,
     "on their way": MADE,
-    "layer inputs": MADE,
-    "products": KEPT,
+    "fetched from the host": ("tensor",),
+    "layer inputs": (*MADE, "activations"),
+    "products": (*KEPT, "activations"),
+    "sites": (*KEPT, "activations"),
     "inputs of norms": KEPT,
     "inputs of projections": KEPT,
     "queries, keys, values": KEPT,
@@ -59,7 +62,7 @@ def advice(found: Plan, chip: str) -> list[Advice]:
     knobs: dict[str, Experiment] = {}
 
     def turn(microbatches: int = experiment.microbatches, **degrees) -> None:
-        name = [f"--layout.{knob} {value}" for knob, value in degrees.items()]
+        name = [f"--layout.{knob} {_words(value)}" for knob, value in degrees.items() if value != ()]
         name += [f"--microbatches {microbatches}"] if microbatches != experiment.microbatches else []
         knobs[" ".join(name)] = replace(experiment, layout=replace(layout, **degrees), microbatches=microbatches)
 
@@ -68,8 +71,11 @@ def advice(found: Plan, chip: str) -> list[Advice]:
             turn(zero=zero)
     if layout.data > 1:
         turn(data=1, fsdp=layout.fsdp * layout.data, zero=3)
-    for remat in cost.REMATS[cost.REMATS.index(layout.remat) + 1 :]:
-        turn(remat=remat)
+    for remat in cost.LESS[layout.remat]:
+        turn(remat=remat, sites=())
+    for part in OFFLOADS:
+        if part not in layout.offload:
+            turn(offload=(*layout.offload, part))
     for factor in (2, 4, 8):
         turn(factor * experiment.microbatches)
         for axis in ("data", "fsdp"):
@@ -108,12 +114,18 @@ def _turn(knob: str, experiment: Experiment) -> str | None:
     if knob == "microbatches":
         return f"--microbatches {2 * experiment.microbatches}"
     if knob == "remat":
-        higher = cost.REMATS[cost.REMATS.index(layout.remat) + 1 :]
-        return f"--layout.remat {' or '.join(higher)}" if higher else None
+        less = cost.LESS[layout.remat]
+        return f"--layout.remat {' or '.join(less)}" if less else None
+    if knob in OFFLOADS:
+        return None if knob in layout.offload else f"--layout.offload {_words((*layout.offload, knob))}"
     if knob == "zero" and layout.fsdp > 1 and layout.zero < 3:
         return f"--layout.zero {layout.zero + 1}{'' if layout.zero == 2 else ' to 3'}"
     axis = "fsdp" if knob == "zero" else knob
     return f"--layout.{axis} {2 * getattr(layout, axis)}"
+
+
+def _words(value) -> str:
+    return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
 def gb(size: float) -> str:

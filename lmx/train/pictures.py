@@ -40,9 +40,9 @@ def part(row: str) -> str:
         return "gradients"
     if row in ("stage inputs", "on their way", "layers of a stage"):
         return "pipeline"
-    if row == "layer inputs" or LOWERED_BY.get(row) == KEPT:
+    if row == "layer inputs" or {*KEPT} <= {*LOWERED_BY.get(row, ())}:
         return "kept activations"
-    return "at work" if row in ("attention mask", "working set of a layer") else "the rest"
+    return "at work" if row in ("attention mask", "working set of a layer", "fetched from the host") else "the rest"
 
 
 def parts(plan: Plan) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """What a step of an experiment costs each device, before anything runs: `plan`. `python -m lmx.plan` is its door."""
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from types import MappingProxyType
@@ -12,10 +13,10 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from lmx.core.config import ConfigError
 from lmx.core.precision import POLICIES
-from lmx.core.tree import Tree
+from lmx.core.tree import Tree, named_leaves
 from lmx.data.recipe import Data
 from lmx.kernels.attention import LONG
-from lmx.models import experts, transformer
+from lmx.models import experts, stack, transformer
 from lmx.models.config import Transformer, is_local
 from lmx.parallel import absent, chips, cost, hlo, overlap, roofline
 from lmx.parallel.chips import Chip
@@ -36,6 +37,7 @@ class Plan:
 
     Attributes:
       memory: bytes by row, at the step's fullest moment.
+      host: bytes by row in the host's memory, for each device.
       traffic: collectives of a step, larger ones first.
       flops: of a step on one device as MFU counts them, and with what is recomputed.
       time: the roofline.
@@ -45,6 +47,7 @@ class Plan:
     experiment: Experiment
     chip: Chip
     memory: dict[str, int]
+    host: dict[str, int]
     traffic: tuple[Traffic, ...]
     flops: tuple[float, float]
     time: Time
@@ -80,15 +83,18 @@ def plan(experiment: Experiment, *, chip: str = "h100", compiled: bool = False, 
     found, specs = work(experiment), _specs(experiment.model)
     whole = state_bytes(experiment.model, experiment.optimizer, experiment.steps, experiment.precision, _of_state(experiment.layout))
     rest = whole["rest"] + _batch_bytes(experiment)
-    memory = cost.memory(found, specs, parameters=whole["parameters"], optimizer=whole["optimizer"], rest=rest, cpu=cpu)
+    state = {"parameters": whole["parameters"], "optimizer": whole["optimizer"]}
+    memory = cost.memory(found, specs, **state, rest=rest, fetched=(whole["layer"], whole["update"]), cpu=cpu)
+    waiting = sum(cost.activations(found, cpu=cpu).values()) if "activations" in experiment.layout.offload else 0
+    host = {"parameters": whole["parameters, host"], "optimizer": whole["optimizer, host"], "activations": waiting}
     sent = traffic(found, specs, cpu=cpu)
     tokens = experiment.batch * experiment.data.length
     model = _flops_per_token(experiment.model, experiment.data.length) * tokens / experiment.layout.devices
     flops = (model, model + _besides(experiment, found) / experiment.layout.devices)
-    moved = roofline.moved(found, memory["parameters"], memory["optimizer"])
-    timed = roofline.seconds(found, sent, flops[1], kind, moved)
+    moved = roofline.moved(found, memory["parameters"] + host["parameters"], memory["optimizer"] + host["optimizer"])
+    timed = roofline.seconds(found, sent, flops[1], kind, moved, roofline.fetched(found, host))
     made = compile_step(experiment, chip if absent.prepared() else None) if compiled else None
-    return Plan(experiment, kind, memory, tuple(sent), flops, timed, made)
+    return Plan(experiment, kind, memory, {name: size for name, size in host.items() if size}, tuple(sent), flops, timed, made)
 
 
 def settled(experiment: Experiment) -> Experiment:
@@ -152,23 +158,37 @@ def work(experiment: Experiment) -> Work:
 
 def _of_state(layout: Layout) -> Layout:
     """The part of a layout that says where the state is."""
-    return Layout(fsdp=layout.fsdp, zero=layout.zero, tensor=layout.tensor, pipeline=layout.pipeline, expert=layout.expert)
+    degrees = {axis: getattr(layout, axis) for axis in ("fsdp", "tensor", "pipeline", "expert")}
+    return Layout(**degrees, zero=layout.zero, offload=tuple(part for part in layout.offload if part != "activations"))
 
 
 @lru_cache(4096)
 def state_bytes(model: Transformer, recipe: optimizers.Optimizer, steps: int, precision: str, layout: Layout) -> MappingProxyType:
-    """Bytes on one device of parameters, optimizer state and the rest of the state, which lie there all along: exact."""
+    """Bytes on one device of parameters, optimizer state and the rest of the state, which lie there all along, and in its host's memory:
+    exact; and of what is fetched from there at once, `layer` by a pass and `update` by the update, which fetches a layer ahead."""
     mesh = AbstractMesh(tuple(getattr(layout, a) for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     shapes = _shapes(model, recipe, steps, precision)
     where = state_shardings(_specs(model), shapes, mesh, layout)
     state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, where)
-    return MappingProxyType(
-        {
-            "parameters": cost.held(state.params),
-            "optimizer": cost.held(state.optimizer),
-            "rest": cost.held((state.step, state.key, state.loss_scale)),
-        }
-    )
+    params, optimizer = (sum(_waiting(tree, model), start=Counter()) for tree in (state.params, state.optimizer))
+    whole = {
+        "parameters": cost.held(state.params),
+        "optimizer": cost.held(state.optimizer),
+        "rest": cost.held((state.step, state.key, state.loss_scale)),
+        "parameters, host": cost.held(state.params, in_host=True),
+        "optimizer, host": cost.held(state.optimizer, in_host=True),
+    }
+    layers = 2 * max((params[g] + optimizer[g] for g in params | optimizer if g >= 0), default=0)
+    return MappingProxyType(whole | {"layer": max(params.values(), default=0), "update": layers + optimizer[-1]})
+
+
+def _waiting(tree: Tree, model: Transformer) -> Iterator[Counter]:
+    """Bytes in the host's memory of one repeat of each group's pattern, and (-1) of what is no layer's."""
+    depths = [group.repeats for group in stack.groups(model)]
+    for name, leaf in named_leaves(tree).items():
+        words = name.split("/")
+        group = int(words[words.index("layers") + 1]) if "layers" in words else -1
+        yield Counter({group: cost.held(leaf, in_host=True) // (depths[group] if group >= 0 else 1)})
 
 
 @lru_cache(64)
@@ -211,10 +231,10 @@ def _besides(experiment: Experiment, work: Work) -> float:
     tokens = experiment.batch * length
     scores = 4.0 * model.layers * model.heads * model.head_size * length * tokens
     forward = _flops_per_token(model, length) / 3 * tokens - 2.0 * model.vocab * model.embed * tokens
-    again = {"none": 0.0, "dots": scores, "full": forward}[layout.remat] + (forward if layout.pipeline > 1 else 0.0)
+    again = {"none": 0.0, "dots": scores, "sites": forward, "full": forward}[layout.remat] + (forward if layout.pipeline > 1 else 0.0)
     routed = work.routed * work.microbatches * layout.devices // (layout.tensor * layout.pipeline)
     rows = routed * (1 if work.capacity is not None else work.here.experts) - tokens * work.choices
-    passes = 3 + (layout.remat == "full") + (layout.pipeline > 1)
+    passes = 3 + (layout.remat in ("sites", "full")) + (layout.pipeline > 1)
     return again + passes * 2.0 * max(rows, 0) * work.mixtures * work.embed * work.expert_mlp * (3 if work.gated else 2)
 
 

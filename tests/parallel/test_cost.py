@@ -213,6 +213,11 @@ GPU_CASES = {
     "experts": {"model": dataclasses.replace(LARGE, **EXPERTS | {"mlp": 768}), "fsdp": 2, "expert": 4, "remat": "full"},
     "experts-capacity": {"model": dataclasses.replace(LARGE, **EXPERTS | {"mlp": 768}, expert_capacity=1.25), "fsdp": 2, "expert": 4},
     "dropout": {"model": dataclasses.replace(LARGE, dropout=0.1), "fsdp": 8},
+    "sites": {"fsdp": 2, "tensor": 4, "remat": "sites", "sites": ("mixed", "hidden")},
+    "offload-optimizer": {"data": 2, "fsdp": 4, "offload": ("optimizer",)},
+    "offload-state": {"fsdp": 8, "remat": "full", "offload": ("optimizer", "params")},
+    "offload-activations": {"fsdp": 8, "remat": "dots", "offload": ("activations",)},
+    "offload": {"fsdp": 2, "tensor": 4, "remat": "full", "offload": ("optimizer", "params", "activations")},
 }
 WIDE = {
     "8b-64": (changed(vocab=128256, layers=32, embed=4096, heads=32, kv_heads=8, mlp=14336, context=8192, tied=False), 64, {"fsdp": 64}),
