@@ -6,10 +6,11 @@ from jaxtyping import Float
 from lmx.kernels import chunked, cudnn, dense, reference, single
 from lmx.kernels.masks import Mask
 
-IMPLEMENTATIONS = ("auto", "reference", "dense", "chunked", "cudnn", "single")
+IMPLEMENTATIONS = ("auto", "xla", "reference", "dense", "chunked", "cudnn", "single")
 """`reference` is the textbook; `dense` forms every score too, with a faster backward pass; `chunked` never forms more than a tile of
 them; `cudnn` is NVIDIA's; `single` is for one query a row (decoding). `auto` takes `single` for one query, `reference` under dropout,
-`cudnn` on NVIDIA GPUs where it can do what is asked, `dense` up to `LONG` keys where there is no soft cap, and else `chunked`."""
+`cudnn` on NVIDIA GPUs where it can do what is asked, `dense` up to `LONG` keys where there is no soft cap, and else `chunked`; `xla` does
+so anywhere without `cudnn`."""
 LONG = 2048
 """From this many keys on, scores are not kept."""
 
@@ -43,12 +44,14 @@ def attention(
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads evenly")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if implementation == "auto":
+    if implementation in ("auto", "xla"):
         if keep is not None:
             implementation = "reference"
         elif q.shape[1] == 1:
             implementation = "single"
-        elif cudnn.on_nvidia() and cudnn.refusal(q, k, mask, softcap=softcap, slopes=slopes, keep=keep) is None:
+        elif (
+            implementation == "auto" and cudnn.on_nvidia() and cudnn.refusal(q, k, mask, softcap=softcap, slopes=slopes, keep=keep) is None
+        ):
             implementation = "cudnn"
         else:
             implementation = "dense" if softcap is None and k.shape[1] <= LONG else "chunked"

@@ -103,8 +103,8 @@ def mesh(layout: Layout, chip: str = "h100") -> Mesh:
     return make_mesh(layout, devices(layout.devices, chip))
 
 
-def compiled(function, mesh: Mesh, *args, options: dict | None = None) -> jax.stages.Compiled:
-    """A jitted function of arguments that are on the mesh's abstract form, compiled for the absent devices with compiler options.
+def compiled(function, mesh: Mesh, *args) -> jax.stages.Compiled:
+    """A jitted function of arguments that are on the mesh's abstract form, compiled for the absent devices.
 
     Shardings are of the abstract mesh because absent devices have no memories: one over them forgets that something is in the host's.
     """
@@ -112,4 +112,4 @@ def compiled(function, mesh: Mesh, *args, options: dict | None = None) -> jax.st
         lowered = function.trace(*args).lower(lowering_platforms=("cuda",))
     # JAX would take the backend of the devices at hand, which an abstract mesh does not overrule.
     lowered._lowering.compile_args["backend"] = mesh.devices.flat[0].client
-    return lowered.compile(options, device_assignment=tuple(mesh.devices.flat))
+    return lowered.compile(device_assignment=tuple(mesh.devices.flat))

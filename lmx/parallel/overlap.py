@@ -10,6 +10,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, SingleDeviceSharding
 
 from lmx.core.execution import Remat
+from lmx.parallel import absent
 
 Value = bool | int | str
 
@@ -42,11 +43,17 @@ gathers, behind which nothing of the last one's sums is hidden (30% of them wher
 
 
 def options(mesh: Mesh | AbstractMesh, remat: Remat) -> dict[str, Value] | None:
-    """Compiler options of a step on a mesh; None where there is nothing to say: on CPUs, on one device, on devices not known yet."""
-    if isinstance(mesh, AbstractMesh):
+    """Compiler options of a step on a mesh, an abstract one being of absent GPUs; None where there is nothing to say: on CPUs, and on one
+    device."""
+    if mesh.size == 1:
         return None
-    device = next((d for d in mesh.devices.flat if d.process_index == jax.process_index()), mesh.devices.flat[0])
-    if mesh.devices.size == 1 or device.platform == "cpu":
+    if isinstance(mesh, Mesh):
+        device = next((d for d in mesh.devices.flat if d.process_index == jax.process_index()), mesh.devices.flat[0])
+    elif absent.prepared():
+        (device,) = absent.devices(1)
+    else:
+        return None
+    if device.platform == "cpu":
         return None
     wanted = (SCHEDULED, *GRADIENTS) if remat in ("sites", "full") else (SCHEDULED,)
     chosen = (next(((name, value) for name, value in names.items() if known(device, name, value)), None) for names in wanted)

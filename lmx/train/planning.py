@@ -18,7 +18,7 @@ from lmx.data.recipe import Data
 from lmx.kernels.attention import LONG
 from lmx.models import experts, stack, transformer
 from lmx.models.config import Transformer, is_local
-from lmx.parallel import absent, chips, cost, hlo, overlap, roofline
+from lmx.parallel import absent, chips, cost, hlo, roofline
 from lmx.parallel.chips import Chip
 from lmx.parallel.cost import Work
 from lmx.parallel.feed import batch_sharding
@@ -254,14 +254,13 @@ def compile_step(experiment: Experiment, chip: str | None = None) -> hlo.Compile
         )
     start = time.perf_counter()
     mesh = make_mesh(experiment.layout, devices)
-    program = build(experiment, mesh if chip is None else mesh.abstract_mesh)
+    program = build(experiment, mesh.abstract_mesh if chip and experiment.layout.offload else mesh)
     batch = batch_structs(experiment, batch_sharding(program.mesh, microbatches=True))
-    if chip is None:
+    if program.mesh is mesh:
         with jax.set_mesh(mesh):
             made = program.step.jitted.lower(program.abstract, batch).compile()
     else:
-        told = overlap.options(mesh, experiment.layout.remat)
-        made = absent.compiled(program.step.jitted, mesh, program.abstract, batch, options=told)
+        made = absent.compiled(program.step.jitted, mesh, program.abstract, batch)
     target = "simulated CPU devices" if chip is None else chips.chip(chip).kind
     return hlo.read(made, mesh, target, time.perf_counter() - start)
 

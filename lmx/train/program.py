@@ -75,6 +75,7 @@ def build(experiment: Experiment, mesh: Mesh | AbstractMesh | None = None) -> Pr
         split=None if plain else rules(layout, split=layout.zero >= 2),
         exchange=layout.exchange,
         precision=precision,
+        attention="auto" if isinstance(mesh, Mesh) else "xla",  # cuDNN's cannot be lowered where there are no devices
         remat=layout.remat,
         sites=layout.sites,
         offload="activations" in layout.offload,

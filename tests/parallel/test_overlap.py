@@ -6,11 +6,9 @@ import pytest
 from lmx.data.recipe import Data
 from lmx.models.config import Transformer
 from lmx.parallel import absent, hlo, overlap
-from lmx.parallel.feed import batch_sharding
 from lmx.parallel.layout import Layout, make_mesh
 from lmx.train.experiment import Experiment
-from lmx.train.planning import batch_structs
-from lmx.train.program import build
+from lmx.train.planning import compile_step
 
 SCHEDULED = """
 %fused (a: f32[8,8], b: f32[8,8]) -> f32[8,8] {
@@ -46,10 +44,9 @@ def test_a_cpu_and_a_single_device_are_told_nothing():
 
 
 def test_an_option_is_set_under_the_newest_name_that_is_known_and_left_out_where_none_is(monkeypatch):
-    class Absent:
-        size, flat = 8, [type("Device", (), {"platform": "gpu", "process_index": 0})]
-
-    mesh = type("Mesh", (), {"devices": Absent})
+    mesh = make_mesh(Layout(fsdp=8)).abstract_mesh
+    monkeypatch.setattr(overlap.absent, "prepared", lambda: True)
+    monkeypatch.setattr(overlap.absent, "devices", lambda number: [type("Device", (), {"platform": "gpu"})])
     (scheduler,) = overlap.SCHEDULED
     monkeypatch.setattr(overlap, "known", lambda device, name, value: name != "xla_gpu_pipeline_all_reduce")
     assert list(overlap.options(mesh, "full")) == [scheduler, "xla_gpu_pipeline_reduce_scatter", "xla_gpu_enable_pipelined_all_reduce"]
@@ -67,41 +64,33 @@ def test_an_unknown_option_is_found_out_by_the_compiler():
 # For absent H100s. `pytest -m aot -n 0`, where the extra `cuda` is installed.
 
 
-@pytest.fixture(scope="module")
-def step():
-    """Eight layers' step on eight H100s, ZeRO-3, lowered; and its mesh."""
+def loops() -> dict[tuple[str, bool], float]:
+    """The share of bytes beside products of each kind of collective in the scans, forward and backward (True), of eight layers' step on
+    eight H100s."""
+    model = Transformer(vocab=8192, layers=8, embed=2048, heads=16, mlp=8192, context=2048)
+    layout = Layout(fsdp=8, zero=3, remat="full")
+    run = Experiment(name="overlap", data=Data(train="unread", length=2048), model=model, layout=layout, precision="bf16", batch=64)
+    found = [c for c in compile_step(run, "h100").collectives if c.times > 1]
+    return {
+        (kind, back): hlo.covered(c for c in found if c.kind == kind and ("transpose(jvp" in c.name) == back)
+        for kind in ("all-gather", "reduce-scatter")
+        for back in (False, True)
+    }
+
+
+@pytest.mark.aot
+def test_layers_are_gathered_and_gradients_summed_beside_products(monkeypatch):
     if not absent.installed():
         pytest.skip("the extra cuda is not installed")
     absent.prepare()
     try:
-        devices = absent.devices(8)
+        absent.devices(8)
     except RuntimeError:
         pytest.skip("JAX has started without the CUDA plugin; run these alone: pytest -m aot -n 0")
-    model = Transformer(vocab=8192, layers=8, embed=2048, heads=16, mlp=8192, context=2048)
-    layout = Layout(fsdp=8, zero=3, remat="full")
-    run = Experiment(name="overlap", data=Data(train="unread", length=2048), model=model, layout=layout, precision="bf16", batch=64)
-    program = build(run, make_mesh(layout, devices))
-    batch = batch_structs(run, batch_sharding(program.mesh, microbatches=True))
-    with jax.set_mesh(program.mesh):
-        return program.mesh, program.step.jitted.lower(program.abstract, batch)
-
-
-def loops(text: str, mesh) -> dict[tuple[str, bool], float]:
-    """The share of bytes beside products of each kind of collective, in scans: forward, and backward (True)."""
-    shares = {}
-    for kind in ("all-gather", "reduce-scatter"):
-        for back in (False, True):
-            own = [c for c in hlo.collectives(text, mesh) if c.kind == kind and c.times > 1 and ("transpose(jvp" in c.name) == back]
-            shares[kind, back] = hlo.covered(own)
-    return shares
-
-
-@pytest.mark.aot
-def test_layers_are_gathered_and_gradients_summed_beside_products(step):
-    mesh, lowered = step
-    told = loops(lowered.compile().as_text(), mesh)
-    silent = {name: "COLLECTIVE_PIPELINING_MODE_OFF" for names in overlap.GRADIENTS for name, v in names.items() if v == overlap.PIPELINED}
-    untold = loops(lowered.compile(silent | dict.fromkeys(overlap.SCHEDULED, False)).as_text(), mesh)
+    told = loops()
+    off = {name: "COLLECTIVE_PIPELINING_MODE_OFF" for names in overlap.GRADIENTS for name, v in names.items() if v == overlap.PIPELINED}
+    monkeypatch.setattr(overlap, "options", lambda mesh, remat: off | dict.fromkeys(overlap.SCHEDULED, False))
+    untold = loops()
     assert all(told[key] >= untold[key] for key in told)
     assert told["all-gather", False] > 0.45
     assert told["all-gather", True] > 0.7 > 0.6 > untold["all-gather", True]
