@@ -352,8 +352,8 @@ def memory(
 def _of_a_pass(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
     (grads, largest), layout = gradients(work, specs), work.layout
     kept_here, unreduced = activations(work, cpu=cpu), _unreduced(work)
-    if "activations" in layout.offload:  # one layer's are on their way
-        kept_here = {name: size // work.depth for name, size in kept_here.items()}
+    if "activations" in layout.offload:  # one layer's are used, one's on their way
+        kept_here = {name: min(2, work.depth) * size // work.depth for name, size in kept_here.items()}
     table = work.here.vocab * work.embed
     read = table * (work.compute + (work.master if layout.zero == 3 and layout.fsdp > 1 else 0))
     masked, masked_again = _masks(work)

@@ -165,7 +165,7 @@ def _of_state(layout: Layout) -> Layout:
 @lru_cache(4096)
 def state_bytes(model: Transformer, recipe: optimizers.Optimizer, steps: int, precision: str, layout: Layout) -> MappingProxyType:
     """Bytes on one device of parameters, optimizer state and the rest of the state, which lie there all along, and in its host's memory:
-    exact; and of what is fetched from there at once, `layer` by a pass and `update` by the update, which fetches a layer ahead."""
+    exact; and of what is fetched from there at once, `layer` by a pass and `update` by the update, each a layer ahead."""
     mesh = AbstractMesh(tuple(getattr(layout, a) for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     shapes = _shapes(model, recipe, steps, precision)
     where = state_shardings(_specs(model), shapes, mesh, layout)
@@ -179,7 +179,7 @@ def state_bytes(model: Transformer, recipe: optimizers.Optimizer, steps: int, pr
         "optimizer, host": cost.held(state.optimizer, in_host=True),
     }
     layers = 2 * max((params[g] + optimizer[g] for g in params | optimizer if g >= 0), default=0)
-    return MappingProxyType(whole | {"layer": max(params.values(), default=0), "update": layers + optimizer[-1]})
+    return MappingProxyType(whole | {"layer": 2 * max(params.values(), default=0), "update": layers + optimizer[-1]})
 
 
 def _waiting(tree: Tree, model: Transformer) -> Iterator[Counter]:
