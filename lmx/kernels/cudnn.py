@@ -12,6 +12,8 @@ from jaxtyping import Float
 from lmx.kernels.masks import Mask
 
 TYPES = ("bfloat16", "float16")
+WIDEST = 128
+"""Of heads; on Hopper it could be 256."""
 LONGEST = 8192
 """Up to this many keys segments are worth an array of queries by keys."""
 
@@ -20,8 +22,8 @@ def refusal(q: Array, k: Array, mask: Mask, *, softcap, slopes, keep) -> str | N
     """What of a call cuDNN cannot do, or None."""
     if q.dtype not in TYPES or k.dtype != q.dtype:
         return f"computes in {' or '.join(TYPES)}, not {q.dtype}"
-    if q.shape[-1] % 8 or q.shape[-1] > 128:
-        return f"takes head dimensions that are multiples of 8 up to 128, not {q.shape[-1]}"
+    if q.shape[-1] % 8 or q.shape[-1] > WIDEST:
+        return f"takes head dimensions that are multiples of 8 up to {WIDEST}, not {q.shape[-1]}"
     for name, value in (("soft cap", softcap), ("ALiBi", slopes), ("dropout", keep)):
         if value is not None:
             return f"takes no {name}"

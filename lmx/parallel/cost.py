@@ -39,6 +39,7 @@ class Work:
       period: layers of the pattern that the stack repeats, of which rematerialisation recomputes all at once.
       masks: kinds of attention masks (all earlier tokens, a window).
       dense: whether attention forms every score (else in tiles).
+      fused: whether attention is cuDNN's, which forms neither; a mask of segments is an array all the same.
       post: whether norms follow the residual sums.
       mixtures: how many of the layers are mixtures of experts; then
       experts, choices, expert_mlp, shared: how many there are, how many a token takes, their width, that of the shared ones.
@@ -67,6 +68,7 @@ class Work:
     period: int = 1
     masks: int = 1
     dense: bool = True
+    fused: bool = False
     post: bool = False
     mixtures: int = 0
     experts: int = 0
@@ -203,7 +205,8 @@ def kept(work: Work, *, mixture: bool = False, cpu: bool = False) -> dict[str, i
     found = {
         "inputs of norms": work.norms * work.between,
         "inputs of projections": (work.reads - mixture) * work.whole + queries,
-        "queries, keys, values": (3 * queries if work.dense else queries + 2 * keys) + (queries + keys if work.qk_norm else 0),
+        "queries, keys, values": (3 * queries if work.dense else (2 if work.fused else 1) * queries + 2 * keys)
+        + (queries + keys if work.qk_norm else 0),
         "feed-forward": hidden,
     }
     if mixture:
@@ -229,10 +232,11 @@ def activations(work: Work, *, cpu: bool = False) -> dict[str, int]:
 
 
 def mask(work: Work) -> int:
-    """Bytes of the attention mask, fp32: XLA computes it once for all layers, tiles of chunked attention too."""
+    """Bytes of the attention mask: XLA computes it once for all layers, tiles of chunked attention too. In fp32; cuDNN's is in the compute
+    type, beside the booleans that it comes from."""
     here, n = work.here, work.layout.context
     parts = 1 if n == 1 else n - 1 if work.layout.exchange == "ring" else n**2
-    return work.masks * 4 * here.rows * here.length**2 * parts
+    return work.masks * (work.compute + 1 if work.fused else 4) * here.rows * here.length**2 * parts
 
 
 def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
@@ -243,6 +247,8 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
     scores = work.scores
     if work.dropout:  # the textbook's attention, and the masks' random bits
         attention = scores * (26 if cpu else 19 if layout.remat == "dots" else 14) + 4 * queries * work.compute
+    elif work.fused:
+        attention = (4 * queries + 4 * keys) * work.compute
     elif work.dense:
         attention = scores * (4 + 2 * work.compute) + 4 * queries * work.compute
     else:
@@ -260,6 +266,8 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
         if layout.remat != "none" and not cpu:  # by then the layer's attention has been formed again
             feed += scores * work.compute + (3 * queries + 2 * keys) * work.compute
     found = max(attention + work.whole, feed) + _weights(work, specs, gradients=True, cpu=cpu)
+    if layout.remat == "full" and layout.devices > 1 and not cpu:  # a layer's gradients are reduced in the next one's turn
+        found += layer_numbers(specs, layout) * work.master
     everything = replace(work, layout=replace(layout, remat="none"))
     anew = {name: size for name, size in kept(everything, mixture=work.mixed > 0, cpu=cpu).items() if layout.remat != "none"}
     if cpu:
@@ -296,7 +304,7 @@ def _forward(work: Work, specs: Tree) -> int:
     tokens = here.rows * here.length
     scores = (
         tokens * here.heads * here.length * (4 + work.compute) if work.dense else 4 * tokens * work.layout.context * min(TILE, here.length)
-    )
+    ) * (not work.fused)
     feed = (2 if work.gated else 1) * tokens * here.mlp * work.compute
     return max(scores, feed) + 3 * work.whole + _weights(work, specs, gradients=False)
 
@@ -402,4 +410,4 @@ def _unreduced(work: Work) -> int:
 def _masks(work: Work) -> tuple[dict[str, int], dict[str, int]]:
     """The attention mask, in the forward pass and in the backward pass: one in tiles is made anew where a layer is recomputed."""
     masked = {"attention mask": mask(work)}
-    return masked, masked if work.dense or work.layout.remat == "none" else {}
+    return masked, masked if work.dense or work.fused or work.layout.remat == "none" else {}

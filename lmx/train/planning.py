@@ -15,6 +15,7 @@ from lmx.core.config import ConfigError
 from lmx.core.precision import POLICIES
 from lmx.core.tree import Tree, named_leaves
 from lmx.data.recipe import Data
+from lmx.kernels import cudnn
 from lmx.kernels.attention import LONG
 from lmx.models import experts, stack, transformer
 from lmx.models.config import Transformer, is_local
@@ -80,7 +81,8 @@ def plan(experiment: Experiment, *, chip: str = "h100", compiled: bool = False, 
     """
     experiment = settled(experiment)
     kind = chips.chip(chip)
-    found, specs = work(experiment), _specs(experiment.model)
+    found = work(experiment, on_gpu=not cpu and kind.kind.startswith("NVIDIA"))
+    specs = _specs(experiment.model)
     whole = state_bytes(experiment.model, experiment.optimizer, experiment.steps, experiment.precision, _of_state(experiment.layout))
     rest = whole["rest"] + _batch_bytes(experiment)
     state = {"parameters": whole["parameters"], "optimizer": whole["optimizer"]}
@@ -118,10 +120,17 @@ def settled(experiment: Experiment) -> Experiment:
     return experiment
 
 
-def work(experiment: Experiment) -> Work:
-    """What the cost of an experiment's step depends on."""
+def work(experiment: Experiment, *, on_gpu: bool = False) -> Work:
+    """What the cost of an experiment's step depends on; `on_gpu`: whether `lmx.kernels.cudnn` is there."""
     model, layout, precision = experiment.model, experiment.layout, POLICIES[experiment.precision]
     ring = layout.context > 1 and layout.exchange == "ring"
+    fused = (
+        on_gpu
+        and not (ring or layout.offload or model.dropout or model.attention_softcap is not None or model.positions == "alibi")
+        and precision.compute in cudnn.TYPES
+        and model.head_size in range(8, cudnn.WIDEST + 1, 8)
+        and experiment.data.length in range(2, cudnn.LONGEST + 1, 2)
+    )
     return Work(
         layout=layout,
         rows=experiment.batch // experiment.microbatches,
@@ -142,7 +151,8 @@ def work(experiment: Experiment) -> Work:
         positions=model.context if model.positions == "learned" else 0,
         period=min(len(model.pattern), model.layers),
         masks=len({is_local(kind) for kind in model.pattern}),
-        dense=not ring and experiment.data.length <= LONG and model.attention_softcap is None,
+        fused=fused,
+        dense=not fused and not ring and experiment.data.length <= LONG and model.attention_softcap is None,
         post=model.norm_placement == "post",
         mixtures=model.mixtures,
         experts=model.experts,
