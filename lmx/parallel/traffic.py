@@ -29,6 +29,10 @@ class Traffic:
         return self.size * self.times
 
 
+SITES = {"up": "hidden", "gate": "hidden"}
+"""Where `remat` sites keeps the products that are not called as the site is."""
+
+
 def traffic(work: Work, specs: Tree, *, cpu: bool = False) -> list[Traffic]:
     """The collectives of a step, larger ones first.
 
@@ -40,8 +44,8 @@ def traffic(work: Work, specs: Tree, *, cpu: bool = False) -> list[Traffic]:
         for one itself, as head, embedding and experts do, it is one there too), sums the gradients of a sublayer's several projections one
         by one, gathers weights once for recomputation and backward pass together, and tables once for all ticks of a pipeline.
     """
-    if work.layout.remat == "sites":  # what is kept saves products, and nothing that is sent
-        work = replace(work, layout=replace(work.layout, remat="full", sites=()))
+    if work.layout.remat == "sites":  # what is kept saves products, and the gathers of their weights
+        work = replace(work, layout=replace(work.layout, remat="full"))
     found = [*_of_weights(work, specs, cpu), *_of_sublayers(work, cpu), *_of_experts(work), *_of_ends(work, specs, cpu)]
     found += [*_of_attention(work), *_of_pipeline(work, specs)]
     return sorted((t for t in found if t.size and t.times and t.axes), key=lambda t: -t.volume)
@@ -120,7 +124,8 @@ def _gathered_again(work: Work, name: str, spec: ParamSpec, cpu: bool) -> bool:
     The last product of a layer is not, unless a norm reads it; experts, whose gathers are the code's own, share them with the backward pass but
     for one.
     """
-    if work.layout.remat != "full":
+    product = name.split("/")[-2]
+    if work.layout.remat != "full" or SITES.get(product, product) in work.layout.sites:
         return False
     if _is_expert(spec):
         return "/up/" in f"/{name}/"
