@@ -77,6 +77,16 @@ class ParamSpec:
         if len(self.shape) != len(self.axes):
             raise ValueError(f"a parameter of shape {self.shape} needs {len(self.shape)} axis names, not {self.axes}")
 
+    @property
+    def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """One layer's (and expert's) parameter as a matrix: its rows' dimensions, which a product contracts, and its columns', the rest.
+
+        A table has a row for each entry, and what a layer adds or multiplies by (a bias, a scale) is one column.
+        """
+        first = sum(axis in ("layers", "experts") for axis in self.axes)
+        end = first + (self.inputs or (len(self.shape) - first if self.layers else 1))
+        return tuple(range(first, end)), tuple(range(end, len(self.shape)))
+
 
 def is_spec(x) -> bool:
     return isinstance(x, ParamSpec)

@@ -1,5 +1,6 @@
 """Logical axes to mesh axes: where parameters live and where activations are."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -66,19 +67,23 @@ def _sharding(spec: ParamSpec, mesh: Mesh, rules: Rules, memory: str | None) -> 
 def like_parameters(tree: Tree, specs: Tree, mesh: Mesh, rules: Rules, *, in_host: bool = False) -> Tree:
     """Shardings for a tree that holds trees of parameters somewhere inside (an optimizer's state).
 
-    A leaf whose name ends in a parameter's name and that has its shape is sharded as the parameter (`in_host`: and in the host's memory);
-    every other is replicated, on the device.
+    A leaf whose name ends in a parameter's name, and that has its dimensions or some number of each's parts (a mean over them, a scale for
+    each block), is sharded as the parameter (`in_host`: and in the host's memory); every other is replicated, on the device.
     """
     by_name = {name_of(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)}
 
     def sharding(path: tuple, leaf) -> NamedSharding:
         for start in range(len(path)):
             spec = by_name.get(name_of(path[start:]))
-            if spec is not None and spec.shape == leaf.shape:
-                return _sharding(spec, mesh, rules, HOST if in_host else None)
+            if spec is not None and _parts(leaf.shape, spec.shape):
+                return _sharding(replace(spec, shape=leaf.shape), mesh, rules, HOST if in_host else None)
         return NamedSharding(mesh, P())
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def _parts(some: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    return len(some) == len(whole) and all(n % m == 0 for m, n in zip(some, whole, strict=True))
 
 
 def placed(params: Tree, specs: Tree, execution: Execution) -> Tree:

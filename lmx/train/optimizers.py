@@ -11,6 +11,7 @@ from optax import contrib
 
 from lmx.core.params import ParamSpec, is_spec
 from lmx.core.tree import Tree
+from lmx.train import factored, quantised
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,28 @@ class AdamW(Recipe):
 
 
 @dataclass(frozen=True)
+class Adam8bit(AdamW):
+    """AdamW with moments in eight bits each (Dettmers et al., 2022), but for small parameters."""
+
+    def update(self, rate: Callable, specs: Tree) -> optax.GradientTransformation:
+        tiles = jax.tree.map(lambda spec: quantised.tile(spec) or optax.MaskedNode(), specs, is_leaf=is_spec)
+        labels = jax.tree.map(lambda spec: "eight" if quantised.tile(spec) else "full", specs, is_leaf=is_spec)
+        moments = (self.b1, self.b2, self.epsilon)
+        return optax.chain(
+            optax.partition({"eight": quantised.scale_by_adam(*moments, tiles), "full": optax.scale_by_adam(*moments)}, labels),
+            optax.add_decayed_weights(self.weight_decay, decayed(specs)),
+            optax.scale_by_learning_rate(rate),
+        )
+
+
+@dataclass(frozen=True)
 class Adafactor(Recipe):
     """Adafactor (Shazeer and Stern, 2018): second moments as row and column means, no first moment."""
 
     def update(self, rate: Callable, specs: Tree) -> optax.GradientTransformation:
         return optax.chain(
-            optax.scale_by_factored_rms(),
-            optax.clip_by_block_rms(1.0),
+            factored.scale_by_factored_rms(specs),
+            factored.clip_by_matrix_rms(specs, 1.0),
             optax.add_decayed_weights(self.weight_decay, decayed(specs)),
             optax.scale_by_learning_rate(rate),
         )
@@ -143,7 +159,7 @@ class SGD(Recipe):
         return optax.chain(optax.add_decayed_weights(self.weight_decay, decayed(specs)), optax.sgd(rate, self.momentum or None))
 
 
-Optimizer = AdamW | Adafactor | Lion | Muon | SGD
+Optimizer = AdamW | Adam8bit | Adafactor | Lion | Muon | SGD
 
 
 def build(recipe: Optimizer, steps: int, specs: Tree) -> tuple[optax.GradientTransformation, Callable]:
@@ -162,7 +178,4 @@ def _is_matrix(spec: ParamSpec) -> bool:
 
 
 def _matrix(spec: ParamSpec) -> contrib.MuonDimensionNumbers | optax.MaskedNode:
-    """A layer's weight as a matrix: what it contracts against the rest."""
-    if not _is_matrix(spec):
-        return optax.MaskedNode()
-    return contrib.MuonDimensionNumbers(tuple(range(1, 1 + spec.inputs)), tuple(range(1 + spec.inputs, len(spec.shape))))
+    return contrib.MuonDimensionNumbers(*spec.sides) if _is_matrix(spec) else optax.MaskedNode()

@@ -1,17 +1,21 @@
 """Optimizers against independent NumPy versions, schedules against their formulas."""
 
 import dataclasses
+import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import optax.contrib
 import pytest
 
-from lmx.core.params import initial_values
+from lmx.core.params import ParamSpec, initial_values, is_spec
 from lmx.core.tree import named_leaves
 from lmx.models import transformer
 from lmx.models.config import Transformer
-from lmx.train.optimizers import SGD, Adafactor, AdamW, Lion, Muon, Schedule, build, decayed
+from lmx.train.optimizers import SGD, Adafactor, Adam8bit, AdamW, Lion, Muon, Schedule, build, decayed
 
 SPECS = transformer.specs(
     Transformer(vocab=16, layers=2, embed=8, heads=2, mlp=12, bias=True, norm="layernorm", positions="learned", context=8)
@@ -100,7 +104,7 @@ RULES = {AdamW: adamw, Lion: lion, SGD: sgd}
 def test_three_steps_equal_an_independent_version(recipe):
     start, gradients, after = trajectory(recipe)
     decays = named_leaves(decayed(SPECS))
-    specs = named_leaves(SPECS, is_leaf=lambda x: hasattr(x, "axes"))
+    specs = named_leaves(SPECS, is_leaf=is_spec)
     for name, p in start.items():
         decay, own = (recipe.weight_decay if decays[name] else 0.0), [g[name] for g in gradients]
         if isinstance(recipe, Muon) and specs[name].inputs:
@@ -115,8 +119,6 @@ def test_three_steps_equal_an_independent_version(recipe):
 def test_adafactor_equals_an_independent_version_where_it_factors():
     recipe = Adafactor(learning_rate=0.01, schedule=FLAT, weight_decay=0.0)
     random = np.random.default_rng(0)
-    from lmx.core.params import ParamSpec
-
     specs = {"w": ParamSpec((130, 140), ("embed", "mlp"), 1)}
     p = random.normal(size=(130, 140))
     transform, _ = build(recipe, 10, specs)
@@ -172,7 +174,7 @@ def test_a_run_shorter_than_its_warmup_still_has_a_schedule():
 
 def test_recipes_have_no_field_without_a_reader():
     """Every knob of every optimizer changes what it does."""
-    for recipe in (AdamW(), Adafactor(), Lion(), Muon(), SGD(weight_decay=0.01)):
+    for recipe in (AdamW(), Adam8bit(), Adafactor(), Lion(), Muon(), SGD(weight_decay=0.01)):
         _, _, plain = trajectory(dataclasses.replace(recipe, schedule=FLAT))
         for field in dataclasses.fields(recipe):
             if field.name in ("schedule", "clip"):  # read by build and by the step
@@ -181,3 +183,47 @@ def test_recipes_have_no_field_without_a_reader():
             changed = dataclasses.replace(recipe, schedule=FLAT, **{field.name: value * 0.7 + 1e-3})
             _, _, other = trajectory(changed)
             assert any((plain[name] != other[name]).any() for name in plain), f"{type(recipe).__name__}.{field.name} does nothing"
+
+
+MIXED = transformer.specs(
+    Transformer(vocab=160, layers=2, embed=136, heads=8, kv_heads=2, mlp=192, experts=2, expert_mlp=144, shared_experts=1, tied=False)
+)
+ROWS_AND_COLUMNS = partial(jax.tree.map, lambda _: optax.contrib.MuonDimensionNumbers(0, 1))
+TO_ADAMS_SIZE = optax.stateless(lambda updates, _: jax.tree.map(lambda u: 0.2 * math.sqrt(max(u.shape)) * u, updates))
+ALONE = {
+    Adafactor: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
+    Muon: optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=ROWS_AND_COLUMNS), TO_ADAMS_SIZE),
+}
+"""What optax does of one matrix, or vector."""
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_each_layers_and_experts_matrix_is_one_of_its_own(kind):
+    """Stacked parameters move as each layer's and expert's `[in, out]` does by itself."""
+    specs = {
+        name: spec for name, spec in named_leaves(MIXED, is_leaf=is_spec).items() if kind is Adafactor or (spec.layers and spec.inputs)
+    }
+
+    def apart(tree):
+        found = {}
+        for name, spec in specs.items():
+            stacked = spec.shape[: sum(axis in ("layers", "experts") for axis in spec.axes)]
+            shape = spec.shape[len(stacked) :]
+            rows = math.prod(shape[: spec.inputs or 1])
+            found |= {(name, place): tree[name][place].reshape((rows, -1) if len(shape) > 1 else rows) for place in np.ndindex(*stacked)}
+        return found
+
+    together, _ = build(kind(learning_rate=1.0, weight_decay=0.0, schedule=FLAT), 10, specs)
+    params = initial_values(jax.random.key(0), specs)
+    state, alone = together.init(params), ALONE[kind].init(apart(params))
+    for step in range(STEPS):
+        keys = dict(zip(specs, jax.random.split(jax.random.key(step + 1), len(specs)), strict=True))
+        gradient = {
+            name: jax.random.normal(keys[name], spec.shape) * 10.0 ** -jnp.arange(spec.shape[0]).reshape([-1] + [1] * (len(spec.shape) - 1))
+            for name, spec in specs.items()
+        }
+        updates, state = jax.jit(together.update)(gradient, state, params)
+        expected, alone = jax.jit(ALONE[kind].update)(apart(gradient), alone, apart(params))
+        for place, update in apart(updates).items():
+            np.testing.assert_allclose(-update, expected[place], rtol=1e-4, atol=1e-4, err_msg=str(place))
+    assert any("experts" in spec.axes for spec in specs.values())
