@@ -19,8 +19,8 @@ EPSILON = 1e-30
 
 
 class MeanSquares(NamedTuple):
-    """Adafactor's state, fp32 at least: steps taken; of a factored matrix the means of its rows and of its columns, with dimensions of 1 in the place
-    of what they are over; of any other parameter all mean squares as `rows`, and no `columns`."""
+    """Adafactor's state, fp32 at least: steps taken; of a factored matrix the means of its rows and of its columns, with dimensions of 1 in
+    the place of what they are over; of any other parameter all mean squares as `rows`, and no `columns`."""
 
     count: Array
     rows: Tree
