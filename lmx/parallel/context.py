@@ -17,7 +17,6 @@ from jax import Array
 from lmx.core.execution import Execution
 from lmx.kernels import chunked
 from lmx.kernels.masks import Mask
-from lmx.kernels.wide import wide
 from lmx.parallel.layout import divisors
 from lmx.parallel.manual import axes
 
@@ -89,23 +88,27 @@ def _backward(static, saved, g):
     q, k, v, mask, slopes, out, lse = saved
     delta = chunked.weigh(g, out)
 
-    def hop(found, k, v, mask):
-        dq, dk, dv = chunked.backward(static, q, k, v, mask, slopes, lse, delta, g)
-        return found[0] + dq, (dk, dv)
-
     n = jax.lax.axis_size(AXIS)
 
-    # The gradients of keys and values travel with them, one hop behind, and come home with the last.
-    def step(carry, h):
-        dq, (k, v, about), gradients = carry
-        following = _next((k, v, about))
-        (dq, found) = hop((dq, None), k, v, _at(mask, about, h))
-        gradients = jax.tree.map(jnp.add, _next(gradients), found)
-        return (dq, following, gradients), None
+    def hop(dq, keys, h):
+        k, v, about = keys
+        more, *found = chunked.backward(static, q, k, v, _at(mask, about, h), slopes, lse, delta, g)
+        return dq + more, found
 
-    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, wide(a.dtype)), (q, (k, v)))
-    (dq, _, gradients), _ = jax.lax.scan(step, (zero[0], (k, v, _of_keys(mask)), zero[1]), jnp.arange(n))
-    dk, dv = _next(gradients)
+    # The gradients of keys and values travel with them, one hop behind, and come home with one more.
+    def step(carry, h):
+        dq, keys, gradients = carry
+        following, arrived = _next((keys, gradients))
+        dq, found = hop(dq, keys, h)
+        return (dq, following, jax.tree.map(jnp.add, arrived, found)), None
+
+    keys = (k, v, _of_keys(mask))
+    following = _next(keys)
+    dq, gradients = hop(0.0, keys, 0)
+    (dq, keys, gradients), _ = jax.lax.scan(step, (dq, following, gradients), jnp.arange(1, n - 1))
+    arrived = _next(gradients)
+    dq, found = hop(dq, keys, n - 1)
+    dk, dv = _next(jax.tree.map(jnp.add, arrived, found))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 

@@ -231,8 +231,8 @@ def _of_attention(work: Work) -> list[Traffic]:
     queries, keys = (tokens * heads * work.head_dim for heads in (here.heads, here.kv_heads))
     forwards = work.forwards + (layout.remat != "none")
     if layout.exchange == "ring":
-        around = Traffic("collective-permute", axes, 2 * keys * work.compute, (forwards * (n - 1) + n) * times, "keys and values")
-        return [around, Traffic("collective-permute", axes, 2 * 4 * keys, (n + 1) * times, "gradients of keys and values")]
+        around = Traffic("collective-permute", axes, 2 * keys * work.compute, (forwards + 1) * (n - 1) * times, "keys and values")
+        return [around, Traffic("collective-permute", axes, 2 * 4 * keys, n * times, "gradients of keys and values")]
     sent = 2 * (queries + keys * repeats(here.heads, here.kv_heads, n)) * work.compute
     return [Traffic("all-to-all", axes, sent, (forwards + 1) * times, "heads for positions")]
 
