@@ -22,7 +22,7 @@ from lmx.train.checkpoints import Checkpoints
 from lmx.train.objectives import CausalLM
 from lmx.train.optimizers import AdamW, Optimizer
 
-RESUMABLE = ("layout", "hosts", "steps", "log_every", "evaluation", "samples", "checkpoints", "folder", "start")
+RESUMABLE = ("layout", "hosts", "microbatches", "steps", "log_every", "evaluation", "samples", "checkpoints", "folder", "start")
 """What may change when a run is resumed; anything else would make it another run."""
 
 

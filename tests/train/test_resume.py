@@ -139,10 +139,10 @@ def hashed(monkeypatch):
     return found
 
 
-LAYOUTS = [Layout(data=4), Layout(fsdp=4, tensor=2), Layout(tensor=4, remat="full")]
+LAYOUTS = [Layout(data=4), Layout(fsdp=4, tensor=2), Layout(tensor=4, remat="full"), Layout(fsdp=2, remat="full", offload=("optimizer", "params"))]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["data=4", "fsdp=4 tensor=2", "tensor=4"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["data=4", "fsdp=4 tensor=2", "tensor=4", "fsdp=2 offload"])
 def test_on_another_mesh_every_later_batch_is_equal_and_the_state_within_a_bound(layout, experiment, hashed):
     gentle = SGD(learning_rate=0.1, schedule=Schedule(kind="constant", warmup=0))
     whole = loop.run(loop.prepare_run(experiment(name="whole", optimizer=gentle)))

@@ -41,7 +41,7 @@ def test_a_step_that_does_not_fit_names_rows_and_knobs_and_loses_nothing(experim
     assert "--layout.remat dots or full, or --microbatches 2" in message
     monkeypatch.setattr(loop, "build", build)
     assert "step 2/6" in capsys.readouterr().out
-    result = loop.main(run, ["--start", "resume", "--layout.remat", "full"])
+    result = loop.main(run, ["--start", "resume", "--layout.remat", "full", "--microbatches", "2"])
     assert int(result.state.step) == run.steps
     assert "step 3/6" in (resumed := capsys.readouterr().out)
     assert "step 2/6" not in resumed
