@@ -57,7 +57,7 @@ def draw_memory(plans: Sequence[Plan], axes: "Axes") -> None:
     """A bar a plan, stacked by part, with the chip's memory as a line."""
     from matplotlib.transforms import ScaledTranslation
 
-    labels = [label(plan.experiment) for plan in plans]
+    rows = np.arange(len(plans))  # not the labels: two plans may look alike in them
     memory, fullest = plans[0].chip.memory / 1e9, max(plan.total for plan in plans) / 1e9
     beyond = fullest < 0.35 * memory  # too far right to show
     most = fullest if beyond else max(fullest, memory)
@@ -67,7 +67,7 @@ def draw_memory(plans: Sequence[Plan], axes: "Axes") -> None:
         if sizes.max() < 0.002 * most:
             left += sizes
             continue
-        axes.barh(labels, sizes, left=left, color=colour, edgecolor="white", linewidth=0.8, height=0.62, label=name)
+        axes.barh(rows, sizes, left=left, color=colour, edgecolor="white", linewidth=0.8, height=0.62, label=name)
         ink = "white" if name in ("parameters", "gradients", "head and loss", "at work") else "#222222"
         for y, (start, size) in enumerate(zip(left, sizes, strict=True)):
             if size > 0.045 * most:
@@ -83,6 +83,7 @@ def draw_memory(plans: Sequence[Plan], axes: "Axes") -> None:
     where, side = (1.13 * most, "right") if beyond else (memory, "left")
     axes.text(where, -0.62, f" {gb(plans[0].chip.memory)} of memory{' →' if beyond else ''}", fontsize=8.5, va="center", ha=side)
     axes.set(xlabel="GB on each device, at the fullest moment of a step", xlim=(0, 1.13 * most))
+    axes.set_yticks(rows, [label(plan.experiment) for plan in plans])
     axes.set_ylim(len(plans) - 0.45, -0.8)
     axes.set_title(f"Memory by layout: {plans[0].experiment.name} on {plans[0].chip.kind}", loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
@@ -91,11 +92,12 @@ def draw_memory(plans: Sequence[Plan], axes: "Axes") -> None:
 
 
 def label(experiment: Experiment) -> str:
-    """A layout in a few words, on two lines."""
+    """A layout in a few words, on two lines or three."""
     layout = experiment.layout
     degrees = ", ".join(f"{axis} {getattr(layout, axis)}" for axis in AXES if getattr(layout, axis) > 1) or "one device"
     split = f"ZeRO-{layout.zero}, " if layout.fsdp > 1 else ""
-    return f"{degrees}\n{split}remat {layout.remat}, microbatches {experiment.microbatches}"
+    waiting = f"\nin the host: {', '.join(layout.offload)}" if layout.offload else ""
+    return f"{degrees}\n{split}remat {layout.remat}, microbatches {experiment.microbatches}{waiting}"
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,12 @@ def hashed(monkeypatch):
     return found
 
 
-LAYOUTS = [Layout(data=4), Layout(fsdp=4, tensor=2), Layout(tensor=4, remat="full"), Layout(fsdp=2, remat="full", offload=("optimizer", "params"))]
+LAYOUTS = [
+    Layout(data=4),
+    Layout(fsdp=4, tensor=2),
+    Layout(tensor=4, remat="full"),
+    Layout(fsdp=2, remat="full", offload=("optimizer", "params")),
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["data=4", "fsdp=4 tensor=2", "tensor=4", "fsdp=2 offload"])
