@@ -159,7 +159,8 @@ def _tiles(q, k, v, mask):
 
     tiles_q = (_tiled(q, q.shape[2] // k.shape[2], of_q), rows(queries, of_q, mask.query_index, mask.query_segments, mask.query_positions))
     tiles_k = (cut(k), cut(v), rows(keys, of_k, mask.key_index, mask.key_segments, mask.key_positions))
-    return tiles_q, tiles_k
+    # Masks of tiles depend on no layer: JAX would compute all of them, of a size that is quadratic in the length, ahead of a scan over layers.
+    return jax.lax.optimization_barrier((tiles_q, tiles_k))
 
 
 def _tiled(a: Array, groups: int, size: int) -> Array:

@@ -92,8 +92,8 @@ def _backward(static, saved, g):
 
     def hop(dq, keys, h):
         k, v, about = keys
-        more, *found = chunked.backward(static, q, k, v, _at(mask, about, h), slopes, lse, delta, g)
-        return dq + more, found
+        more, dk, dv = chunked.backward(static, q, k, v, _at(mask, about, h), slopes, lse, delta, g)
+        return dq + more, (dk, dv)
 
     # The gradients of keys and values travel with them, one hop behind, and come home with one more.
     def step(carry, h):
@@ -108,8 +108,8 @@ def _backward(static, saved, g):
     (dq, keys, gradients), _ = jax.lax.scan(step, (dq, following, gradients), jnp.arange(1, n - 1))
     arrived = _next(gradients)
     dq, found = hop(dq, keys, n - 1)
-    dk, dv = _next(jax.tree.map(jnp.add, arrived, found))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+    dk, dv = _next(jax.tree.map(lambda a, b, keys: (a + b).astype(keys.dtype), arrived, found, (k, v)))
+    return dq.astype(q.dtype), dk, dv, None, None
 
 
 _ring.defvjp(_forward, _backward)

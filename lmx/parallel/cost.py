@@ -232,11 +232,10 @@ def activations(work: Work, *, cpu: bool = False) -> dict[str, int]:
 
 
 def mask(work: Work) -> int:
-    """Bytes of the attention mask: XLA computes it once for all layers, tiles of chunked attention too. In fp32; cuDNN's is in the compute
-    type, beside the booleans that it comes from."""
-    here, n = work.here, work.layout.context
-    parts = 1 if n == 1 else n - 1 if work.layout.exchange == "ring" else n**2
-    return work.masks * (work.compute + 1 if work.fused else 4) * here.rows * here.length**2 * parts
+    """Bytes of the attention mask, computed once for all layers: in fp32 where every score is formed; cuDNN's in the compute type, beside
+    the booleans that it comes from. Tiles have theirs for the moment."""
+    size = work.compute + 1 if work.fused else 4 if work.dense else 0
+    return work.masks * size * work.here.rows * work.length**2
 
 
 def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
@@ -253,11 +252,8 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
         attention = scores * (4 + 2 * work.compute) + 4 * queries * work.compute
     else:
         tile = min(TILE, here.length)
-        row = 4 * tokens * (tile if layout.exchange == "ring" else tile * n)
-        hop = 2 * 4 * tokens * here.length + 16 * keys if n > 1 and layout.exchange == "ring" else 0
-        attention = (
-            row + hop + (8 if cpu else 12) * here.rows * here.heads * tile**2 + 8 * (queries + keys) + 2 * (queries + keys) * work.compute
-        )
+        hop = 16 * keys if n > 1 and layout.exchange == "ring" else 0
+        attention = hop + (8 if cpu else 24) * here.rows * here.heads * tile**2 + 8 * (queries + keys) + 2 * (queries + keys) * work.compute
     # What enters and what comes back, both whole, and the gradient through each projection before they are summed.
     feed = (5 if work.gated else 3) * tokens * here.mlp * work.compute + (4 if work.gated else 3) * work.whole
     if work.mixed:
@@ -302,9 +298,7 @@ def _forward(work: Work, specs: Tree) -> int:
     """Bytes that the forward pass of one layer holds beside what is kept."""
     here = work.here
     tokens = here.rows * here.length
-    scores = (
-        tokens * here.heads * here.length * (4 + work.compute) if work.dense else 4 * tokens * work.layout.context * min(TILE, here.length)
-    ) * (not work.fused)
+    scores = tokens * here.heads * here.length * (4 + work.compute) if work.dense else 0
     feed = (2 if work.gated else 1) * tokens * here.mlp * work.compute
     return max(scores, feed) + 3 * work.whole + _weights(work, specs, gradients=False)
 
@@ -364,12 +358,12 @@ def _of_a_pass(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
         kept_here = {name: min(2, work.depth) * size // work.depth for name, size in kept_here.items()}
     table = work.here.vocab * work.embed
     read = table * (work.compute + (work.master if layout.zero == 3 and layout.fsdp > 1 else 0))
-    masked, masked_again = _masks(work)
+    masked = {"attention mask": mask(work)}
     busy = working(work, specs, cpu=cpu) + (grads if cpu else largest)
     return [
         {**kept_here, **masked, "working set of a layer": _forward(work, specs) + read},
-        {**kept_here, **masked_again, "head and loss": loss_working(work, cpu=cpu)},
-        {**kept_here, **masked_again, "gradients": grads, "gradient of the head, whole": unreduced, "working set of a layer": busy},
+        {**kept_here, **masked, "head and loss": loss_working(work, cpu=cpu)},
+        {**kept_here, **masked, "gradients": grads, "gradient of the head, whole": unreduced, "working set of a layer": busy},
     ]
 
 
@@ -380,7 +374,7 @@ def _of_a_tick(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
     leaves = jax.tree.leaves(specs, is_leaf=is_spec)
     outer = work.master * sum(share(spec, layout, split=layout.zero >= 1) for spec in leaves if not spec.layers)
     layers = work.master * sum(share(spec, layout, split=layout.zero == 3) for spec in leaves if spec.layers)
-    masked, masked_again = _masks(work)
+    masked = {"attention mask": mask(work)}
     # A stage's gradients are formed apart from the sum so far; those of head and embedding likewise.
     formed = (grads - outer) // rounds
     # One stage of several is taken out of the device's layers, and its gradients are put back.
@@ -390,14 +384,14 @@ def _of_a_tick(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
     if cpu and work.written_out:  # whose stacks and masks XLA:CPU makes before the loop
         kept_here, formed = {name: 2 * size for name, size in kept_here.items()}, 2 * formed
         scores = 4 * work.scores * (work.dropout + work.period - 1)
-        masked_again = {"attention mask": mask(work) * (4 if work.dense else 1) + scores}
+        masked = {"attention mask": 4 * mask(work) + scores}
     flowing = {"stage inputs": work.flow.kept * work.between, "on their way": 2 * work.between, "gradients so far": grads}
     common = flowing | kept_here | taken
     busy = working(work, specs, cpu=cpu) + 4 * work.whole
     return [
         common | masked | {"gradient of the head, whole": unreduced + outer, "head and loss": loss_working(work, cpu=cpu)},
         common
-        | masked_again
+        | masked
         | {"gradients of a stage": formed, "gradients of head and embedding": 2 * outer + unreduced, "working set of a layer": busy},
     ]
 
@@ -405,9 +399,3 @@ def _of_a_tick(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
 def _unreduced(work: Work) -> int:
     """Bytes of the head's gradient, which is reduced last, with the embedding's."""
     return work.here.vocab * work.embed * work.master if work.layout.zero >= 1 and work.layout.fsdp > 1 else 0
-
-
-def _masks(work: Work) -> tuple[dict[str, int], dict[str, int]]:
-    """The attention mask, in the forward pass and in the backward pass: one in tiles is made anew where a layer is recomputed."""
-    masked = {"attention mask": mask(work)}
-    return masked, masked if work.dense or work.fused or work.layout.remat == "none" else {}

@@ -224,15 +224,18 @@ def _of_ends(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
 
 
 def _of_attention(work: Work) -> list[Traffic]:
-    """Sequences split over devices: a ring sends keys and values round (and back their gradients, fp32), an all-to-all trades heads."""
+    """Sequences split over devices: a ring sends keys and values round, and their gradients, in fp32 until the last hop; an
+    all-to-all trades heads."""
     layout, here, n = work.layout, work.here, work.layout.context
     axes, times = _over(layout, "context"), work.depth * work.ticks
     tokens = here.rows * here.length
     queries, keys = (tokens * heads * work.head_dim for heads in (here.heads, here.kv_heads))
     forwards = work.forwards + (layout.remat != "none")
     if layout.exchange == "ring":
-        around = Traffic("collective-permute", axes, 2 * keys * work.compute, (forwards + 1) * (n - 1) * times, "keys and values")
-        return [around, Traffic("collective-permute", axes, 2 * 4 * keys, n * times, "gradients of keys and values")]
+        # Of two devices, what the backward pass sends is what the recomputed forward pass has just sent.
+        sends = forwards if n == 2 and layout.remat != "none" else forwards + 1
+        around = Traffic("collective-permute", axes, 2 * keys * work.compute, (sends * (n - 1) + 1) * times, "keys and values")
+        return [around, Traffic("collective-permute", axes, 2 * 4 * keys, (n - 1) * times, "gradients of keys and values")]
     sent = 2 * (queries + keys * repeats(here.heads, here.kv_heads, n)) * work.compute
     return [Traffic("all-to-all", axes, sent, (forwards + 1) * times, "heads for positions")]
 

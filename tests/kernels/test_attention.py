@@ -245,3 +245,25 @@ def test_tiles_change_nothing_but_memory(monkeypatch, tile, shuffled):
     found = pull("chunked", mask, *(a[:, order] for a in (q, k, v, g)))
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b[:, order], atol=2e-6 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_tiles_take_no_memory_of_the_whole_masks_size_under_a_scan_over_layers(monkeypatch, remat):
+    """Twice the length takes about twice the memory: the masks of tiles depend on no layer, and are not all made ahead of them."""
+    monkeypatch.setattr(chunked, "TILE", 32)
+
+    def temporary(length: int) -> int:
+        def loss(x, segments):
+            mask = Mask(query_segments=segments, key_segments=segments)
+
+            def layer(x, _):
+                return x + attention(x, x, x, mask, implementation="chunked"), None
+
+            return jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, length=3)[0].sum()
+
+        x, segments = jax.ShapeDtypeStruct((1, length, 1, 4), jnp.float32), jax.ShapeDtypeStruct((1, length), jnp.int32)
+        return jax.jit(jax.grad(loss)).lower(x, segments).compile().memory_analysis().temp_size_in_bytes
+
+    short, long = temporary(512), temporary(1024)
+    assert long < 2.2 * short
+    assert long < 4 * 1024**2 / 2

@@ -87,7 +87,8 @@ def test_32k_tokens_on_eight_devices(exchange, window, monkeypatch):
     a = inputs(LENGTH)
     split, alone = Run(Layout(context=8, exchange=exchange), a, window), Run(Layout(), a, window)
     if window is None:
-        assert split.bytes_to_train() < 1.6 / 8 * alone.bytes_to_train()
+        most = 2 if exchange == "ring" else 1.6  # a ring's first and last hop are written out beside the loop over the others
+        assert split.bytes_to_train() < most / 8 * alone.bytes_to_train()
     out = split()
     for i in np.random.default_rng(1).choice(LENGTH, 24, replace=False):
         np.testing.assert_allclose(out[i], exact_row(a, i, window), atol=2e-5)

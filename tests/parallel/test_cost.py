@@ -200,6 +200,7 @@ GPU_CASES = {
     "long": {"fsdp": 2, "tensor": 4, "length": 4096, "batch": 4},
     "long-dots": {"fsdp": 2, "tensor": 4, "remat": "dots", "length": 4096, "batch": 4},
     "long-full": {"fsdp": 2, "tensor": 4, "remat": "full", "length": 4096, "batch": 4},
+    "tiles": {"model": dataclasses.replace(LARGE, attention_softcap=30.0), "fsdp": 2, "tensor": 4, "length": 4096, "batch": 4},
     "ring": {"fsdp": 2, "context": 4, "length": 4096, "batch": 4},
     "ring-full": {"fsdp": 2, "context": 4, "remat": "full", "length": 4096, "batch": 4},
     "alltoall": {"fsdp": 2, "context": 4, "exchange": "alltoall", "length": 4096, "batch": 4},
