@@ -38,3 +38,18 @@ def shared(root: Path) -> Path:
     if not folder.exists():
         pytest.skip("reference cases (../shared) are not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def h100() -> str:
+    """The chip that tests marked `aot` compile for in its absence; they skip where that cannot be."""
+    from lmx.parallel import absent
+
+    if not absent.installed():
+        pytest.skip("the extra cuda is not installed")
+    absent.prepare()
+    try:
+        absent.devices(1)
+    except RuntimeError:
+        pytest.skip("JAX has started without the CUDA plugin; run these alone: pytest -m aot -n 0")
+    return "h100"

@@ -4,16 +4,17 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from lmx.parallel import chips, cost
-from lmx.parallel.layout import divisors
+from lmx.parallel.layout import Offload, divisors
 from lmx.train.experiment import Experiment
 from lmx.train.planning import Plan, plan
 
 STATE = ("zero", "tensor")
 KEPT = ("remat", "microbatches", "tensor", "context")
 MADE = ("microbatches", "tensor", "context")
-OFFLOADS = ("optimizer", "params", "activations")
+OFFLOADS = get_args(Offload)
 LOWERED_BY: dict[str, tuple[str, ...]] = {
     "parameters": (*STATE, "params"),
     "optimizer": (*STATE, "optimizer"),

@@ -17,6 +17,7 @@ from lmx.core.tree import Tree, named_leaves
 from lmx.data.recipe import Data
 from lmx.kernels import cudnn
 from lmx.kernels.attention import LONG
+from lmx.kernels.masks import Mask
 from lmx.models import experts, stack, transformer
 from lmx.models.config import Transformer, is_local
 from lmx.parallel import absent, chips, cost, hlo, roofline
@@ -124,13 +125,16 @@ def work(experiment: Experiment, *, on_gpu: bool = False) -> Work:
     """What the cost of an experiment's step depends on; `on_gpu`: whether `lmx.kernels.cudnn` is there."""
     model, layout, precision = experiment.model, experiment.layout, POLICIES[experiment.precision]
     ring = layout.context > 1 and layout.exchange == "ring"
-    fused = (
-        on_gpu
-        and not (ring or layout.offload or model.dropout or model.attention_softcap is not None or model.positions == "alibi")
-        and precision.compute in cudnn.TYPES
-        and model.head_size in range(8, cudnn.WIDEST + 1, 8)
-        and experiment.data.length in range(2, cudnn.LONGEST + 1, 2)
+    heads = jax.ShapeDtypeStruct((1, experiment.data.length, 1, model.head_size), precision.compute)
+    refused = cudnn.refusal(
+        heads,
+        heads,
+        Mask(query_segments=jax.ShapeDtypeStruct(heads.shape[:2], "int32")),
+        softcap=model.attention_softcap,
+        slopes=model.positions if model.positions == "alibi" else None,
+        keep=model.dropout or None,
     )
+    fused = on_gpu and not ring and not layout.offload and refused is None
     return Work(
         layout=layout,
         rows=experiment.batch // experiment.microbatches,
@@ -213,7 +217,7 @@ def _flops_per_token(model: Transformer, length: int) -> float:
 
 @lru_cache(64)
 def _shapes(model: Transformer, recipe: optimizers.Optimizer, steps: int, precision: str) -> Tree:
-    specs = transformer.specs(model)
+    specs = _specs(model)
     transform, _ = optimizers.build(recipe, steps, specs)
     return jax.eval_shape(partial(initial_state, 0, specs, transform, POLICIES[precision]))
 

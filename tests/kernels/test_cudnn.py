@@ -86,14 +86,8 @@ def test_auto_takes_it_on_nvidia_and_only_there(monkeypatch):
 
 @pytest.mark.aot
 @pytest.mark.parametrize("name", MASKS)
-def test_it_compiles_for_an_absent_h100(name):
-    if not absent.installed():
-        pytest.skip("the extra cuda is not installed")
-    absent.prepare()
-    try:
-        mesh = absent.mesh(Layout())
-    except RuntimeError:
-        pytest.skip("JAX has started without the CUDA plugin; run these alone: pytest -m aot -n 0")
+def test_it_compiles_for_an_absent_h100(h100, name):
+    mesh = absent.mesh(Layout(), h100)
     where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     arrays = [jax.ShapeDtypeStruct((2, 8, heads, 64), jnp.bfloat16, sharding=where) for heads in (4, 2, 2)]
 

@@ -33,14 +33,8 @@ def test_every_chip_that_can_be_compiled_for_is_known():
 
 
 @pytest.mark.aot
-def test_a_mesh_of_absent_gpus_knows_its_hosts():
-    if not absent.installed():
-        pytest.skip("the extra cuda is not installed")
-    absent.prepare()
-    try:
-        mesh = absent.mesh(Layout(data=8, tensor=8))
-    except RuntimeError:
-        pytest.skip("JAX has started without the CUDA plugin; run these alone: pytest -m aot -n 0")
+def test_a_mesh_of_absent_gpus_knows_its_hosts(h100):
+    mesh = absent.mesh(Layout(data=8, tensor=8), h100)
     assert mesh.devices.size == 64
     hosts = [{device.process_index for device in row} for row in mesh.devices.reshape(8, 8)]
     assert [len(host) for host in hosts] == [1] * 8

@@ -10,7 +10,7 @@ from lmx.core import params
 from lmx.data.recipe import Data
 from lmx.models import transformer
 from lmx.models.config import Transformer
-from lmx.parallel import absent, chips, cost, roofline
+from lmx.parallel import chips, cost, roofline
 from lmx.parallel.layout import AXES, Layout
 from lmx.parallel.rules import rules, shardings
 from lmx.parallel.traffic import Traffic
@@ -234,18 +234,6 @@ WIDE = {
 WIDENED = {("all-gather", ("tensor",))}
 """What the compiler gathers in fp32 though it is rounded to bf16 right after, wherever a norm's output is gathered along the sequence: up to
 half as many bytes again as planned."""
-
-
-@pytest.fixture(scope="module")
-def h100():
-    if not absent.installed():
-        pytest.skip("the extra cuda is not installed")
-    absent.prepare()
-    try:
-        absent.devices(8)
-    except RuntimeError:
-        pytest.skip("JAX has started without the CUDA plugin; run these alone: pytest -m aot -n 0")
-    return "h100"
 
 
 def check_on_gpu(run, chip):

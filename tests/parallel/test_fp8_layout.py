@@ -64,15 +64,9 @@ def test_mixtures_are_refused():
 
 
 @pytest.mark.aot
-def test_an_h100_multiplies_float8_and_weights_travel_as_such():
+def test_an_h100_multiplies_float8_and_weights_travel_as_such(h100):
     """Which of cuBLAS and Triton multiplies is decided by timing, on a GPU; both take float8. Here cuBLAS is chosen, to be seen by name."""
-    if not absent.installed():
-        pytest.skip("the extra cuda is not installed")
-    absent.prepare()
-    try:
-        mesh = absent.mesh(Layout(fsdp=8))
-    except RuntimeError:
-        pytest.skip("JAX has started without the CUDA plugin; run these alone: pytest -m aot -n 0")
+    mesh = absent.mesh(Layout(fsdp=8), h100)
     split = P("fsdp")
     x, w = (
         jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, split))

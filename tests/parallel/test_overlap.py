@@ -5,7 +5,7 @@ import pytest
 
 from lmx.data.recipe import Data
 from lmx.models.config import Transformer
-from lmx.parallel import absent, hlo, overlap
+from lmx.parallel import hlo, overlap
 from lmx.parallel.layout import Layout, make_mesh
 from lmx.train.experiment import Experiment
 from lmx.train.planning import compile_step
@@ -79,14 +79,7 @@ def loops() -> dict[tuple[str, bool], float]:
 
 
 @pytest.mark.aot
-def test_layers_are_gathered_and_gradients_summed_beside_products(monkeypatch):
-    if not absent.installed():
-        pytest.skip("the extra cuda is not installed")
-    absent.prepare()
-    try:
-        absent.devices(8)
-    except RuntimeError:
-        pytest.skip("JAX has started without the CUDA plugin; run these alone: pytest -m aot -n 0")
+def test_layers_are_gathered_and_gradients_summed_beside_products(h100, monkeypatch):
     told = loops()
     off = {name: "COLLECTIVE_PIPELINING_MODE_OFF" for names in overlap.GRADIENTS for name, v in names.items() if v == overlap.PIPELINED}
     monkeypatch.setattr(overlap, "options", lambda mesh, remat: off | dict.fromkeys(overlap.SCHEDULED, False))
