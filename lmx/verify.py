@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from lmx.core.config import command_line, exits_with_one_line
 from lmx.core.tree import Tree, disagreement
@@ -102,10 +103,10 @@ def shrink(experiment: Experiment) -> Experiment:
     )
 
 
-def train(experiment: Experiment, steps: int, start: TrainState | None = None) -> dict[str, Any]:
+def train(experiment: Experiment, steps: int, start: TrainState | None = None, mesh: Mesh | None = None) -> dict[str, Any]:
     """Losses and gradient norms by step, the first step's gradients, and the parameters after the last, on random packed rows; from the
-    experiment's own beginning, or from a state on the host, its layers in their order."""
-    program = build(experiment)
+    experiment's own beginning, or from a state on the host, its layers in their order; on a mesh other than that of the devices at hand."""
+    program = build(experiment, mesh)
     shape = (experiment.microbatches, experiment.batch // experiment.microbatches)
     sharding = batch_sharding(program.mesh, microbatches=True)
     rows = local_rows(sharding, shape)

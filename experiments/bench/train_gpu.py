@@ -68,7 +68,7 @@ def lmx_stepper(size: str, weights: Path):
     tokens, targets = data(size)
     rows, context = tokens.shape
     optimizer = AdamW(learning_rate=3e-4, schedule=Schedule(kind="constant", warmup=0), b2=0.95, weight_decay=0.1, clip=1.0)
-    program = build(Experiment(name="bench", data=Data(train=""), model=model(size), optimizer=optimizer, precision="bf16", batch=rows))
+    program = build(Experiment(name="bench", data=Data(train="", packing="stream"), model=model(size), optimizer=optimizer, precision="bf16", batch=rows))
     state, named = program.initial(), {}
     map_named(lambda name, a: named.__setitem__(name, np.asarray(a)), state.params)
     if not weights.exists():
@@ -77,7 +77,6 @@ def lmx_stepper(size: str, weights: Path):
         "tokens": tokens,
         "targets": targets,
         "weights": np.ones((rows, context), np.float32),
-        "segments": np.ones((rows, context), np.int32),
         "positions": np.tile(np.arange(context, dtype=np.int32), (rows, 1)),
         "example_id": np.arange(rows, dtype=np.uint32),
     }

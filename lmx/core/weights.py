@@ -19,12 +19,13 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from lmx.core.tree import Tree
 from lmx.kernels.wide import wide
 
 PRODUCT = "product"
 """What a rematerialisation policy calls the result of a product with a weight."""
 NARROW = 256
-"""Up to this width of its output, a weight's gradient is computed transposed."""
+"""Up to this width of its output, a weight's gradient is computed transposed on a CPU."""
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 TILE = 64
 """Rows that a CPU multiplies at once with one expert's weight; 8 where experts have fewer (decoding)."""
@@ -149,9 +150,18 @@ def dot(a: Array, b: Array, i: int, j: int, dtype=None) -> Array:
 
 
 def sum_rows(g: Array, dtype) -> Array:
-    """The sum of `[..., columns]` over all rows, as a product: XLA:CPU turns the reduction into something slow."""
+    """The sum of `[..., columns]` over all rows. On a CPU it is a product: XLA:CPU turns the reduction into something slow."""
     lead = tuple(range(g.ndim - 1))
-    return jax.lax.dot_general(jnp.ones(g.shape[:-1], g.dtype), g, ((lead, lead), ((), ())), preferred_element_type=dtype)
+
+    def product(g: Array) -> Array:
+        return jax.lax.dot_general(jnp.ones(g.shape[:-1], g.dtype), g, ((lead, lead), ((), ())), preferred_element_type=dtype)
+
+    return jax.lax.platform_dependent(g, cpu=product, default=lambda g: g.sum(lead, dtype=dtype))
+
+
+def at_rest(tree: Tree) -> Tree:
+    """What lies in memory anyway, for what is to read it there: XLA:GPU would rather form it anew, and keep more of it."""
+    return jax.lax.platform_dependent(tree, cpu=lambda tree: tree, default=jax.lax.optimization_barrier)
 
 
 def weight_gradient(x: Array, g: Array, dtype) -> Array:
@@ -160,7 +170,7 @@ def weight_gradient(x: Array, g: Array, dtype) -> Array:
     over_rows = partial(jax.lax.dot_general, dimension_numbers=((lead, lead), ((), ())), preferred_element_type=dtype)
     if g.shape[-1] < x.shape[-1] and g.shape[-1] <= NARROW:
         # The narrow result is transposed, not the wide operand; the barrier keeps XLA from folding that back.
-        return jax.lax.optimization_barrier(over_rows(g, x)).T
+        return jax.lax.platform_dependent(x, g, cpu=lambda x, g: jax.lax.optimization_barrier(over_rows(g, x)).T, default=over_rows)
     return over_rows(x, g)
 
 
@@ -193,7 +203,7 @@ def _linear_backward(inputs, saved, g):
     flat, g = _flat(x, inputs), _flat(g, len(weight.shape) - inputs)
     dx = jax.lax.dot_general(g, _matrix(values(weight, g.dtype), inputs), (((g.ndim - 1,), (1,)), ((), ()))).reshape(x.shape)
     d_weight = weight_gradient(flat, g, weight.dtype).reshape(weight.shape)
-    d_bias = None if bias is None else sum_rows(g, bias.dtype).reshape(bias.shape)
+    d_bias = None if bias is None else sum_rows(at_rest(g), bias.dtype).reshape(bias.shape)
     return dx, gradient_of(weight, d_weight), d_bias
 
 

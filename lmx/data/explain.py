@@ -85,6 +85,7 @@ def explain(batch: Mapping[str, np.ndarray], tokenizer: Tokenizer, *, rows: int 
     stand behind an arrow. Raises ValueError when nothing in the batch is predicted.
     """
     require_supervised(batch)
+    batch = {"segments": (batch["weights"] != 0).astype(np.int32)} | dict(batch)  # a stream has none
     weights, segments = batch["weights"], batch["segments"]
     count = len(weights)
     rest = f", the first {rows} shown" if rows < count else ""

@@ -7,11 +7,12 @@ full with `length` targets. Attention does not reach back over a cut: positions 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
-Packing = Literal["concatenate", "first_fit"]
+Packing = Literal["concatenate", "first_fit", "stream"]
+PACKINGS = get_args(Packing)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,7 @@ def plan(lengths: np.ndarray, length: int, *, packing: Packing = "concatenate", 
     - `"concatenate"`: the pairs of all documents in a row, cut every `length` pairs; every example but the last is full. A cut falls
       anywhere: a document goes on in the next example (see above for the token at the cut). `order` (a permutation of the documents) is the
       order of the row, so that each epoch can cut elsewhere; the number of examples does not depend on it.
+    - `"stream"`: the same; `lmx.data.pipeline` gives it all documents as one.
     - `"first_fit"`: documents are kept whole and go, in order, into the first example with room; examples end with padding. Only a document
       longer than an example is cut, into full spans and a rest that is placed like a document. (About 5 microseconds a document.)
 
@@ -46,14 +48,14 @@ def plan(lengths: np.ndarray, length: int, *, packing: Packing = "concatenate", 
     lengths = np.asarray(lengths, np.int64)
     if length < 1:
         raise ValueError(f"data.length={length} is not positive; use the number of tokens in a packed example, 256 say")
-    if packing not in ("concatenate", "first_fit"):
-        raise ValueError(f"data.packing={packing!r} is not known; use 'concatenate' or 'first_fit'")
+    if packing not in PACKINGS:
+        raise ValueError(f"data.packing={packing!r} is not one of {', '.join(PACKINGS)}")
     pairs = np.maximum(lengths - 1, 0)
     if not pairs.sum():
         raise ValueError(f"nothing to predict: none of the {len(lengths)} documents is longer than one token; give data.train more text")
     if order is None:
         order = np.arange(len(lengths))
-    return (_concatenate if packing == "concatenate" else _first_fit)(pairs[order], order, length)
+    return (_first_fit if packing == "first_fit" else _concatenate)(pairs[order], order, length)
 
 
 def _concatenate(pairs: np.ndarray, order: np.ndarray, length: int) -> Plan:

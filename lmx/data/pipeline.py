@@ -19,7 +19,8 @@ Batch = dict[str, np.ndarray]
 """`tokens`, `targets`, `segments`, `positions` int32 `[rows, length]`; `weights` float32 `[rows, length]`; `example_id` uint32 `[rows]`.
 
 `segments` are 1, 2, .. for the spans of a row and 0 on padding; `positions` start at 0 in each span; `weights` are 1 where `targets` is to
-be predicted and 0 on padding, where tokens and targets are 0. `example_id` is the global example."""
+be predicted and 0 on padding, where tokens and targets are 0. `example_id` is the global example. A `"stream"` has no `segments`: a row is
+one text to attention, and padding, if there is any, its end."""
 
 EXAMPLES = 2**32  # what example_id can count
 
@@ -30,6 +31,7 @@ class Batches:
     A class, for it keeps the plans of the last two epochs. Threads may share it.
 
     - `rows`, `length`: the shape of a global batch.
+    - `packing`: as in `lmx.data.packing.plan`.
     - `shuffle`: a permutation of all examples for each epoch; with `"concatenate"` documents too change their order, so that cuts fall
       elsewhere. Without it examples come in the order of the store, the same in each epoch.
     - `epochs`: None goes on for ever. Else `len` counts the batches that hold them, and the rows of the last that have no example left are
@@ -57,7 +59,9 @@ class Batches:
             raise ValueError(f"seed={seed} is outside 0..2**64-1")
         self.store, self.rows_per_batch, self.length, self.seed = store, rows, length, seed
         self.packing, self.shuffle, self.epochs = packing, shuffle, epochs
-        self._lengths = store.lengths
+        one = packing == "stream"
+        self._lengths = np.array([store.offsets[-1]]) if one else store.lengths
+        self._begins = np.zeros(1, np.int64) if one else store.offsets[:-1]
         self._plans: dict[int, Plan] = {}
         self._orders: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
@@ -98,6 +102,8 @@ class Batches:
             rows = np.flatnonzero(real & (epochs == epoch))
             spans, order = self._epoch(int(epoch))
             self._fill(batch, rows, spans, within[rows] if order is None else order[within[rows]])
+        if self.packing == "stream":
+            del batch["segments"]
         empty = real & ~batch["weights"].any(axis=1)
         if empty.any():
             raise ValueError(
@@ -117,7 +123,7 @@ class Batches:
         position = _ranges(pairs)
         column = np.repeat(before - np.repeat(row_begin, count), pairs) + position
         row = np.repeat(np.repeat(rows, count), pairs)
-        at = np.repeat(self.store.offsets[spans.document[span]] + spans.start[span], pairs) + position
+        at = np.repeat(self._begins[spans.document[span]] + spans.start[span], pairs) + position
         batch["tokens"][row, column] = self.store.tokens[at]
         batch["targets"][row, column] = self.store.tokens[at + 1]
         batch["segments"][row, column] = np.repeat(nth + 1, pairs)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lmx.data.packing import Packing
+from lmx.data.packing import PACKINGS, Packing
 from lmx.data.sources import documents, source_files, source_hash
 from lmx.data.store import TokenStore, cached_store
 from lmx.data.tokenizers import SentencePiece, Tokenizer, load_tokenizer, train_sentencepiece
@@ -37,7 +37,9 @@ class Data:
     """Tokens that a packed example predicts: the context a model is trained at."""
 
     packing: Packing = "concatenate"
-    """concatenate: all text in a row, cut into full examples. first_fit: documents stay whole, examples end with padding."""
+    """concatenate: all text in a row, cut into full examples. first_fit: documents stay whole, examples end with padding.
+    stream: all text as one, so that attention, and what is to be predicted, reach over the ends of documents (as in GPT-2's training); on
+    GPUs attention is then fastest."""
 
     cache: str = ".cache/lmx"
     """Folder for tokenised text and trained tokenizers, found again by the hash of what made them. It may be deleted at any time."""
@@ -56,8 +58,8 @@ def check(data: Data) -> None:
     """Raise ValueError or FileNotFoundError, in one line, for what can be seen to be wrong without reading the text."""
     if data.length < 1:
         raise ValueError(f"data.length={data.length} is not positive; use the number of tokens in a packed example, 256 say")
-    if data.packing not in ("concatenate", "first_fit"):
-        raise ValueError(f"data.packing={data.packing!r} is not known; use 'concatenate' or 'first_fit'")
+    if data.packing not in PACKINGS:
+        raise ValueError(f"data.packing={data.packing!r} is not one of {', '.join(PACKINGS)}")
     for name, source in (("data.train", data.train), ("data.validation", data.validation)):
         if not source.startswith("tfds:") and (source or name == "data.train"):
             source_files(source, name=name)

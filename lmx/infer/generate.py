@@ -62,20 +62,9 @@ def generate(
     tokens, segments = np.zeros((len(ids), length), np.int32), np.zeros((len(ids), length), np.int32)
     for row, prompt in enumerate(ids):
         tokens[row, length - len(prompt) :], segments[row, length - len(prompt) :] = prompt, 1
-    new, counts = jax.device_get(
-        _run(
-            model,
-            limit,
-            max_new_tokens,
-            sampling,
-            tuple(stop_ids),
-            execution,
-            decoding_params(params),
-            tokens,
-            segments,
-            jax.random.key(seed),
-        )
-    )
+    static = (model, limit, max_new_tokens, sampling, tuple(stop_ids), execution)
+    with jax.default_matmul_precision(execution.precision.products):
+        new, counts = jax.device_get(_run(*static, decoding_params(params), tokens, segments, jax.random.key(seed)))
     found = [row[:count].tolist() for row, count in zip(new, counts, strict=True)]
     return [tokenizer.decode(row) for row in found] if texts else found
 

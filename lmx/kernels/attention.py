@@ -3,7 +3,7 @@
 from jax import Array
 from jaxtyping import Float
 
-from lmx.kernels import chunked, cudnn, dense, reference, single
+from lmx.kernels import chunked, cudnn, dense, devices, reference, single
 from lmx.kernels.masks import Mask
 
 IMPLEMENTATIONS = ("auto", "xla", "reference", "dense", "chunked", "cudnn", "single")
@@ -50,7 +50,7 @@ def attention(
         elif q.shape[1] == 1:
             implementation = "single"
         elif (
-            implementation == "auto" and cudnn.on_nvidia() and cudnn.refusal(q, k, mask, softcap=softcap, slopes=slopes, keep=keep) is None
+            implementation == "auto" and devices.on_nvidia() and cudnn.refusal(q, k, mask, softcap=softcap, slopes=slopes, keep=keep) is None
         ):
             implementation = "cudnn"
         else:

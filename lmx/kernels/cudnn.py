@@ -34,12 +34,6 @@ def refusal(q: Array, k: Array, mask: Mask, *, softcap, slopes, keep) -> str | N
     return None
 
 
-def on_nvidia() -> bool:
-    """Whether what is being traced will run on NVIDIA GPUs: by the surrounding mesh, else by the devices at hand."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return (jax.devices()[0] if device is None else device).device_kind.startswith("NVIDIA")
-
-
 def attention(
     q: Float[Array, "batch length heads head_dim"],
     k: Float[Array, "batch length kv_heads head_dim"],

@@ -11,6 +11,8 @@ from jaxtyping import Float
 from lmx.core.execution import Execution
 from lmx.core.tree import Tree
 from lmx.core.weights import linear
+from lmx.kernels import devices
+from lmx.kernels.wide import widened
 from lmx.models.config import Transformer
 from lmx.models.linears import linear_specs
 from lmx.parallel.rules import constrain
@@ -41,9 +43,15 @@ def feedforward(
         y = linear(x, params[name]["weight"], params[name].get("bias"))
         return checkpoint_name(constrain(y, ("batch", "length", "mlp"), execution.rules), "hidden")
 
-    def rest(*projected: Array) -> Array:
-        hidden = activation(projected[0]) * projected[1] if config.gated else activation(projected[0])
+    def activated(*projected: Array) -> Array:
+        first, *second = map(widened, projected)
+        return (activation(first) * second[0] if second else activation(first)).astype(x.dtype)
+
+    def down(hidden: Array) -> Array:
         return linear(hidden, params["down"]["weight"], params["down"].get("bias"))
 
-    # Only the projections are kept for the backward pass: the activation is cheaper to do again than to write and read.
-    return jax.checkpoint(rest)(*(project(name) for name in (("gate", "up") if config.gated else ("up",))))
+    projected = [project(name) for name in (("gate", "up") if config.gated else ("up",))]
+    # For the backward pass a CPU keeps only the projections: the activation is cheaper to do again than to write and read.
+    if devices.on_cpu():
+        return jax.checkpoint(lambda *projected: down(activated(*projected)))(*projected)
+    return down(jax.checkpoint(activated)(*projected))

@@ -13,6 +13,7 @@ from lmx.core.execution import Execution
 from lmx.core.params import ParamSpec
 from lmx.core.tree import Tree
 from lmx.core.weights import attend, dot, gradient_of, values, weight_gradient
+from lmx.kernels import devices
 from lmx.models.config import Transformer
 from lmx.parallel import manual
 from lmx.parallel.rules import placed
@@ -83,7 +84,8 @@ def _on_mesh(static, head, hidden, targets, weights, *, gradients: bool):
     the gradient of its hidden state (over parts of the vocabulary), and once for all chunks the gradient of the head (over tokens)."""
     softcap, z_loss, rules = static
     if rules is None or not manual.axes():
-        return _over_chunks(Static(softcap, z_loss, head.dtype), head, hidden, targets, weights, gradients=gradients)
+        here = Static(softcap, z_loss, head.dtype)
+        return _over_chunks(here, values(head, hidden.dtype), hidden, targets, weights, gradients=gradients)
     at = places(targets.shape, head, rules)
     here = Static(softcap, z_loss, head.dtype, at.split)
 
@@ -101,7 +103,7 @@ def _on_mesh(static, head, hidden, targets, weights, *, gradients: bool):
 def _over_chunks(static: Static, head, hidden, targets, weights, *, gradients: bool):
     """Sums over all chunks and, where wanted, gradients of the loss sum: of the head `[vocab, embed]` and of `hidden`."""
     batch, length = targets.shape
-    parts = chunks(batch, length, head.shape[0])
+    parts = chunks(batch, length, head.shape[0], cpu=devices.on_cpu())
     if parts == 1:
         return _chunk(static, head, hidden, targets, weights, gradients=gradients)
 

@@ -8,7 +8,7 @@ from jax import Array
 
 from lmx.core.params import ONES, ZEROS, ParamSpec
 from lmx.core.tree import Tree
-from lmx.core.weights import sum_rows, whole
+from lmx.core.weights import at_rest, sum_rows, whole
 from lmx.kernels.wide import widened
 from lmx.models.config import Norm
 
@@ -26,27 +26,21 @@ def norm(x: Array, params: Tree, kind: Norm, epsilon: float) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _norm(kind: Norm, epsilon: float, x: Array, scale: Array, bias: Array | None) -> Array:
-    y = _standardised(kind, epsilon, x)[0] * scale
-    return (y if bias is None else y + bias).astype(x.dtype)
-
-
-def _standardised(kind: Norm, epsilon: float, x: Array) -> tuple[Array, Array]:
-    """x with mean 0 (LayerNorm) and mean square 1, fp32 at least, and what it was multiplied by."""
-    y = widened(x)
-    if kind == "layernorm":
-        y = y - y.mean(-1, keepdims=True)
-    factor = jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + epsilon)
-    return y * factor, factor
+    return _forward(kind, epsilon, x, scale, bias)[0]
 
 
 def _forward(kind, epsilon, x, scale, bias):
-    return _norm(kind, epsilon, x, scale, bias), (x, scale, bias)
+    wide = widened(x)
+    mean = wide.mean(-1, keepdims=True) if kind == "layernorm" else jnp.zeros((), wide.dtype)
+    factor = jax.lax.rsqrt(jnp.mean(jnp.square(wide - mean), -1, keepdims=True) + epsilon)
+    y = (wide - mean) * factor * scale
+    return (y if bias is None else y + bias).astype(x.dtype), (x, mean, factor, scale, bias)
 
 
 def _backward(kind, epsilon, saved, g):
-    """Written out so that only x is kept, and the sums over rows are products (see `lmx.core.weights`)."""
-    x, scale, bias = saved
-    y, factor = _standardised(kind, epsilon, x)
+    """Written out so that only x is kept, and two numbers of each row, and the sums over rows are `lmx.core.weights`'."""
+    (x, mean, factor), (scale, bias) = at_rest(saved[:3]), saved[3:]
+    y = (widened(x) - mean) * factor
     g = widened(g)
     h = g * scale
     dx = h - y * jnp.mean(h * y, -1, keepdims=True)

@@ -9,7 +9,7 @@ class Chip:
 
     Attributes:
       kind: what JAX calls it (`device_kind`).
-      flops: dense FLOP/s by compute type; float32 is TF32, what a product of floats runs at.
+      flops: dense FLOP/s by what products are of (`lmx.core.precision.Precision.multiplies`).
       memory: bytes of its memory.
       bandwidth: bytes a second of its memory.
       near: bytes a second that a device sends to others of its host (one direction; NVLink).
@@ -28,17 +28,18 @@ class Chip:
     per_host: int = 8
 
 
-def _half(tera: float) -> dict[str, float]:
-    return {"bfloat16": tera * 1e12, "float16": tera * 1e12, "float32": tera / 2 * 1e12}
+def _rates(half: float, single: float) -> dict[str, float]:
+    """From TFLOP/s of 16-bit products and of those of all fp32, which no matrix unit does."""
+    return {"bfloat16": half * 1e12, "float16": half * 1e12, "tensorfloat32": half / 2 * 1e12, "float32": single * 1e12}
 
 
 CHIPS: dict[str, Chip] = {
-    "h100": Chip("NVIDIA H100 80GB HBM3", _half(989), 84_942_979_072, 3.35e12, 450e9, 50e9, 64e9),
-    "h100-pcie": Chip("NVIDIA H100 PCIe", _half(756), 85_175_697_408, 2.0e12, 64e9, 50e9, 64e9),
-    "h200": Chip("NVIDIA H200", _half(989), 150_121_545_728, 4.8e12, 450e9, 50e9, 64e9),
-    "a100": Chip("NVIDIA A100-SXM4-80GB", _half(312), 85_175_697_408, 2.04e12, 300e9, 25e9, 32e9),
-    "a100-40": Chip("NVIDIA A100-SXM4-40GB", _half(312), 42_297_786_368, 1.55e12, 300e9, 25e9, 32e9),
-    "b200": Chip("NVIDIA B200", _half(2250), 191_503_138_816, 8.0e12, 900e9, 50e9, 64e9),
+    "h100": Chip("NVIDIA H100 80GB HBM3", _rates(989, 67), 84_942_979_072, 3.35e12, 450e9, 50e9, 64e9),
+    "h100-pcie": Chip("NVIDIA H100 PCIe", _rates(756, 51), 85_175_697_408, 2.0e12, 64e9, 50e9, 64e9),
+    "h200": Chip("NVIDIA H200", _rates(989, 67), 150_121_545_728, 4.8e12, 450e9, 50e9, 64e9),
+    "a100": Chip("NVIDIA A100-SXM4-80GB", _rates(312, 19.5), 85_175_697_408, 2.04e12, 300e9, 25e9, 32e9),
+    "a100-40": Chip("NVIDIA A100-SXM4-40GB", _rates(312, 19.5), 42_297_786_368, 1.55e12, 300e9, 25e9, 32e9),
+    "b200": Chip("NVIDIA B200", _rates(2250, 75), 191_503_138_816, 8.0e12, 900e9, 50e9, 64e9),
 }
 """Known chips by the short name that `python -m lmx.plan --chip` takes."""
 

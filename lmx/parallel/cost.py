@@ -37,7 +37,7 @@ class Work:
       reads: how often a layer reads its normed input (once where attention and feed-forward are parallel).
       positions: rows of a table of learned positions, or 0.
       period: layers of the pattern that the stack repeats, of which rematerialisation recomputes all at once.
-      masks: kinds of attention masks (all earlier tokens, a window).
+      masks: kinds of attention masks (all earlier tokens, a window) that are arrays.
       dense: whether attention forms every score (else in tiles).
       fused: whether attention is cuDNN's, which forms neither; a mask of segments is an array all the same.
       post: whether norms follow the residual sums.
@@ -46,6 +46,7 @@ class Work:
       capacity: an expert's slots in a sequence, or None where it takes every token.
       dropout: whether anything is dropped.
       compute, master: bytes of a number, of activations and of parameters.
+      multiplies: what products are of (`lmx.core.precision.Precision.multiplies`).
     """
 
     layout: Layout
@@ -79,6 +80,7 @@ class Work:
     dropout: bool = False
     compute: int = 2
     master: int = 4
+    multiplies: str = "bfloat16"
 
     @cached_property
     def here(self) -> "Work":
@@ -326,7 +328,7 @@ def loss_working(work: Work, *, cpu: bool = False) -> int:
     apart)."""
     here = work.here
     tokens, table = here.rows * here.length, here.vocab * work.embed
-    parts = chunks(here.rows, here.length, here.vocab)
+    parts = chunks(here.rows, here.length, here.vocab, cpu=cpu)
     copies = (2 if cpu and parts > 1 else 1) * work.master + (work.compute if work.compute != work.master or work.layout.zero == 3 else 0)
     return tokens // parts * here.vocab * (8 + work.compute) + copies * table + 2 * work.whole
 

@@ -52,7 +52,6 @@ EFFICIENCY = 0.7
 
 def seconds(work: Work, collectives: list[Traffic], flops: float, chip: Chip, moved: int, fetched: int = 0) -> Time:
     """The roofline: `flops` of a device, `moved` bytes through its memory, `fetched` from its host's."""
-    kind = {2: "bfloat16", 4: "float32"}[work.compute]
     exposed = hidden = 0.0
     for one in collectives:
         spent = wire(one, work.layout) / link(one.axes, work.layout, chip) / EFFICIENCY
@@ -60,7 +59,7 @@ def seconds(work: Work, collectives: list[Traffic], flops: float, chip: Chip, mo
             exposed += spent
         else:
             hidden += spent
-    compute, memory_ = flops / chip.flops[kind], moved / chip.bandwidth
+    compute, memory_ = flops / chip.flops[work.multiplies], moved / chip.bandwidth
     bubble = 0.0 if work.flow is None else work.flow.bubble
     host = fetched / chip.host_link / EFFICIENCY
     step = max(max(compute / EFFICIENCY, memory_) / (1 - bubble), hidden, host) + exposed

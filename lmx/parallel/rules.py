@@ -114,6 +114,8 @@ def move(x: Array, to: tuple[str | None, ...], back: tuple[str | None, ...], rul
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _move(there: P, here: P, x: Array) -> Array:
+    if here != there:  # said at both ends, or XLA gathers what a norm computes in fp32 and rounds it only then
+        x = jax.lax.with_sharding_constraint(x, here)
     return jax.lax.with_sharding_constraint(x, there)
 
 

@@ -15,13 +15,15 @@ from lmx.core.weights import Split, Weight
 from lmx.parallel import manual
 from lmx.parallel.rules import partition
 
-CHUNK = 2**22
-"""How many logits exist at once: 16 MB in fp32, on each device that holds a share of them."""
+CHUNKS = {"cpu": 2**22, "gpu": 2**28}
+"""How many logits exist at once on each device that holds a share of them: 16 MB in fp32, which stay in a CPU's caches; a gigabyte on a
+GPU, whose products want thousands of rows, and whose memory the head's gradient crosses once for each part."""
 
 
-def chunks(rows: int, length: int, vocab: int) -> int:
-    """Into how many parts a length is cut, so that a part's logits are no more than `CHUNK`."""
-    return next(n for n in range(1, length + 1) if length % n == 0 and (rows * length // n * vocab <= CHUNK or n == length))
+def chunks(rows: int, length: int, vocab: int, *, cpu: bool) -> int:
+    """Into how many parts a length is cut, so that a part's logits are no more than `CHUNKS` says."""
+    room = CHUNKS["cpu" if cpu else "gpu"]
+    return next(n for n in range(1, length + 1) if length % n == 0 and (rows * length // n * vocab <= room or n == length))
 
 
 class Places(NamedTuple):

@@ -8,7 +8,6 @@ import jax
 
 from lmx.core.params import ParamSpec, is_spec
 from lmx.core.tree import Tree, name_of
-from lmx.core.weights import NARROW
 from lmx.parallel.context import repeats
 from lmx.parallel.cost import Work, share
 from lmx.parallel.layout import AXES, SHARDS, Layout
@@ -135,15 +134,9 @@ def _gathered_again(work: Work, name: str, spec: ParamSpec, cpu: bool) -> bool:
 
 def _sliced(spec: ParamSpec, work: Work) -> bool:
     """Whether XLA makes a reduce-scatter of a gradient's all-reduce because only a part is used: not where it is over more axes than the
-    part's, nor where the gradient is formed transposed behind a barrier (`lmx.core.weights.NARROW`)."""
+    part's."""
     layout = work.layout
-    if any(getattr(layout, axis) > 1 for axis in ("data", "context")) or (layout.expert > 1 and not _is_expert(spec)):
-        return False
-    if not spec.inputs or not spec.layers or _is_expert(spec):
-        return True
-    into = math.prod(spec.shape[1 : 1 + spec.inputs])
-    out = share(spec, layout, split=False) // (spec.shape[0] // layout.pipeline * into)
-    return out > NARROW or out >= into
+    return not any(getattr(layout, axis) > 1 for axis in ("data", "context")) and (layout.expert == 1 or _is_expert(spec))
 
 
 def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:

@@ -312,7 +312,7 @@ class _Meter:
 
     def __init__(self, experiment: Experiment, program: Program):
         devices = program.mesh.devices.flat
-        peak = peak_flops(devices[0].device_kind, program.precision.compute)
+        peak = peak_flops(devices[0].device_kind, program.precision.multiplies)
         flops = flops_per_token(experiment.model, experiment.data.length)
         self._mfu = None if peak is None else flops / (peak * len(list(devices)))
         self._since: float | None = None

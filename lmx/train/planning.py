@@ -66,7 +66,7 @@ class Plan:
     @property
     def mfu(self) -> float:
         """The share of the chips' peak that the predicted step reaches (PaLM, appendix B)."""
-        return self.flops[0] / self.time.step / self.chip.flops[_compute_type(self.experiment)]
+        return self.flops[0] / self.time.step / self.chip.flops[POLICIES[self.experiment.precision].multiplies]
 
 
 def plan(experiment: Experiment, *, chip: str = "h100", compiled: bool = False, cpu: bool = False) -> Plan:
@@ -124,12 +124,13 @@ def settled(experiment: Experiment) -> Experiment:
 def work(experiment: Experiment, *, on_gpu: bool = False) -> Work:
     """What the cost of an experiment's step depends on; `on_gpu`: whether `lmx.kernels.cudnn` is there."""
     model, layout, precision = experiment.model, experiment.layout, POLICIES[experiment.precision]
+    stream = experiment.data.packing == "stream"
     ring = layout.context > 1 and layout.exchange == "ring"
     heads = jax.ShapeDtypeStruct((1, experiment.data.length, 1, model.head_size), precision.compute)
     refused = cudnn.refusal(
         heads,
         heads,
-        Mask(query_segments=jax.ShapeDtypeStruct(heads.shape[:2], "int32")),
+        Mask(query_segments=None if stream else jax.ShapeDtypeStruct(heads.shape[:2], "int32")),
         softcap=model.attention_softcap,
         slopes=model.positions if model.positions == "alibi" else None,
         keep=model.dropout or None,
@@ -154,7 +155,7 @@ def work(experiment: Experiment, *, on_gpu: bool = False) -> Work:
         tied=model.tied,
         positions=model.context if model.positions == "learned" else 0,
         period=min(len(model.pattern), model.layers),
-        masks=len({is_local(kind) for kind in model.pattern}),
+        masks=0 if stream and fused else len({is_local(kind) for kind in model.pattern}),
         fused=fused,
         dense=not fused and not ring and experiment.data.length <= LONG and model.attention_softcap is None,
         post=model.norm_placement == "post",
@@ -167,6 +168,7 @@ def work(experiment: Experiment, *, on_gpu: bool = False) -> Work:
         dropout=model.dropout > 0,
         compute=jnp.dtype(precision.compute).itemsize,
         master=jnp.dtype(precision.params).itemsize,
+        multiplies=precision.multiplies,
     )
 
 
@@ -226,6 +228,8 @@ def batch_structs(experiment: Experiment, sharding: NamedSharding) -> dict[str, 
     """A batch's shapes, as a step takes it."""
     shape = (experiment.microbatches, experiment.batch // experiment.microbatches)
     kinds = {"tokens": "int32", "targets": "int32", "weights": "float32", "segments": "int32", "positions": "int32"}
+    if experiment.data.packing == "stream":
+        del kinds["segments"]
     tokens = {n: jax.ShapeDtypeStruct((*shape, experiment.data.length), kind, sharding=sharding) for n, kind in kinds.items()}
     return tokens | {"example_id": jax.ShapeDtypeStruct(shape, "int32", sharding=sharding)}
 
@@ -233,7 +237,7 @@ def batch_structs(experiment: Experiment, sharding: NamedSharding) -> dict[str, 
 def _batch_bytes(experiment: Experiment) -> int:
     """Of a batch on one device, as far as the step reads it: not unused positions, and the example ids for dropout alone."""
     rows = experiment.batch // experiment.layout.shards
-    arrays = 5 if experiment.model.positions != "none" else 4
+    arrays = 3 + (experiment.data.packing != "stream") + (experiment.model.positions != "none")
     return 4 * rows * (arrays * experiment.data.length + (experiment.model.dropout > 0))
 
 
@@ -288,5 +292,3 @@ def compared(found: Plan, made: hlo.Compiled) -> dict[tuple[str, tuple[str, ...]
     return {key: (a, b) for key, (a, b) in sorted(volumes.items(), key=lambda item: -max(item[1]))}
 
 
-def _compute_type(experiment: Experiment) -> str:
-    return POLICIES[experiment.precision].compute

@@ -107,7 +107,7 @@ def test_permutation():
     ("lengths", "options", "message"),
     [
         ([5], {"length": 0}, r"data\.length=0 is not positive"),
-        ([5], {"length": 4, "packing": "best"}, r"data\.packing='best' is not known; use 'concatenate' or 'first_fit'"),
+        ([5], {"length": 4, "packing": "best"}, r"data\.packing='best' is not one of concatenate, first_fit, stream"),
         ([1, 0, 1], {"length": 4}, r"nothing to predict: none of the 3 documents is longer than one token"),
     ],
 )

@@ -62,7 +62,7 @@ def test_trained_tokenizer_is_cached_by_content(data, tokenizer, monkeypatch):
         ({"tokenizer": "unigram:many"}, ValueError, r"data\.tokenizer='unigram:many' is not understood"),
         ({"tokenizer": "bpe:100"}, ValueError, r"data\.tokenizer='bpe:100' is not understood; give the vocabulary, 262 to 1048576"),
         ({"length": 0}, ValueError, r"data\.length=0 is not positive"),
-        ({"packing": "best"}, ValueError, r"data\.packing='best' is not known; use 'concatenate' or 'first_fit'"),
+        ({"packing": "best"}, ValueError, r"data\.packing='best' is not one of concatenate, first_fit, stream"),
     ],
 )
 def test_config_errors_come_before_any_work(data, change, kind, message, monkeypatch):

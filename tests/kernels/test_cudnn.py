@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lmx.kernels import attention as door
-from lmx.kernels import cudnn, reference
+from lmx.kernels import cudnn, devices, reference
 from lmx.kernels.attention import attention
 from lmx.kernels.masks import Mask
 from lmx.parallel import absent
@@ -62,7 +62,7 @@ def test_what_it_cannot_do_is_refused_and_auto_goes_another_way(arrays, mask, kn
     q, k, v = inputs(**arrays)
     with pytest.raises(ValueError, match=f"attention='cudnn' .*{reason}.*; use auto"):
         attention(q, k, v, mask, **knobs, implementation="cudnn")
-    monkeypatch.setattr(cudnn, "on_nvidia", lambda: True)
+    monkeypatch.setattr(devices, "on_nvidia", lambda: True)
     assert attention(q, k, v, mask, **knobs).shape == q.shape
 
 
@@ -78,7 +78,7 @@ def test_auto_takes_it_on_nvidia_and_only_there(monkeypatch):
     monkeypatch.setattr(door.cudnn, "attention", lambda q, *_, **__: calls.append(q.dtype) or q)
     attention(*inputs(), Mask())
     assert not calls
-    monkeypatch.setattr(cudnn, "on_nvidia", lambda: True)
+    monkeypatch.setattr(devices, "on_nvidia", lambda: True)
     attention(*inputs(), Mask())
     attention(*inputs(jnp.float32), Mask())
     assert calls == [jnp.bfloat16]

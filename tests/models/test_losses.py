@@ -69,7 +69,7 @@ def test_whole_or_in_chunks_it_is_the_loss_in_float64(name, monkeypatch):
 
     # 4 chunks of 3 tokens; and, where not even one token of each row fits, a chunk for each place.
     for room in (BATCH * 3 * VOCAB, 1):
-        monkeypatch.setattr(tensor, "CHUNK", room)
+        monkeypatch.setitem(tensor.CHUNKS, "cpu", room)
         (chunked, sums_too), gradients_too = value_and_grad(config, params, hidden, targets, weights)
         assert chunked == pytest.approx(whole, rel=1e-6)
         assert all(sums_too[n] == pytest.approx(sums[n], rel=1e-6) for n in sums)
@@ -139,5 +139,5 @@ def test_full_logits_never_exist(monkeypatch):
         return jax.jit(jax.value_and_grad(total, (0, 1))).lower(*arrays).compile().as_text()
 
     assert largest_array(compiled()) >= batch * length * vocab
-    monkeypatch.setattr(tensor, "CHUNK", batch * length * vocab // 8)
+    monkeypatch.setitem(tensor.CHUNKS, "cpu", batch * length * vocab // 8)
     assert largest_array(compiled()) <= batch * length * vocab // 8

@@ -1,0 +1,17 @@
+"""For which devices a program is being traced, where its form depends on them."""
+
+import jax
+
+
+def kind() -> str:
+    """JAX's name of the devices (`cpu`, `NVIDIA H100 80GB HBM3`): of the surrounding mesh, else of those at hand."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.devices()[0] if device is None else device).device_kind
+
+
+def on_cpu() -> bool:
+    return kind() == "cpu"
+
+
+def on_nvidia() -> bool:
+    return kind().startswith("NVIDIA")
