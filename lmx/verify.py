@@ -117,8 +117,8 @@ def train(experiment: Experiment, steps: int, start: TrainState | None = None, m
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))
         if k == 0:  # the momentum after one step is the gradient
-            gradients = jax.device_get(program.natural(_momentum(state.optimizer)))
-    params = jax.device_get(program.natural(state.params))
+            gradients = jax.tree.map(np.array, program.natural(_momentum(state.optimizer)))
+    params = jax.tree.map(np.array, program.natural(state.params))
     return {"losses": np.array(losses), "grad_norms": np.array(norms), "gradients": gradients, "params": params}
 
 

@@ -32,7 +32,7 @@ def loss(params, tokens, targets, attend):
     layers = {n.removeprefix("layers/0/0/"): a for n, a in params.items() if n.startswith("layers")}
     table = params["embed"].astype(jnp.bfloat16)
     x = table[tokens] + params["positions"][: tokens.shape[1]].astype(jnp.bfloat16)
-    x, _ = jax.lax.scan(lambda x, p: (block(x, p, attend), None), x, layers)
+    x, _ = jax.lax.scan(lambda x, p: (block(x, p, attend), None), x, layers, unroll=True)
     x = norm(x, params["norm/scale"], params["norm/bias"])
     logits = jnp.einsum("bld,vd->blv", x, table, preferred_element_type=jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]

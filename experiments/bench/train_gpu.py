@@ -1,11 +1,11 @@
 """MFU of a training step on one GPU: lmx, the same step by hand in bare JAX, and a compiled PyTorch model, side by side.
 
-    python -m experiments.bench.train_gpu [--sizes 124m 350m 1.3b] [--peer-python PATH] [--rounds 3]
+    python -m experiments.bench.train_gpu [--sizes 124m 350m 1.3b] [--peer-python PATH] [--rounds 3] [--together]
 
 GPT-2 shapes in bf16 with fp32 master weights, AdamW and clipping; one batch, the same for all. Contenders take turns, each time as a
-process of its own that has the GPU's memory to itself. All start from lmx's initial weights, and their losses there, and after the steps
+process of its own that has the GPU's memory to itself, or, `--together`, as one that stays. All start from lmx's initial weights, and their losses there, and after the steps
 of warming up, must agree, or the script ends with what differs: a faster step that computes something else is no faster step. PyTorch
-runs once with each of its attention backends; those that are not there are named. `--device cpu --sizes tiny` says whether the script
+runs with each of its attention backends; those that are not there are named. `--device cpu --sizes tiny` says whether the script
 works, no more.
 """
 
@@ -110,23 +110,29 @@ def work(contender: str, size: str, weights: str, device: str) -> None:
     serve(lambda asked: losses if asked == "losses" else timed(run, int(asked)))
 
 
-def compare(size: str, device: str, peer_python: str, rounds: int, steps: int) -> list[dict]:
-    """Runs all contenders in turns and gives a row for each; lmx first, whose weights the others take."""
-    names = ["lmx", "jax", *(f"torch {backend}" for backend in (("cudnn", "flash") if device == "cuda" else ("math",)))]
-    seconds, losses, absent = {name: [] for name in names}, {}, {}
+def compare(size: str, names: list[str], options: argparse.Namespace) -> list[dict]:
+    """Runs contenders in turns and gives a row for each; lmx first, whose weights the others take."""
+    seconds, losses, absent, waiting = {name: [] for name in names}, {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"JAX_COMPILATION_CACHE_DIR": f"{folder}/jax", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/torch"}
-        for _ in range(rounds):
+        if options.together:
+            os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        for _ in range(options.rounds):
             for name in (n for n in names if n not in absent):
-                python = peer_python if name.startswith("torch") else sys.executable
-                one = Contender(name, python, "experiments.bench.train_gpu", name, size, f"{folder}/weights.npz", device)
+                python = options.peer_python if name.startswith("torch") else sys.executable
+                start = ("experiments.bench.train_gpu", name, size, f"{folder}/weights.npz", options.device)
+                one = waiting.pop(name, None) or Contender(name, python, *start)
                 if one.absent:
                     absent[name] = one.absent
                 else:
-                    losses[name] = one.ask("losses")
-                    one.run(str(steps))
-                    seconds[name] += one.seconds
-                one.close()
+                    losses[name] = losses.get(name) or one.ask("losses")
+                    seconds[name] += one.ask(str(options.steps))
+                if options.together and not one.absent:
+                    waiting[name] = one
+                else:
+                    one.close()
+        for one in waiting.values():
+            one.close()
     if "lmx" in absent:
         raise SystemExit(f"lmx did not run at {size}: {absent['lmx']}")
     for name, found in losses.items():
@@ -169,21 +175,25 @@ def main() -> None:
     parser.add_argument("--work", nargs=4, metavar=("CONTENDER", "SIZE", "WEIGHTS", "DEVICE"), help=argparse.SUPPRESS)
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter with torch")
     parser.add_argument("--sizes", nargs="+", default=[s for s in SIZES if s != "tiny"], choices=SIZES)
+    parser.add_argument("--against", nargs="*", help="contenders beside lmx: jax, 'torch cudnn', 'torch flash', 'torch math' (default: all)")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
     parser.add_argument("--steps", type=int, default=20, help="steps of a turn")
+    parser.add_argument("--together", action="store_true", help="keep all contenders of a size in the GPU's memory at once: quicker")
     options = parser.parse_args()
     if options.work:
         return work(*options.work)
     from lmx.models.transformer import flops_per_token
 
+    backends = ("cudnn", "flash") if options.device == "cuda" else ("math",)
+    against = ["jax", *(f"torch {b}" for b in backends)] if options.against is None else options.against
     name, peak = chip(options.device)
     print(f"{date.today()}, {name}; {versions(options.peer_python)}\n")
     print("| size | contender | ms a step, median | tokens/s | MFU | lmx / it | losses before the first and the last step of warming up |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for size in options.sizes:
         tokens = SIZES[size][3] * SIZES[size][4]
-        rows = compare(size, options.device, options.peer_python, options.rounds, options.steps)
+        rows = compare(size, ["lmx", *against], options)
         for row in rows:
             if row["absent"]:
                 print(f"| {size} | {row['name']} | absent: {row['absent']} | | | | |")

@@ -121,6 +121,24 @@ def _over_chunks(static: Static, head, hidden, targets, weights, *, gradients: b
     return sums, d_head, None if d_hidden is None else jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
 
 
+def statistics(rows: Array, hit: Array) -> tuple[Array, Array, Array]:
+    """Of logits `[..., vocab]`: the largest, the sum of `exp(logit - largest)`, and the sum of those that are `hit`."""
+    largest = rows.max(-1)
+    return largest, jnp.exp(rows - largest[..., None]).sum(-1), jnp.where(hit, rows, 0.0).sum(-1)
+
+
+def at_once(rows: Array, hit: Array) -> tuple[Array, Array, Array]:
+    """`statistics`, in one pass over the logits: on a GPU each pass is a read of its memory (Milakov and Gimelshein, 2018)."""
+
+    def both(a, b):
+        largest = jnp.maximum(a[0], b[0])
+        return largest, a[1] * jnp.exp(a[0] - largest) + b[1] * jnp.exp(b[0] - largest), a[2] + b[2]
+
+    zero = jnp.zeros((), rows.dtype)
+    nothing = (jnp.full((), jnp.finfo(rows.dtype).min), zero, zero)
+    return jax.lax.reduce((rows, jnp.ones_like(rows), jnp.where(hit, rows, zero)), nothing, both, (rows.ndim - 1,))
+
+
 def _chunk(static: Static, head, hidden, targets, weights, *, gradients: bool):
     softcap, z_loss, axis = static.softcap, static.z_loss, static.axis
 
@@ -133,14 +151,16 @@ def _chunk(static: Static, head, hidden, targets, weights, *, gradients: bool):
     # A comparison with the vocabulary's indices, not a gather: it stays local when the vocabulary is sharded.
     first = 0 if axis is None else jax.lax.axis_index(axis) * head.shape[0]
     hit = first + jnp.arange(head.shape[0]) == targets[..., None]
-    largest = over_vocab(jax.lax.pmax, rows.max(-1, keepdims=True))
-    log_z = jnp.log(over_vocab(jax.lax.psum, jnp.exp(rows - largest).sum(-1, keepdims=True))) + largest
-    target = over_vocab(jax.lax.psum, jnp.where(hit, rows, 0.0).sum(-1))
-    entropy = jnp.sum(weights * (log_z[..., 0] - target))
-    z = z_loss * jnp.sum(weights * log_z[..., 0] ** 2)
-    sums = entropy + z, {"cross_entropy": entropy, "z_loss": z, "correct": jnp.sum(weights * (target >= largest[..., 0]))}
+    own, total, target = jax.lax.platform_dependent(rows, hit, cpu=statistics, default=at_once)
+    largest = over_vocab(jax.lax.pmax, own)
+    log_z = jnp.log(over_vocab(jax.lax.psum, total * jnp.exp(own - largest))) + largest
+    target = over_vocab(jax.lax.psum, target)
+    entropy = jnp.sum(weights * (log_z - target))
+    z = z_loss * jnp.sum(weights * log_z**2)
+    sums = entropy + z, {"cross_entropy": entropy, "z_loss": z, "correct": jnp.sum(weights * (target >= largest))}
     if not gradients:
         return sums, None, None
+    log_z = log_z[..., None]
     d_rows = weights[..., None] * (jnp.exp(rows - log_z) * (1 + 2 * z_loss * log_z) - hit)
     if softcap is not None:
         d_rows = d_rows * (1 - jnp.square(rows / softcap))
