@@ -3,14 +3,17 @@
 from dataclasses import replace
 
 import jax
+import numpy as np
 import pytest
 
 from lmx.data.recipe import Data
 from lmx.models.config import Transformer
 from lmx.parallel.layout import Layout, make_mesh
+from lmx.train.checkpoints import Manager
 from lmx.train.experiment import Experiment
 from lmx.train.optimizers import SGD, Schedule
-from lmx.verify import differences, train
+from lmx.train.program import build
+from lmx.verify import differences, packed, train
 
 MODEL = Transformer(vocab=512, layers=3, embed=64, heads=4, kv_heads=2, head_dim=16, mlp=128, context=64, init_std=0.1)
 RUN = Experiment(
@@ -29,7 +32,10 @@ CASES = {
         "precision": "bf16",
         "model": replace(MODEL, positions="learned", norm="layernorm", activation="gelu_tanh", gated=False, bias=True),
     },
-    "gemma2": {"precision": "bf16", "model": replace(MODEL, attention_softcap=30.0, logit_softcap=20.0, window=16, pattern=("local", "global"))},
+    "gemma2": {
+        "precision": "bf16",
+        "model": replace(MODEL, attention_softcap=30.0, logit_softcap=20.0, window=16, pattern=("local", "global")),
+    },
     "experts": {
         "precision": "fp32",
         "model": replace(MODEL, experts=4, experts_per_token=2, expert_mlp=64),
@@ -58,6 +64,23 @@ def test_trains_as_a_cpu_does(gpu, case):
         bound = 2 * max(differences(train(here, 2, mesh=make_mesh(here.layout, jax.devices("cpu")[:1])), exact).values())
     worst = differences(found, exact)
     assert max(worst.values()) <= bound, {name: value for name, value in worst.items() if not value <= bound}
+
+
+@pytest.mark.gpu
+def test_offloaded_state_is_saved_while_steps_go_on(gpu, tmp_path):
+    run = replace(RUN, **CASES["offload"])
+    program = build(run, make_mesh(run.layout, [gpu]))
+    batch = {name: a[None] for name, a in packed(run, 0).items()}
+    state, _ = program.step(program.initial(), batch)
+    then = jax.tree.map(np.array, state.params)
+    with Manager(tmp_path, run.checkpoints) as manager:
+        manager.save(1, state, {})
+        for _ in range(3):
+            state, _ = program.step(state, batch)
+        manager.wait()
+        restored, _ = manager.restore(program.abstract)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, restored.params), then)
+    assert not np.array_equal(state.params["embed"], then["embed"])
 
 
 @pytest.mark.gpu

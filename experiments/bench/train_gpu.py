@@ -3,10 +3,10 @@
     python -m experiments.bench.train_gpu [--sizes 124m 350m 1.3b] [--peer-python PATH] [--rounds 3] [--together]
 
 GPT-2 shapes in bf16 with fp32 master weights, AdamW and clipping; one batch, the same for all. Contenders take turns, each time as a
-process of its own that has the GPU's memory to itself, or, `--together`, as one that stays. All start from lmx's initial weights, and their losses there, and after the steps
-of warming up, must agree, or the script ends with what differs: a faster step that computes something else is no faster step. PyTorch
-runs with each of its attention backends; those that are not there are named. `--device cpu --sizes tiny` says whether the script
-works, no more.
+process of its own that has the GPU's memory to itself, or, `--together`, as one that stays. All start from lmx's initial weights, and
+their losses there, and after the steps of warming up, must agree, or the script ends with what differs: a faster step that computes
+something else is no faster step. PyTorch runs with each of its attention backends; those that are not there are named. `--device cpu
+--sizes tiny` says whether the script works, no more.
 """
 
 import argparse
@@ -68,7 +68,11 @@ def lmx_stepper(size: str, weights: Path):
     tokens, targets = data(size)
     rows, context = tokens.shape
     optimizer = AdamW(learning_rate=3e-4, schedule=Schedule(kind="constant", warmup=0), b2=0.95, weight_decay=0.1, clip=1.0)
-    program = build(Experiment(name="bench", data=Data(train="", packing="stream"), model=model(size), optimizer=optimizer, precision="bf16", batch=rows))
+    program = build(
+        Experiment(
+            name="bench", data=Data(train="", packing="stream"), model=model(size), optimizer=optimizer, precision="bf16", batch=rows
+        )
+    )
     state, named = program.initial(), {}
     map_named(lambda name, a: named.__setitem__(name, np.asarray(a)), state.params)
     if not weights.exists():
@@ -175,7 +179,9 @@ def main() -> None:
     parser.add_argument("--work", nargs=4, metavar=("CONTENDER", "SIZE", "WEIGHTS", "DEVICE"), help=argparse.SUPPRESS)
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter with torch")
     parser.add_argument("--sizes", nargs="+", default=[s for s in SIZES if s != "tiny"], choices=SIZES)
-    parser.add_argument("--against", nargs="*", help="contenders beside lmx: jax, 'torch cudnn', 'torch flash', 'torch math' (default: all)")
+    parser.add_argument(
+        "--against", nargs="*", help="contenders beside lmx: jax, 'torch cudnn', 'torch flash', 'torch math' (default: all)"
+    )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
     parser.add_argument("--steps", type=int, default=20, help="steps of a turn")

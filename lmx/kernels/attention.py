@@ -50,7 +50,9 @@ def attention(
         elif q.shape[1] == 1:
             implementation = "single"
         elif (
-            implementation == "auto" and devices.on_nvidia() and cudnn.refusal(q, k, mask, softcap=softcap, slopes=slopes, keep=keep) is None
+            implementation == "auto"
+            and devices.on_nvidia()
+            and cudnn.refusal(q, k, mask, softcap=softcap, slopes=slopes, keep=keep) is None
         ):
             implementation = "cudnn"
         else:

@@ -192,6 +192,7 @@ def kept(work: Work, *, mixture: bool = False, cpu: bool = False) -> dict[str, i
     hidden = tokens * here.mlp * work.compute * (2 if work.gated else 1)
     if mixture:
         hidden = (work.routed * here.expert_mlp + tokens * here.shared) * work.compute * (2 if work.gated else 1)
+    activated = 0 if cpu else tokens * (here.shared if mixture else here.mlp) * work.compute
     returned = 4 * work.routed * work.embed  # what experts give, fp32, by which the gradients of the router's weights are formed
     # A norm's input at a layer's beginning, or, where nothing but a gather reads it, the whole of it.
     entering = work.whole if work.post else work.between
@@ -209,7 +210,7 @@ def kept(work: Work, *, mixture: bool = False, cpu: bool = False) -> dict[str, i
         "inputs of projections": (work.reads - mixture) * work.whole + queries,
         "queries, keys, values": (3 * queries if work.dense else (2 if work.fused else 1) * queries + 2 * keys)
         + (queries + keys if work.qk_norm else 0),
-        "feed-forward": hidden,
+        "feed-forward": hidden + activated,
     }
     if mixture:
         copies = work.routed * work.embed * work.compute + (work.whole if here.shared else 0)

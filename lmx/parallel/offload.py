@@ -66,3 +66,9 @@ def _fetch(value: Array, stand_in: Array) -> Array:
 
 
 _fetch.defvjp(lambda value, stand_in: (_fetch(value, stand_in), None), lambda _, gradient: (None, gradient))
+
+
+def copied(tree: Tree) -> Tree:
+    """What is in the host's memory as copies, the rest as it is: NumPy reads such an array where it lies, and on a GPU what is being read
+    cannot be donated to the next step."""
+    return jax.tree.map(lambda a: a.copy() if in_host(a) else a, tree)

@@ -1,6 +1,5 @@
 """The collectives of a training step, before anything is compiled: kinds, axes, bytes, and how often. As `lmx.parallel.hlo` reads them."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 

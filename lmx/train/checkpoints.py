@@ -8,6 +8,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from lmx.core.tree import Tree, named_leaves
+from lmx.parallel.offload import copied
 from lmx.train.state import TrainState
 
 
@@ -68,7 +69,7 @@ class Manager:
         """
         if step in self._manager.all_steps():
             return
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
+        args = ocp.args.Composite(state=ocp.args.StandardSave(copied(state)), position=ocp.args.JsonSave(position))
         self._manager.save(step, args=args, metrics=None if loss is None else {"loss": loss}, force=True)
 
     def wait(self) -> None:

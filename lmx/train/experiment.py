@@ -69,9 +69,9 @@ class Experiment:
     hosts: Hosts = field(default_factory=Hosts)
     """By which processes."""
     precision: PrecisionName = "fp32"
-    """fp32; tf32 (as fp32, but GPUs multiply the numbers' first 11 bits); bf16 (fp32 master parameters, bf16 compute); bf16_pure; fp16 (with dynamic loss scaling); fp8 (as bf16, products with
-    layers' weights in float8: for chips that multiply it, Hopper and later; others compute the same, no faster); fp64 (with
-    JAX_ENABLE_X64=1: slow, to tell rounding from bugs)."""
+    """fp32; tf32 (as fp32, but GPUs multiply the numbers' first 11 bits); bf16 (fp32 master parameters, bf16 compute); bf16_pure; fp16
+    (with dynamic loss scaling); fp8 (as bf16, products with layers' weights in float8: for chips that multiply it, Hopper and later;
+    others compute the same, no faster); fp64 (with JAX_ENABLE_X64=1: slow, to tell rounding from bugs)."""
     steps: int = 1000
     """Optimizer steps of the whole run."""
     batch: int = 32

@@ -290,5 +290,3 @@ def compared(found: Plan, made: hlo.Compiled) -> dict[tuple[str, tuple[str, ...]
         for one in several:
             volumes[one.kind, one.axes or ("?",)][place] += one.volume
     return {key: (a, b) for key, (a, b) in sorted(volumes.items(), key=lambda item: -max(item[1]))}
-
-

@@ -94,6 +94,21 @@ def test_each_epoch_has_each_target_once(tmp_path_factory, packing, lengths, row
     assert sum(int(batches[k]["weights"].sum()) for k in range(len(batches))) == 2 * store.targets
 
 
+def test_a_stream_is_all_text_as_one(store):
+    batches = make(store, packing="stream", epochs=1)
+    n = batches.examples_per_epoch
+    rows = batches.examples(np.arange(n))
+    assert "segments" not in rows
+    order = np.argsort(rows["tokens"][:, 0], kind="stable")  # any order: examples are shuffled
+    assert (rows["positions"][order[0]] == np.arange(16)).all()
+    whole = make(store, packing="stream", shuffle=False, epochs=1).examples(np.arange(n))
+    real = whole["weights"].ravel() > 0
+    assert real[: real.sum()].all()  # only the end is padded
+    assert whole["tokens"].ravel()[real].tolist() == store.tokens[:-1].tolist()
+    assert whole["targets"].ravel()[real].tolist() == store.tokens[1:].tolist()
+    assert sorted(map(bytes, rows["tokens"])) == sorted(map(bytes, whole["tokens"]))
+
+
 def test_evaluation_pads_the_last_batch(store):
     batches = make(store, rows=5, shuffle=False, epochs=1)
     assert batches.examples_per_epoch % 5
@@ -273,7 +288,7 @@ def test_errors_of_threads_arrive(store):
         ({"seed": -1}, r"seed=-1 is outside 0\.\.2\*\*64-1"),
         ({"epochs": 0}, "epochs=0 is not positive"),
         ({"epochs": 2**32}, "are more than example_id can count"),
-        ({"packing": "best_fit"}, r"data\.packing='best_fit' is not known"),
+        ({"packing": "best_fit"}, r"data\.packing='best_fit' is not one of"),
     ],
 )
 def test_bad_arguments(store, options, message):

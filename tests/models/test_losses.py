@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy_transformer import cap, loss
 
+from lmx.models import losses
 from lmx.models.config import Transformer
 from lmx.models.losses import cross_entropy, logits
 from lmx.parallel import tensor
@@ -75,6 +76,16 @@ def test_whole_or_in_chunks_it_is_the_loss_in_float64(name, monkeypatch):
         assert all(sums_too[n] == pytest.approx(sums[n], rel=1e-6) for n in sums)
         for a, b in zip(jax.tree.leaves(gradients_too), jax.tree.leaves(gradients), strict=True):
             np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(b).max())
+
+
+def test_a_gpu_reads_logits_once_for_the_same_statistics():
+    rng = np.random.default_rng(0)
+    rows = (30 * rng.normal(size=(3, 5, 1000))).astype(np.float32)
+    rows[0, 0] = -np.inf  # but for one
+    rows[0, 0, 7] = -1e30
+    hit = np.arange(1000) == rng.integers(0, 1000, (3, 5, 1))
+    for found, exact in zip(jax.jit(losses.at_once)(rows, hit), losses.statistics(rows, hit), strict=True):
+        np.testing.assert_allclose(found, exact, rtol=1e-5)
 
 
 def test_weights_add_up_token_by_token():

@@ -3,13 +3,16 @@
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 import runs
 from lmx.core.tree import disagreement, named_leaves
 from lmx.parallel.feed import batch_sharding
 from lmx.parallel.layout import Layout
+from lmx.parallel.offload import HOST, copied, in_host
 from lmx.train.experiment import check
 from lmx.train.optimizers import Adafactor, Adam8bit, AdamW, Muon
 from lmx.train.program import build
@@ -81,3 +84,12 @@ def test_state_stays_where_it_is_and_moves_as_it_would_on_the_device(precision, 
 def test_what_cannot_be_is_refused(layout, message):
     with pytest.raises(ValueError, match=message):
         check(runs.experiment(layout=layout))
+
+
+def test_a_copy_to_save_is_not_where_the_state_is():
+    state = {"moved": jax.device_put(jnp.arange(8.0), SingleDeviceSharding(jax.devices()[0], memory_kind=HOST)), "stays": jnp.ones(3)}
+    copies = copied(state)
+    assert copies["stays"] is state["stays"]
+    assert in_host(copies["moved"])
+    assert not np.shares_memory(np.asarray(copies["moved"]), np.asarray(state["moved"]))
+    np.testing.assert_array_equal(copies["moved"], state["moved"])
