@@ -7,17 +7,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from lmx.core.execution import Execution
-from lmx.core.params import ONES, ParamSpec
 from lmx.core.tree import Tree
 from lmx.core.weights import linear
 from lmx.kernels.masks import Mask
 from lmx.kernels.wide import wide
 from lmx.models import dropout as drop
+from lmx.models import norms
 from lmx.models.config import Transformer
 from lmx.models.dropout import Dropout
 from lmx.models.linears import linear_specs
-from lmx.models.norms import norm
-from lmx.models.positions import alibi_slopes, rotate
+from lmx.models.positions import alibi_slopes
+from lmx.models.rope import rotate
 from lmx.parallel.attention import attention as attend
 from lmx.parallel.rules import constrain
 
@@ -28,7 +28,7 @@ class Context:
 
     Attributes:
       mask, local_mask: the masks of global layers and of layers with the config's window.
-      rope: cosines and sines of the positions, when the config rotates.
+      rope, local_rope: cosines and sines of the positions, for global layers and for local ones, when the config rotates.
       slot: where in the cache the new keys go (int scalar), when there is a cache.
       dropout: None when nothing is dropped.
     """
@@ -36,6 +36,7 @@ class Context:
     mask: Mask
     local_mask: Mask
     rope: tuple[Array, Array] | None = None
+    local_rope: tuple[Array, Array] | None = None
     slot: Array | None = None
     dropout: Dropout | None = None
 
@@ -43,15 +44,17 @@ class Context:
 def specs(config: Transformer) -> Tree:
     """Parameters of one attention layer."""
     embed, heads, kv_heads, dim = config.embed, config.heads, config.key_heads, config.head_size
+    taken = {"query": ("heads", heads), "key": ("kv_heads", kv_heads), "value": ("kv_heads", kv_heads)}
     projections = {
-        "query": linear_specs((embed,), (heads, dim), ("embed",), ("heads", "head_dim"), config),
-        "key": linear_specs((embed,), (kv_heads, dim), ("embed",), ("kv_heads", "head_dim"), config),
-        "value": linear_specs((embed,), (kv_heads, dim), ("embed",), ("kv_heads", "head_dim"), config),
-        "output": linear_specs((heads, dim), (embed,), ("heads", "head_dim"), ("embed",), config, residual=True),
+        name: linear_specs((embed,), (count, dim), ("embed",), (axis, "head_dim"), config, bias=config.projection_bias)
+        for name, (axis, count) in taken.items()
     }
+    projections["output"] = linear_specs(
+        (heads, dim), (embed,), ("heads", "head_dim"), ("embed",), config, residual=True, bias=config.output_bias
+    )
     if config.qk_norm:
         for name in ("query_norm", "key_norm"):
-            projections[name] = {"scale": ParamSpec((dim,), ("head_dim",), init=ONES)}
+            projections[name] = norms.specs("rmsnorm", dim, "head_dim", bias=False, offset=config.norm_offset)
     return projections
 
 
@@ -81,10 +84,13 @@ def attention(
     key = constrain(project("key"), ("batch", "length", "kv_heads", None), execution.rules)
     value = constrain(project("value"), ("batch", "length", "kv_heads", None), execution.rules)
     if config.qk_norm:
-        query = norm(query, params["query_norm"], "rmsnorm", config.norm_epsilon)
-        key = norm(key, params["key_norm"], "rmsnorm", config.norm_epsilon)
-    if context.rope is not None:
-        query, key = rotate(query, context.rope), rotate(key, context.rope)
+        query, key = (
+            norms.norm(a, params[name], "rmsnorm", config.norm_epsilon, offset=config.norm_offset)
+            for a, name in ((query, "query_norm"), (key, "key_norm"))
+        )
+    rope = context.local_rope if local else context.rope
+    if rope is not None:
+        query, key = (rotate(a, rope, interleaved=config.rope_interleaved) for a in (query, key))
     query, key, value = (checkpoint_name(a, name) for a, name in ((query, "query"), (key, "key"), (value, "value")))
     if cache is not None:
         new = {"key": key, "value": value}
@@ -100,6 +106,7 @@ def attention(
         value,
         context.local_mask if local else context.mask,
         execution,
+        scale=config.attention_scale,
         softcap=config.attention_softcap,
         slopes=alibi_slopes(config.heads, wide(x.dtype)) if config.positions == "alibi" else None,
         keep=keep,

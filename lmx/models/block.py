@@ -17,12 +17,12 @@ def specs(config: Transformer, kind: LayerKind) -> Tree:
     """Parameters of one layer of a kind. Norms are named after the sublayer that they stand before (or, `_post`, after)."""
     tree = {"attention": attention.specs(config)}
     tree |= {"experts": experts.specs(config)} if is_mixture(config, kind) else {"feedforward": feedforward.specs(config)}
-    names = ["attention_norm"] if config.parallel else ["attention_norm", "feedforward_norm"]
+    names = ["attention_norm"] if config.parallel and not config.parallel_norms else ["attention_norm", "feedforward_norm"]
     if config.norm_placement == "post":
         names = ["attention_norm_post", "feedforward_norm_post"]
     elif config.norm_placement == "sandwich":
         names += ["attention_norm_post", "feedforward_norm_post"]
-    return tree | {name: norms.specs(config.norm, config.embed, "embed", bias=config.bias) for name in names}
+    return tree | {name: norms.specs(config.norm, config.embed, "embed", bias=config.bias, offset=config.norm_offset) for name in names}
 
 
 def block(
@@ -44,7 +44,7 @@ def block(
     mixture = is_mixture(config, kind)
 
     def normed(y: Array, name: str) -> Array:
-        return norms.norm(y, params[name], config.norm, config.norm_epsilon) if name in params else y
+        return norms.norm(y, params[name], config.norm, config.norm_epsilon, offset=config.norm_offset) if name in params else y
 
     def attend(y: Array) -> tuple[Array, Tree | None]:
         y, new = attention.attention(y, params["attention"], config, context, execution, local=is_local(kind), layer=layer, cache=cache)
@@ -76,7 +76,7 @@ def block(
     y, new = attend(read)
     y = normed(y, "attention_norm_post")
     if config.parallel:
-        fed, aux = feed(read)
+        fed, aux = feed(read_by_feed(normed(x, "feedforward_norm")) if config.parallel_norms else read)
         return settle(x + y + normed(fed, "feedforward_norm_post")), new, aux
     x = settle(x + y)
     y, aux = feed(read_by_feed(normed(x, "feedforward_norm")))

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "relu_squared", "silu"]
+from lmx.models.rope import RopeScaling, check_scaling
+
+Activation = Literal["gelu", "gelu_tanh", "gelu_quick", "relu", "relu_squared", "silu", "tanh"]
 Norm = Literal["layernorm", "rmsnorm"]
 Placement = Literal["pre", "post", "sandwich"]
 Positions = Literal["rope", "alibi", "learned", "sinusoidal", "none"]
@@ -32,28 +34,56 @@ class Transformer:
     """Longest sequence; learned positions have as many rows."""
     positions: Positions = "rope"
     """How tokens know where they are."""
+    first_position: int = 0
+    """The row of a table of learned positions that position 0 has; the table has as many more (OPT, RoBERTa)."""
     rope_theta: float = 10_000.0
     """Base of RoPE's wavelengths."""
+    local_rope_theta: float | None = None
+    """The same for local layers, whose wavelengths are not scaled (Gemma 3). None: as all others."""
+    rope_dims: int | None = None
+    """How many dimensions of a head turn, its first (GPT-NeoX, GLM). None: all."""
+    rope_interleaved: bool = False
+    """Whether neighbouring dimensions turn together (GPT-J, GLM), or i and i + rope_dims / 2."""
+    rope_scaling: RopeScaling | None = None
+    """How wavelengths are stretched for longer texts."""
     norm: Norm = "rmsnorm"
     """Which normalisation."""
     norm_placement: Placement = "pre"
     """Where it stands: before each sublayer, after each residual sum, or before and after each sublayer (sandwich)."""
     norm_epsilon: float = 1e-5
     """Added to the variance."""
+    norm_offset: bool = False
+    """Whether RMSNorm multiplies by 1 + scale (Gemma)."""
+    embed_norm: bool = False
+    """Whether embeddings are normalised before the first layer (BLOOM)."""
     activation: Activation = "silu"
     """The feed-forward's nonlinearity."""
     gated: bool = True
     """Whether a second projection gates the feed-forward (SwiGLU and kin)."""
     parallel: bool = False
     """Whether attention and feed-forward read the same normalised input and are added together (GPT-J, PaLM)."""
+    parallel_norms: bool = False
+    """Whether in a parallel layer each has a norm of its own (GPT-NeoX)."""
     bias: bool = False
     """Whether linear layers and LayerNorms have biases."""
+    projection_bias: bool | None = None
+    """Whether projections to queries, keys and values do. None: as bias says."""
+    output_bias: bool | None = None
+    """Whether attention's output projection does. None: as bias says."""
+    mlp_bias: bool | None = None
+    """Whether the feed-forward does. None: as bias says."""
+    head_bias: bool = False
+    """Whether logits have one (GPT-J)."""
     tied: bool = True
     """Whether the head is the embedding table."""
     logit_softcap: float | None = None
     """Logits become c tanh(logits / c)."""
     attention_softcap: float | None = None
     """Attention scores become c tanh(scores / c)."""
+    attention_scale: float | None = None
+    """What products of queries and keys are multiplied by. None: head_dim^-0.5."""
+    logit_scale: float | None = None
+    """What logits are multiplied by (T5, Cohere). None: nothing."""
     qk_norm: bool = False
     """Whether queries and keys are RMS-normalised per head."""
     window: int | None = None
@@ -90,6 +120,10 @@ class Transformer:
         return self.embed // self.heads if self.head_dim is None else self.head_dim
 
     @property
+    def rope_size(self) -> int:
+        return self.head_size if self.rope_dims is None else self.rope_dims
+
+    @property
     def hidden(self) -> int:
         return 4 * self.embed if self.mlp is None else self.mlp
 
@@ -123,8 +157,19 @@ def check(config: Transformer) -> None:
         raise ValueError(f"model.embed={config.embed} is not divisible by model.heads={config.heads}; change one, or set model.head_dim")
     if config.heads % config.key_heads:
         raise ValueError(f"model.heads={config.heads} is not divisible by model.kv_heads={config.kv_heads}; key heads are shared evenly")
-    if config.positions == "rope" and config.head_size % 2:
-        raise ValueError(f"rope turns pairs of dimensions, so model.head_dim={config.head_size} must be even")
+    if config.positions == "rope" and (config.rope_size % 2 or not 0 < config.rope_size <= config.head_size):
+        raise ValueError(
+            f"rope turns pairs of a head's {config.head_size} dimensions, so {config.rope_size} of them (model.rope_dims, else "
+            "model.head_dim) must be even and no more"
+        )
+    if config.rope_scaling is not None:
+        check_scaling(config.rope_scaling, config.rope_size)
+    if config.first_position < 0:
+        raise ValueError(f"model.first_position={config.first_position} must be at least 0")
+    if config.norm_offset and config.norm != "rmsnorm":
+        raise ValueError(f"model.norm_offset is of rmsnorm, not of {config.norm}")
+    if config.parallel_norms and not config.parallel:
+        raise ValueError("model.parallel_norms is of a layer whose halves run in parallel; set model.parallel, or leave it out")
     if not config.pattern:
         raise ValueError('model.pattern is empty; ("global",) is a stack of plain layers')
     if any(is_local(kind) for kind in config.pattern) != (config.window is not None):

@@ -20,17 +20,21 @@ from lmx.parallel.rules import constrain
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_quick": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
     "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
     "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
 }
 
 
 def specs(config: Transformer) -> Tree:
     """Parameters of one feed-forward layer; `gate` only where it is gated."""
     names = ("gate", "up") if config.gated else ("up",)
-    into = {name: linear_specs((config.embed,), (config.hidden,), ("embed",), ("mlp",), config) for name in names}
-    return into | {"down": linear_specs((config.hidden,), (config.embed,), ("mlp",), ("embed",), config, residual=True)}
+    into = {name: linear_specs((config.embed,), (config.hidden,), ("embed",), ("mlp",), config, bias=config.mlp_bias) for name in names}
+    return into | {
+        "down": linear_specs((config.hidden,), (config.embed,), ("mlp",), ("embed",), config, residual=True, bias=config.mlp_bias)
+    }
 
 
 def feedforward(

@@ -15,11 +15,12 @@ def linear_specs(
     config: Transformer,
     *,
     residual: bool = False,
+    bias: bool | None = None,
 ) -> Tree:
-    """`{"weight": [*inputs, *outputs]}`, and `{"bias": [*outputs]}` where the config has biases.
+    """`{"weight": [*inputs, *outputs]}`, and `{"bias": [*outputs]}` where the config has biases, or where `bias` says so.
 
     A projection into the residual stream starts smaller, by the square root of how many there are (GPT-2, Radford et al., 2019).
     """
     stddev = config.init_std / math.sqrt(2 * config.layers) if residual else config.init_std
     weight = ParamSpec((*inputs, *outputs), (*input_axes, *output_axes), len(inputs), Normal(stddev))
-    return {"weight": weight} | ({"bias": ParamSpec(outputs, output_axes, init=ZEROS)} if config.bias else {})
+    return {"weight": weight} | ({"bias": ParamSpec(outputs, output_axes, init=ZEROS)} if (config.bias if bias is None else bias) else {})

@@ -31,7 +31,9 @@ class Static(NamedTuple):
 
 def logits(params: Tree, config: Transformer, hidden: Float[Array, "batch length embed"]) -> Float[Array, "batch length vocab"]:
     """Next-token logits, fp32 at least, soft-capped where the config says so. For sampling and inspection; losses do not need them."""
-    rows = attend(hidden, params["embed"] if config.tied else params["head"].T)
+    rows = attend(_scaled(hidden, config), params["embed"] if config.tied else params["head"].T)
+    if config.head_bias:
+        rows = rows + params["head_bias"].astype(rows.dtype)
     return rows if config.logit_softcap is None else config.logit_softcap * jnp.tanh(rows / config.logit_softcap)
 
 
@@ -55,9 +57,17 @@ def cross_entropy(
       a constant to differentiation.
     """
     head = params["embed"] if config.tied else params["head"].T
+    hidden = _scaled(hidden, config)
+    if config.head_bias:  # one column more, that every hidden state has a one for
+        head = jnp.concatenate([head, params["head_bias"][:, None]], 1)
+        hidden = jnp.concatenate([hidden, jnp.ones_like(hidden[..., :1])], -1)
     head = placed({"head": head}, {"head": ParamSpec(head.shape, ("vocab", "embed"))}, execution)["head"]
     loss, metrics = _cross_entropy((config.logit_softcap, z_loss, execution.rules), head, hidden, targets, weights)
     return loss, jax.lax.stop_gradient(metrics)
+
+
+def _scaled(hidden: Array, config: Transformer) -> Array:
+    return hidden if config.logit_scale is None else hidden * jnp.asarray(config.logit_scale, hidden.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -13,15 +13,16 @@ from lmx.kernels.wide import widened
 from lmx.models.config import Norm
 
 
-def specs(kind: Norm, size: int, axis: str, *, bias: bool) -> Tree:
-    """A norm's parameters over one dimension: a scale, and for LayerNorm a bias where biases are on."""
-    scale = {"scale": ParamSpec((size,), (axis,), init=ONES)}
+def specs(kind: Norm, size: int, axis: str, *, bias: bool, offset: bool = False) -> Tree:
+    """A norm's parameters over one dimension: a scale (less one, with an offset), and for LayerNorm a bias where biases are on."""
+    scale = {"scale": ParamSpec((size,), (axis,), init=ZEROS if offset else ONES)}
     return scale | ({"bias": ParamSpec((size,), (axis,), init=ZEROS)} if bias and kind == "layernorm" else {})
 
 
-def norm(x: Array, params: Tree, kind: Norm, epsilon: float) -> Array:
-    """Normalises the last dimension of x; gives x's type."""
-    return _norm(kind, epsilon, x, whole(params["scale"]), whole(params["bias"]) if "bias" in params else None)
+def norm(x: Array, params: Tree, kind: Norm, epsilon: float, *, offset: bool = False) -> Array:
+    """Normalises the last dimension of x; gives x's type. With an offset it multiplies by 1 + scale."""
+    scale = whole(params["scale"])
+    return _norm(kind, epsilon, x, scale + 1 if offset else scale, whole(params["bias"]) if "bias" in params else None)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

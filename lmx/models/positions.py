@@ -1,26 +1,10 @@
-"""Where a token is: RoPE, ALiBi, sinusoidal tables. Positions are data: `int [batch, length]`, never an `arange` in here."""
+"""Where a token is: ALiBi, sinusoidal tables (RoPE: `lmx.models.rope`). Positions are data: `int [batch, length]`, never an `arange` in here."""
 
 import math
 
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
-
-from lmx.kernels.wide import widened
-
-
-def rope_table(positions: Int[Array, "batch length"], head_dim: int, theta: float, dtype=jnp.float32) -> tuple[Array, Array]:
-    """Cosines and sines of RoPE (Su et al., 2021), `[batch, length, 1, head_dim / 2]`, angle `position * theta^(-2i / head_dim)`."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=dtype) / head_dim)
-    angles = positions[..., None, None].astype(dtype) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Float[Array, "batch length heads head_dim"], table: tuple[Array, Array]) -> Array:
-    """Applies RoPE in the half-split layout (dimension i turns with i + head_dim/2, as Llama's released code in Transformers)."""
-    cos, sin = table
-    a, b = jnp.split(widened(x), 2, -1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
 def alibi_slopes(heads: int, dtype=jnp.float32) -> Float[Array, "heads"]:

@@ -5,9 +5,13 @@ A group's parameters (and its cache) are held in one of two forms, which `unstac
 - stacked: a dict from the place in the pattern, `{"0": tree, "1": tree}`, each leaf with a leading `layers` dimension over the
   repeats. It is run by `jax.lax.scan`, so that compile time does not grow with depth: the form of training and of disk.
 - a tuple with one tree a layer, run one after another: the form of decoding, where a scan would copy each layer's weights.
+
+What a layer has inside comes back by its name where `Execution.taps` has a pattern for it: `layers/3/input` is the residual stream as layer 3
+reads it, `layers/*/input` that of all layers.
 """
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import jax
 import jax.numpy as jnp
@@ -88,17 +92,17 @@ def run_layers(
     context: Context,
     execution: Execution,
     cache: Tree | None = None,
-) -> tuple[Float[Array, "batch length embed"], Tree | None, Aux]:
-    """Runs every layer, whichever form each group is in; gives the output, the cache in the form it came in, and auxiliary values summed
-    over layers."""
-    caches, aux = [], {}
+) -> tuple[Float[Array, "batch length embed"], Tree | None, Aux, dict[str, Array]]:
+    """Runs every layer, whichever form each group is in; gives the output, the cache in the form it came in, auxiliary values summed
+    over layers, and what is tapped, by its name."""
+    caches, aux, tapped = [], {}, {}
     for g, (group, layers) in enumerate(zip(groups(config), params, strict=True)):
         before = None if cache is None else cache[g]
         run = _scan if isinstance(layers, dict) else _unrolled
-        x, after, more = run(x, layers, before, group, config, context, execution)
+        x, after, more, inside = run(x, layers, before, group, config, context, execution)
         caches.append(after)
-        aux = added(aux, more)
-    return x, None if cache is None else tuple(caches), aux
+        aux, tapped = added(aux, more), tapped | inside
+    return x, None if cache is None else tuple(caches), aux, tapped
 
 
 def added(aux: Aux, more: Aux) -> Aux:
@@ -112,38 +116,50 @@ def run_part(
     """Runs consecutive repeats of a stack that is one group, from the repeat `first` on: a stage of a pipeline."""
     period = len(config.pattern)
     group = Group(config.pattern, jax.tree.leaves(layers)[0].shape[0], first * period)
-    x, _, aux = _scan(x, layers, None, group, config, context, execution)
+    x, _, aux, _ = _scan(x, layers, None, group, config, context, execution)
     return x, aux
 
 
 def _unrolled(x, layers, cache, group, config, context, execution):
-    new, aux = [], {}
+    new, aux, tapped = [], {}, {}
     for i, params in enumerate(layers):
         repeat, place = divmod(i, len(group.pattern))
         kept = None if cache is None else cache[i]
         kind, layer = group.pattern[place], group.layer(repeat, place)
+        if _wanted(layer, "input", execution):
+            tapped[f"layers/{layer}/input"] = x
         x, after, more = block.block(x, params, config, context, execution, kind=kind, layer=layer, cache=kept)
         new.append(after)
         aux = added(aux, more)
-    return x, None if cache is None else tuple(new), aux
+    return x, None if cache is None else tuple(new), aux, tapped
+
+
+def _wanted(layer: int, site: str, execution: Execution) -> bool:
+    return any(fnmatchcase(f"layers/{layer}/{site}", pattern) for pattern in execution.taps)
 
 
 def _scan(x, layers, cache, group, config, context, execution):
     def repeat(x, inputs):
         index, params, kept = inputs
         x, params = checkpoint_name(x, INPUT), fetched(params)
-        new, aux = {}, {}
+        new, aux, inside = {}, {}, {}
         for p, kind in enumerate(group.pattern):
+            if p in tapped:
+                inside[p] = x
             before = None if kept is None else kept[str(p)]
             x, new[str(p)], more = block.block(
                 x, params[str(p)], config, context, execution, kind=kind, layer=group.layer(index, p), cache=before
             )
             aux = added(aux, more)
-        return x, (None if kept is None else new, aux)
+        return x, (None if kept is None else new, aux, inside)
 
+    names = {p: {r: group.layer(r, p) for r in range(group.repeats)} for p in range(len(group.pattern))}
+    tapped = {p: {r: layer for r, layer in of.items() if _wanted(layer, "input", execution)} for p, of in names.items()}
+    tapped = {p: of for p, of in tapped.items() if of}
     inputs = (jnp.arange(group.repeats), layers, cache)
-    x, (new, aux) = jax.lax.scan(_remat(repeat, execution), x, inputs, unroll=execution.unroll)
-    return x, new, jax.tree.map(lambda a: a.sum(0), aux)
+    x, (new, aux, inside) = jax.lax.scan(_remat(repeat, execution), x, inputs, unroll=execution.unroll)
+    found = {f"layers/{layer}/input": inside[p][r] for p, of in tapped.items() for r, layer in of.items()}
+    return x, new, jax.tree.map(lambda a: a.sum(0), aux), found
 
 
 def _remat(function, execution: Execution):

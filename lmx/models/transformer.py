@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from lmx.core.execution import Execution
-from lmx.core.params import Normal, ParamSpec, is_spec
+from lmx.core.params import ZEROS, Normal, ParamSpec, is_spec
 from lmx.core.tree import Tree
 from lmx.kernels.masks import Mask
 from lmx.kernels.wide import wide
@@ -19,7 +19,8 @@ from lmx.models.attention import Context
 from lmx.models.config import Transformer
 from lmx.models.dropout import Dropout
 from lmx.models.experts import Aux
-from lmx.models.positions import rope_table, sinusoids
+from lmx.models.positions import sinusoids
+from lmx.models.rope import rope_table
 from lmx.parallel.rules import constrain, placed
 from lmx.parallel.tensor import lookup
 
@@ -49,11 +50,13 @@ class Output:
       hidden: hidden states after the final norm, in the compute type.
       cache: the cache, if there was one.
       aux: auxiliary values, a number a row, summed over layers (`lmx.models.experts.Aux`).
+      taps: what `Execution.taps` asks for, by name (`lmx.models.stack`).
     """
 
     hidden: Float[Array, "batch length embed"]
     cache: Cache | None = None
     aux: Aux = flax.struct.field(default_factory=dict)
+    taps: dict[str, Array] = flax.struct.field(default_factory=dict)
 
 
 def specs(config: Transformer) -> Tree:
@@ -62,12 +65,18 @@ def specs(config: Transformer) -> Tree:
         "embed": ParamSpec((config.vocab, config.embed), ("vocab", "embed"), init=Normal(config.init_std)),
         "layers": stack.specs(config),
     }
+    norm = norms.specs(config.norm, config.embed, "embed", bias=config.bias, offset=config.norm_offset)
     if config.positions == "learned":
-        tree["positions"] = ParamSpec((config.context, config.embed), (None, "embed"), init=Normal(config.init_std))
+        rows = config.context + config.first_position
+        tree["positions"] = ParamSpec((rows, config.embed), (None, "embed"), init=Normal(config.init_std))
+    if config.embed_norm:
+        tree["embed_norm"] = norm
     if config.norm_placement != "post":
-        tree["norm"] = norms.specs(config.norm, config.embed, "embed", bias=config.bias)
+        tree["norm"] = norm
     if not config.tied:
         tree["head"] = ParamSpec((config.embed, config.vocab), ("embed", "vocab"), 1, Normal(config.init_std))
+    if config.head_bias:
+        tree["head_bias"] = ParamSpec((config.vocab,), ("vocab",), init=ZEROS)
     return tree
 
 
@@ -114,9 +123,9 @@ def forward(
     context, cache = _context(config, positions, segments, cache, dropout, execution)
 
     x = enter(params, config, tokens, positions, dropout, execution)
-    x, layers, aux = stack.run_layers(x, params["layers"], config, context, execution, None if cache is None else cache.layers)
+    x, layers, aux, taps = stack.run_layers(x, params["layers"], config, context, execution, None if cache is None else cache.layers)
     hidden = leave(params, config, x, execution)
-    return Output(hidden, None if cache is None else cache.replace(layers=layers, used=cache.used + length), aux)
+    return Output(hidden, None if cache is None else cache.replace(layers=layers, used=cache.used + length), aux, taps)
 
 
 def enter(
@@ -128,9 +137,11 @@ def enter(
     if config.embed_scale:
         x = x * jnp.asarray(math.sqrt(config.embed), dtype)
     if config.positions == "learned":
-        x = x + lookup(positions, params["positions"], dtype, execution.rules, None)
+        x = x + lookup(positions + config.first_position, params["positions"], dtype, execution.rules, None)
     elif config.positions == "sinusoidal":
         x = x + sinusoids(positions, config.embed, wide(dtype)).astype(dtype)
+    if config.embed_norm:
+        x = norms.norm(x, params["embed_norm"], config.norm, config.norm_epsilon, offset=config.norm_offset)
     return drop.apply(constrain(x, ("batch", "sequence", None), execution.rules), dropout, "embed", 0)
 
 
@@ -138,7 +149,7 @@ def leave(params: Tree, config: Transformer, x: Array, execution: Execution) -> 
     """Hidden states, from what the last layer gives."""
     if config.norm_placement == "post":
         return x
-    return norms.norm(x, _own(params, config, execution)["norm"], config.norm, config.norm_epsilon)
+    return norms.norm(x, _own(params, config, execution)["norm"], config.norm, config.norm_epsilon, offset=config.norm_offset)
 
 
 def _own(params: Tree, config: Transformer, execution: Execution) -> Tree:
@@ -170,11 +181,14 @@ def _context(config, positions, segments, cache, dropout, execution) -> tuple[Co
             query_segments=segments,
             key_segments=cache.segments,
         )
-    rope, dtype = None, wide(execution.precision.compute)
+    rope = local_rope = None
     if config.positions == "rope":
-        rope = rope_table(positions, config.head_size, config.rope_theta, dtype)
+        dtype = wide(execution.precision.compute)
+        rope = local_rope = rope_table(positions, config.rope_size, config.rope_theta, dtype, config.rope_scaling)
+        if config.local_rope_theta is not None:
+            local_rope = rope_table(positions, config.rope_size, config.local_rope_theta, dtype)
     local = mask.replace(window=config.window)
-    return Context(mask, local, rope, None if cache is None else cache.used, dropout), cache
+    return Context(mask, local, rope, local_rope, None if cache is None else cache.used, dropout), cache
 
 
 def flops_per_token(config: Transformer, length: int) -> float:

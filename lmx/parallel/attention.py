@@ -20,6 +20,7 @@ def attention(
     mask: Mask,
     execution: Execution,
     *,
+    scale: float | None = None,
     softcap: float | None = None,
     slopes: Array | None = None,
     keep: Array | None = None,
@@ -30,7 +31,8 @@ def attention(
       ValueError: a split sequence with dropout of attention weights, with a cache, or of a length that does not divide.
     """
     sizes = axes()
-    run = partial(kernel, softcap=softcap, implementation=execution.attention)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    run = partial(kernel, scale=scale, softcap=softcap, implementation=execution.attention)
     if execution.rules is None or not sizes:
         return run(q, k, v, mask, slopes=slopes, keep=keep)
     place = partial(partition, rules=execution.rules, sizes=sizes)
@@ -59,7 +61,7 @@ def attention(
             return run(q, k, v, mask, slopes=slopes, keep=keep)
         if execution.exchange == "alltoall":
             return context.alltoall(run, q, k, v, mask, slopes)
-        return context.ring(q, k, v, mask, scale=q.shape[-1] ** -0.5, softcap=softcap, slopes=slopes)
+        return context.ring(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes)
 
     used = set(names(of_q)) | set(names(of_k))
     if not used:  # a mesh of one device, or rows that do not divide

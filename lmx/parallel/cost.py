@@ -258,7 +258,7 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
         hop = 16 * keys if n > 1 and layout.exchange == "ring" else 0
         attention = hop + (8 if cpu else 24) * here.rows * here.heads * tile**2 + 8 * (queries + keys) + 2 * (queries + keys) * work.compute
     # What enters and what comes back, both whole, and the gradient through each projection before they are summed.
-    feed = (5 if work.gated else 3) * tokens * here.mlp * work.compute + (4 if work.gated else 3) * work.whole
+    feed = ((5 if work.gated else 3) + (not cpu)) * tokens * here.mlp * work.compute + (4 if work.gated else 3) * work.whole
     if work.mixed:
         dense = feed if work.mixed < work.depth else 0
         feed = max(dense, _experts_working(work, cpu=cpu))

@@ -54,7 +54,7 @@ with install_import_hook("lmx.models", "beartype.beartype"):
     import lmx.models.transformer
 
 import jax.numpy as jnp
-from lmx.models.positions import rope_table
+from lmx.models.rope import rope_table
 
 rope_table(jnp.zeros((4,), jnp.int32), 8, 1e4)
 """

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmx.models.positions import alibi_slopes, rope_table, rotate, sinusoids
+from lmx.models.positions import alibi_slopes, sinusoids
+from lmx.models.rope import rope_table, rotate
 
 RNG = np.random.default_rng(0)
 

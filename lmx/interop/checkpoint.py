@@ -1,0 +1,319 @@
+"""Checkpoints of Hugging Face's layout in and out, tensor by tensor."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh
+
+from lmx.core.params import ParamSpec, is_spec
+from lmx.core.tree import Tree, name_of
+from lmx.interop.families import FAMILIES
+from lmx.interop.family import Family, Fused
+from lmx.interop.files import open_tensors, write_tensors
+from lmx.models import config as model_config
+from lmx.models import stack, transformer
+from lmx.models.config import Transformer
+from lmx.parallel.layout import Layout
+from lmx.parallel.rules import rules, shardings
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of a family: what `lmx.models` computes, and how its checkpoints call it.
+
+    Attributes:
+      config: of the model.
+      family: its table's name (`model_type`).
+      about: the rest of its config.json, as JSON: special tokens, the type of its numbers.
+    """
+
+    config: Transformer
+    family: str
+    about: str = "{}"
+
+    @property
+    def table(self) -> Family:
+        return FAMILIES[self.family]
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """Its config.json."""
+        return json.loads(self.about) | self.table.write(self.config)
+
+
+def read_config(folder: Path) -> Model:
+    """The model that a folder's config.json describes. Raises ValueError for what lmx does not have, by name."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise ValueError(f"{folder} has no config.json, so it is no Hugging Face checkpoint")
+    found = json.loads(path.read_text())
+    kind = found.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(f"{path}: model_type={kind!r} is not one of {', '.join(sorted(FAMILIES))}")
+    model = Model(FAMILIES[kind].read(found), kind, json.dumps(found))
+    model_config.check(model.config)
+    return model
+
+
+def load(folder: str | Path, *, dtype=jnp.float32, mesh: Mesh | None = None, layout: Layout = Layout()) -> tuple[Model, Tree]:
+    """A checkpoint's model and parameters (layers stacked), each parameter read where, and only as far as, a device needs it.
+
+    Args:
+      dtype: of the parameters.
+      mesh, layout: where they go; with neither, on the default device.
+
+    Raises:
+      ValueError: a config or tensors that lmx has no place for, or lacks, each by its name.
+    """
+    folder = Path(folder)
+    model = read_config(folder)
+    tensors = Names(model).found(open_tensors(folder))
+    specs = transformer.specs(model.config)
+    if mesh is None:
+        where = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), specs, is_leaf=is_spec)
+    else:
+        where = shardings(specs, mesh, rules(layout, split=layout.zero == 3))
+
+    def leaf(path: tuple, spec: ParamSpec, sharding) -> jax.Array:
+        read = _reader(tensors, name_of(path), spec, model)
+        return jax.make_array_from_callback(spec.shape, sharding, lambda index: read(index).astype(dtype))
+
+    return model, jax.tree_util.tree_map_with_path(leaf, specs, where, is_leaf=is_spec)
+
+
+def tensors(model: Model, tree: Tree) -> dict[str, np.ndarray]:
+    """A tree of the parameters' shapes (parameters, gradients) under the checkpoint's names, in its layouts."""
+    return {name: make() for name, (_, make) in _writers(model, tree).items()}
+
+
+def save(model: Model, params: Tree, folder: str | Path, *, dtype=None) -> None:
+    """Writes a folder that transformers loads.
+
+    Args:
+      dtype: of the numbers; that which the model's config.json says when None, else fp32.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.hub
+    kind = np.dtype(dtype or {"bfloat16": ml_dtypes.bfloat16}.get(config.get("dtype") or config.get("torch_dtype")) or np.float32)
+    config["dtype"] = kind.name
+    config.pop("torch_dtype", None)
+    write_tensors(folder, {name: (shape, kind, make) for name, (shape, make) in _writers(model, params).items()})
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one of our leaves is in a checkpoint: the tensor's name (with `{}` for the layer and `{expert}`), and which part of it."""
+
+    name: str
+    fused: Fused | None = None
+    part: int = 0
+
+
+class Names:
+    """The checkpoint's names of a model's parameters."""
+
+    def __init__(self, model: Model):
+        self.model = model
+        self.specs = {name_of(p): s for p, s in jax.tree_util.tree_leaves_with_path(transformer.specs(model.config), is_leaf=is_spec)}
+
+    @cached_property
+    def places(self) -> dict[str, Place]:
+        """By our path without group and place in the pattern: `layers/attention/query/weight`."""
+        found = {}
+        for theirs, ours in self.model.table.modules.items():
+            for i, part in enumerate(ours.parts if isinstance(ours, Fused) else (ours,)):
+                for suffix, own in ((".weight", "/weight"), (".weight", "/scale"), (".weight", ""), (".bias", "/bias"), (".bias", "_bias")):
+                    found[part + own] = Place(theirs + suffix, ours if isinstance(ours, Fused) else None, i)
+        return found
+
+    def place(self, name: str) -> Place:
+        """Of one of our leaves. Raises KeyError where the table lacks it: a defect of the table."""
+        return self.places[short(name)]
+
+    def all(self) -> Iterator[str]:
+        """Every tensor's name."""
+        for name, spec in self.specs.items():
+            place = self.place(name)
+            for layer in self.layers(name):
+                for expert in range(spec.shape[1]) if "{expert}" in place.name else (0,):
+                    yield place.name.format(layer, expert=expert)
+
+    def layers(self, name: str) -> list[int]:
+        """The absolute layers of a stacked leaf; one that does not matter for others."""
+        words = name.split("/")
+        if words[0] != "layers":
+            return [0]
+        group = stack.groups(self.model.config)[int(words[1])]
+        return [group.layer(r, int(words[2])) for r in range(group.repeats)]
+
+    def found(self, there: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A file's tensors by the names that the table has. Raises ValueError for what is missing and what is too much."""
+        table, wanted = self.model.table, dict.fromkeys(self.all())
+        named = {}
+        for name in wanted:
+            own = next((n for n in (name, *_variants(name, table.prefixes)) if n in there), None)
+            if own is not None:
+                named[name] = own
+        missing = [name for name in wanted if name not in named]
+        used = set(named.values())
+        rest = [n for n in there if n not in used and not any(fnmatchcase(n, p) for p in table.leftover)]
+        copies = {"lm_head.weight", "embed_out.weight"} if self.model.config.tied else set()
+        rest = [n for n in rest if n not in copies]
+        if missing or rest:
+            said = [f"lacks {_some(missing)}"] * bool(missing) + [f"has {_some(rest)}, which lmx knows nothing of"] * bool(rest)
+            raise ValueError(f"the checkpoint of a {table.model_type} {', and '.join(said)}")
+        return {name: there[own] for name, own in named.items()}
+
+
+def short(name: str) -> str:
+    """`layers/0/1/attention/query/weight` as `layers/attention/query/weight`."""
+    words = name.split("/")
+    return "/".join([words[0], *words[3:]]) if words[0] == "layers" else name
+
+
+def _variants(name: str, prefixes: tuple[str, ...]) -> Iterator[str]:
+    for prefix in prefixes:
+        yield name.removeprefix(prefix)
+        yield prefix + name
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _reader(there: Mapping[str, np.ndarray], name: str, spec: ParamSpec, model: Model) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    """What reads any part of one of our leaves."""
+    names = Names(model)
+    place, layers = names.place(name), names.layers(name)
+    stacked = name.startswith("layers/")
+    one = replace(spec, shape=spec.shape[1:], axes=spec.axes[1:]) if stacked else spec
+
+    def layer(number: int) -> np.ndarray:
+        if "{expert}" not in place.name:
+            return _ours(there[place.name.format(number)], one, place, name, names)
+        each = replace(one, shape=one.shape[1:], axes=one.axes[1:])
+        tensors = (there[place.name.format(number, expert=e)] for e in range(one.shape[0]))
+        return np.stack([_ours(tensor, each, place, name, names) for tensor in tensors])
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        if not stacked:
+            return np.asarray(layer(0)[index])
+        return np.stack([layer(number)[index[1:]] for number in layers[index[0]]])
+
+    return read
+
+
+def _ours(tensor: np.ndarray, spec: ParamSpec, place: Place, name: str, names: Names) -> np.ndarray:
+    """A tensor of theirs, or its part, as one of our leaves. Raises ValueError where shapes do not agree."""
+    linear = spec.inputs > 0
+    shapes = [spec.shape[spec.inputs :]] if place.fused is None else _part_shapes(place.fused, name, names)
+    outputs = sum(int(np.prod(s)) for s in shapes)
+    inputs = int(np.prod(spec.shape[: spec.inputs]))
+    turned = linear and names.model.table.turned
+    wanted = ((outputs, inputs) if turned else (inputs, outputs)) if linear else (outputs,) if place.fused else spec.shape
+    if tensor.shape != tuple(wanted) and tensor.size == int(np.prod(wanted)) and not linear:
+        tensor = tensor.reshape(wanted)
+    if tensor.shape != tuple(wanted):
+        raise ValueError(
+            f"{place.name.format('*', expert='*')} is {list(tensor.shape)} in the checkpoint; config.json makes it {list(wanted)}"
+        )
+    flat = tensor.T if turned else tensor
+    if place.fused is not None:
+        flat = place.fused.split(flat, shapes)[place.part]
+    return flat.reshape(spec.shape)
+
+
+def _part_shapes(fused: Fused, name: str, names: Names) -> list[tuple[int, ...]]:
+    """Outputs of each part of a fused tensor, from the parameter table."""
+    lead, leaf = ("/".join(name.split("/")[:3]), name.rsplit("/", 1)[1])
+    found = []
+    for part in fused.parts:
+        spec = names.specs[f"{lead}/{part.removeprefix('layers/')}/{leaf}"]
+        found.append(spec.shape[1 + spec.inputs :])
+    return found
+
+
+def _writers(model: Model, tree: Tree) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
+    """For every tensor of a checkpoint its shape and what makes it."""
+    names = Names(model)
+    leaves = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    if set(leaves) != set(names.specs):
+        raise ValueError(f"the tree is not of this model's parameters: {_some(sorted(set(leaves) ^ set(names.specs)))} differ")
+    found: dict[str, tuple[tuple[int, ...], Callable]] = {}
+    for name, spec in names.specs.items():
+        place = names.place(name)
+        if place.part:
+            continue
+        parts = [name]
+        if place.fused is not None:
+            lead, leaf = "/".join(name.split("/")[:3]), name.rsplit("/", 1)[1]
+            parts = [f"{lead}/{part.removeprefix('layers/')}/{leaf}" for part in place.fused.parts]
+        for repeat, layer in enumerate(names.layers(name)):
+            for expert in range(spec.shape[1]) if "{expert}" in place.name else (None,):
+                make = _Writer(leaves, parts, names, place, repeat if name.startswith("layers/") else None, expert)
+                found[place.name.format(layer, expert=expert)] = (make.shape, make)
+    return found
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Makes one tensor of theirs from one of our leaves or several."""
+
+    leaves: Mapping[str, Any]
+    parts: list[str]
+    names: Names
+    place: Place
+    repeat: int | None
+    expert: int | None
+
+    @property
+    def _lead(self) -> int:
+        return (self.repeat is not None) + (self.expert is not None)
+
+    @property
+    def _linear(self) -> int:
+        return self.names.specs[self.parts[0]].inputs
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shapes = [self.names.specs[part].shape[self._lead :] for part in self.parts]
+        if not self._linear:
+            whole = self.place.fused is None and not self.parts[0].endswith("/bias")
+            return shapes[0] if whole else (sum(int(np.prod(s)) for s in shapes),)
+        inputs = int(np.prod(shapes[0][: self._linear]))
+        outputs = sum(int(np.prod(s[self._linear :])) for s in shapes)
+        return (outputs, inputs) if self.names.model.table.turned else (inputs, outputs)
+
+    def __call__(self) -> np.ndarray:
+        index = tuple(i for i in (self.repeat, self.expert) if i is not None)
+        arrays = [np.asarray(self.leaves[part][index]) for part in self.parts]
+        lead = self._linear
+        joined = arrays[0] if self.place.fused is None else self.place.fused.join(arrays, lead)
+        if not lead:
+            return joined.reshape(self.shape)
+        matrix = joined.reshape(int(np.prod(joined.shape[:lead])), -1)
+        return matrix.T if self.names.model.table.turned else matrix
+
+
+def copy_besides(source: Path, target: Path) -> None:
+    """Copies what a checkpoint's folder has beside the model: its tokenizer, its generation settings."""
+    for path in Path(source).iterdir():
+        if (
+            path.is_file()
+            and path.suffix in (".json", ".model", ".txt", ".jinja")
+            and "safetensors" not in path.name
+            and path.name != "config.json"
+        ):
+            shutil.copy2(path, target / path.name)

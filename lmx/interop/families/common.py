@@ -1,0 +1,136 @@
+"""What config.json of several families says in more than one field: RoPE, kinds of layers."""
+
+from typing import Any
+
+from lmx.interop.family import Reader
+from lmx.models.config import Transformer
+from lmx.models.rope import RopeScaling
+
+LLAMA_MODULES = {
+    "model.embed_tokens": "embed",
+    "model.norm": "norm",
+    "lm_head": "head",
+    "model.layers.{}.input_layernorm": "layers/attention_norm",
+    "model.layers.{}.self_attn.q_proj": "layers/attention/query",
+    "model.layers.{}.self_attn.k_proj": "layers/attention/key",
+    "model.layers.{}.self_attn.v_proj": "layers/attention/value",
+    "model.layers.{}.self_attn.o_proj": "layers/attention/output",
+    "model.layers.{}.post_attention_layernorm": "layers/feedforward_norm",
+    "model.layers.{}.mlp.gate_proj": "layers/feedforward/gate",
+    "model.layers.{}.mlp.up_proj": "layers/feedforward/up",
+    "model.layers.{}.mlp.down_proj": "layers/feedforward/down",
+}
+"""Names that most decoders have taken from Llama."""
+INV_FREQ = ("*rotary_emb.inv_freq",)
+
+
+def rope_to_ours(theta: float = 10_000.0, partial: float = 1.0):
+    """RoPE's base, share of dimensions and scaling, from `rope_parameters` or from what came before it: `rope_theta`, `rope_scaling`,
+    `partial_rotary_factor`."""
+
+    def read(reader: Reader, ours: dict[str, Any]) -> dict[str, Any]:
+        given = dict(reader.take("rope_parameters", None) or reader.take("rope_scaling", None) or {})
+        reader.take("rope_scaling", None)
+        base = given.pop("rope_theta", None) or reader.take("rope_theta", theta)
+        share = given.pop("partial_rotary_factor", None) or reader.take("partial_rotary_factor", partial)
+        reader.take("rope_theta", None), reader.take("partial_rotary_factor", None)
+        kind = given.pop("rope_type", given.pop("type", "default"))
+        given.pop("type", None)
+        found: dict[str, Any] = {"rope_theta": float(base)}
+        head = ours.get("head_dim") or ours["embed"] // ours["heads"]
+        if int(head * share) != head:
+            found["rope_dims"] = int(head * share)
+        if kind != "default":
+            found["rope_scaling"] = _scaling(kind, given, reader, ours["context"])
+        elif given:
+            raise reader.refused("rope_parameters", given, "nothing beside rope_theta with rope_type default")
+        return found
+
+    return read
+
+
+def _scaling(kind: str, given: dict[str, Any], reader: Reader, context: int) -> RopeScaling:
+    if kind not in ("linear", "dynamic", "yarn", "llama3", "longrope", "su"):
+        raise reader.refused("rope_type", kind, "one of default, linear, dynamic, yarn, llama3, longrope")
+    kind = "longrope" if kind == "su" else kind
+    original = given.pop("original_max_position_embeddings", None)
+    if original is None:
+        original = reader.take("original_max_position_embeddings", None) or (0 if kind == "linear" else context)
+    made: dict[str, Any] = {"kind": kind, "original_context": original}
+    factor = given.pop("factor", None)
+    made["factor"] = float(context / original if factor is None else factor)
+    low, high = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ("beta_slow", "beta_fast")
+    if kind in ("llama3", "yarn"):
+        made |= {"low": float(given.pop(low, None) or 1), "high": float(given.pop(high, None) or (4 if kind == "llama3" else 32))}
+    if kind == "yarn":
+        made["truncate"] = given.pop("truncate", True)
+        one, all_ = given.pop("mscale", None), given.pop("mscale_all_dim", None)
+        if one and all_ and given.get("attention_factor") is None:
+            raise reader.refused("mscale", one, "attention_factor in its place")
+    if kind == "longrope":
+        made |= {"short_factors": tuple(given.pop("short_factor")), "long_factors": tuple(given.pop("long_factor"))}
+    made["attention"] = given.pop("attention_factor", None)
+    if given:
+        raise reader.refused("rope_parameters", given, f"no such entries with rope_type {kind}")
+    return RopeScaling(**made)
+
+
+def rope_to_theirs(config: Transformer) -> dict[str, Any]:
+    """The inverse, as transformers writes it now."""
+    said: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    if config.rope_dims is not None:
+        said["partial_rotary_factor"] = config.rope_dims / config.head_size
+    scaling = config.rope_scaling
+    if scaling is not None:
+        said |= {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.original_context:
+            said["original_max_position_embeddings"] = scaling.original_context
+        if scaling.kind == "llama3":
+            said |= {"low_freq_factor": scaling.low, "high_freq_factor": scaling.high}
+        if scaling.kind == "yarn":
+            said |= {"beta_slow": scaling.low, "beta_fast": scaling.high, "truncate": scaling.truncate}
+        if scaling.kind == "longrope":
+            said |= {"short_factor": list(scaling.short_factors), "long_factor": list(scaling.long_factors)}
+        if scaling.attention is not None:
+            said["attention_factor"] = scaling.attention
+    return {"rope_parameters": said}
+
+
+def rope(theta: float = 10_000.0, partial: float = 1.0):
+    """Both ways."""
+    return rope_to_ours(theta, partial), rope_to_theirs
+
+
+def _window_to_ours(reader: Reader, ours: dict[str, Any]) -> dict[str, Any]:
+    window, kinds = reader.take("sliding_window", None), reader.take("layer_types", None)
+    if reader.take("use_sliding_window", True) is False or window is None:
+        return {}
+    if kinds is None:
+        return {"window": window, "pattern": ("local",)}
+    names = {"sliding_attention": "local", "full_attention": "global"}
+    unknown = set(kinds) - set(names)
+    if unknown:
+        raise reader.refused("layer_types", sorted(unknown), " and ".join(names))
+    if len(kinds) != ours["layers"]:
+        raise reader.refused("layer_types", kinds, f"one for each of {ours['layers']} layers")
+    pattern = shortest([names[kind] for kind in kinds])
+    return {"window": window, "pattern": pattern} if "local" in pattern else {}
+
+
+def shortest(kinds: list) -> tuple:
+    """The shortest pattern that, repeated and cut off, gives a list."""
+    return next(tuple(kinds[:n]) for n in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
+
+
+def _window_to_theirs(config: Transformer) -> dict[str, Any]:
+    if config.window is None:
+        return {"sliding_window": None}
+    if config.pattern == ("local",):
+        return {"sliding_window": config.window}
+    names = {"local": "sliding_attention", "global": "full_attention"}
+    kinds = [names[config.pattern[i % len(config.pattern)]] for i in range(config.layers)]
+    return {"sliding_window": config.window, "layer_types": kinds}
+
+
+WINDOW = (_window_to_ours, _window_to_theirs)
+"""A sliding window, of all layers or of those that `layer_types` names."""

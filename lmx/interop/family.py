@@ -1,0 +1,180 @@
+"""A family of checkpoints as a table: which field of its config.json is which of ours, which of its tensors is which of our parameters.
+
+Whatever the table does not know is refused by name, for a model that is almost the right one is worse than none.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import numpy as np
+
+from lmx.models.config import Transformer
+
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "quick_gelu": "gelu_quick",
+    "relu": "relu",
+    "relu2": "relu_squared",
+    "silu": "silu",
+    "swish": "silu",
+}
+"""Their names of activations, the usual one last where there are several."""
+GENERIC = (
+    *("_name_or_path", "architectures", "auto_map", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "unk_token_id", "decoder_start_token_id"),
+    *("id2label", "label2id", "num_labels", "problem_type", "task_specific_params", "finetuning_task", "tokenizer_class", "prefix"),
+    *("output_attentions", "output_hidden_states", "return_dict", "torchscript", "chunk_size_feed_forward", "gradient_checkpointing"),
+    *("initializer_range", "initializer_factor", "init_std", "is_encoder_decoder", "pretraining_tp", "layerdrop"),
+    *("*dropout*", "*_pdrop", "*layerdrop"),
+)
+"""Fields that say nothing of what a trained model computes."""
+REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of theirs that is one of ours: its names, the value it has when it is left out, and what its values are called here."""
+
+    theirs: str
+    ours: str
+    default: Any = REQUIRED
+    values: Mapping[Any, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Several of our linear layers as one tensor of theirs, along its outputs.
+
+    `concat`: one after another. `groups`: for each key head its query heads, then itself, then its value head (of Falcon; with as many key
+    heads as query heads that is BLOOM's and GPT-NeoX's order).
+    """
+
+    parts: tuple[str, ...]
+    order: Literal["concat", "groups"] = "concat"
+
+    def split(self, array: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+        """Parts of `[..., outputs]`, each `[..., *shape]`."""
+        lead = array.shape[:-1]
+        if self.order == "concat":
+            ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
+            pieces = np.split(array, ends[:-1], -1)
+            return [piece.reshape(*lead, *shape) for piece, shape in zip(pieces, shapes, strict=True)]
+        (heads, dim), (groups, _), _ = shapes
+        array = array.reshape(*lead, groups, heads // groups + 2, dim)
+        return [array[..., :-2, :].reshape(*lead, heads, dim), array[..., -2, :], array[..., -1, :]]
+
+    def join(self, arrays: list[np.ndarray], lead: int) -> np.ndarray:
+        """The inverse of `split`, for arrays with so many leading dimensions."""
+        if self.order == "concat":
+            return np.concatenate([a.reshape(*a.shape[:lead], -1) for a in arrays], -1)
+        query, key, value = arrays
+        *first, heads, dim = query.shape
+        groups = key.shape[-2]
+        query = query.reshape(*first, groups, heads // groups, dim)
+        return np.concatenate([query, key[..., None, :], value[..., None, :]], -2).reshape(*first, -1)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type`.
+
+    Attributes:
+      model_type, architecture: its name in config.json, and the class that transformers loads it with.
+      fields: `Field`s.
+      settings: fields of ours that all its models share.
+      expected: fields of theirs that must have a value, or be absent, for the table to hold; a tuple lists several.
+      ignored: patterns of fields that change nothing here.
+      more: functions from their config (as read: `Reader`) to fields of ours, and back, for what is no pair of fields.
+      modules: their module, `{}` for the layer, `{expert}` for an expert, to ours (or `Fused`). A module has a weight (a norm's scale) and,
+        where ours has one, a bias.
+      turned: whether linear layers are stored `[outputs, inputs]`.
+      prefixes: what published files may leave out before a name, or have before it.
+      leftover: patterns of tensors in older files that are no parameters.
+    """
+
+    model_type: str
+    architecture: str
+    fields: tuple[Field, ...]
+    modules: Mapping[str, str | Fused]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    expected: Mapping[str, Any] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    more: tuple[tuple[Callable, Callable], ...] = ()
+    turned: bool = True
+    prefixes: tuple[str, ...] = ("model.", "transformer.")
+    leftover: tuple[str, ...] = ()
+
+    def read(self, config: Mapping[str, Any]) -> Transformer:
+        """Our config from theirs. Raises ValueError, with the field, for what the table does not cover."""
+        reader = Reader(config, self.model_type)
+        ours = dict(self.settings)
+        for one in self.fields:
+            value = reader.take(one.theirs, one.default)
+            if one.values is not None:
+                if value not in one.values:
+                    raise reader.refused(one.theirs, value, f"one of {', '.join(map(str, one.values))}")
+                value = one.values[value]
+            ours[one.ours] = value
+        for theirs, wanted in self.expected.items():
+            several = wanted if isinstance(wanted, tuple) else (wanted,)
+            value = reader.take(theirs, several[0])
+            if value not in several:
+                raise reader.refused(theirs, value, " or ".join(map(repr, several)))
+        for to_ours, _ in self.more:
+            ours |= to_ours(reader, ours)
+        reader.finish(self.ignored)
+        return Transformer(**ours)
+
+    def write(self, config: Transformer) -> dict[str, Any]:
+        """Theirs from ours. Raises ValueError for a setting that the family has no field for."""
+        theirs: dict[str, Any] = {"model_type": self.model_type, "architectures": [self.architecture]}
+        for one in self.fields:
+            value = getattr(config, one.ours)
+            if one.values is not None:
+                back = {ours: name for name, ours in one.values.items()}
+                if value not in back:
+                    raise ValueError(f"{self.model_type} has no {one.theirs} for model.{one.ours}={value!r}")
+                value = back[value]
+            theirs[one.theirs] = value
+        theirs |= {name: wanted[0] if isinstance(wanted, tuple) else wanted for name, wanted in self.expected.items()}
+        for _, to_theirs in self.more:
+            theirs |= to_theirs(config)
+        again = self.read(theirs)
+        if again != config:
+            different = [n for n in vars(config) if getattr(config, n) != getattr(again, n)]
+            said = ", ".join(f"model.{n}={getattr(config, n)!r} (it means {getattr(again, n)!r})" for n in different)
+            raise ValueError(f"{self.model_type} cannot say {said}; save it as another family")
+        return theirs
+
+
+class Reader:
+    """Their config as it is read: what nobody asked for is left at the end, and refused unless it says nothing."""
+
+    def __init__(self, config: Mapping[str, Any], family: str):
+        self._config, self._family, self._asked = dict(config), family, set()
+
+    def take(self, name: str, default: Any = REQUIRED) -> Any:
+        self._asked.add(name)
+        if name in self._config:
+            return self._config[name]
+        if default is REQUIRED:
+            raise ValueError(f"config.json of a {self._family} lacks {name}")
+        return default
+
+    def refused(self, name: str, value: Any, wanted: str) -> ValueError:
+        return ValueError(f"config.json: {name}={value!r} of a {self._family} is not supported; known is {wanted}")
+
+    def finish(self, ignored: tuple[str, ...]) -> None:
+        patterns = (*GENERIC, *ignored)
+        left = {n: v for n, v in self._config.items() if n not in self._asked and not any(fnmatchcase(n, p) for p in patterns)}
+        left = {name: value for name, value in left.items() if value not in (None, False, [], {})}
+        if left:
+            said = ", ".join(f"{name}={value!r}" for name, value in left.items())
+            raise ValueError(
+                f"config.json of a {self._family} has fields that lmx does not know: {said}; what they change is not known either"
+            )

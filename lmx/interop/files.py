@@ -1,0 +1,118 @@
+"""Folders of safetensors: tensors by name, each where it lies on disk until it is read; and written back."""
+
+import json
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+TYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+NAMES = {np.dtype(kind): name for name, kind in TYPES.items()}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = 5 * 10**9
+"""Bytes from which a checkpoint is written as several files."""
+
+
+def open_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of a checkpoint, mapped into memory, not read.
+
+    Raises:
+      ValueError: there is no checkpoint of this kind, or its files contradict each other.
+    """
+    index, single = folder / INDEX, folder / SINGLE
+    if index.exists():
+        places: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        shards = {name: _mapped(folder / name) for name in sorted(set(places.values()))}
+        for tensor, name in places.items():
+            if tensor not in shards[name]:
+                raise ValueError(f"{index} says that {name} has {tensor}, but it has not")
+        return {tensor: shards[name][tensor] for tensor, name in places.items()}
+    if single.exists():
+        return _mapped(single)
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickled:
+        raise ValueError(
+            f"{folder} has {pickled[0]}, a pickle, which may run code when it is read; convert it to safetensors "
+            "(in transformers: model.save_pretrained(path))"
+        )
+    raise ValueError(
+        f"{folder} has neither {SINGLE} nor {INDEX}; it has {', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}"
+    )
+
+
+def _mapped(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of one file (https://github.com/huggingface/safetensors, its format)."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8)) if size >= 8 else (size,)
+        if length + 8 > size:
+            raise ValueError(f"{path} is cut short: its header alone should have {length} bytes, and the file has {size}")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if end != size:
+        raise ValueError(f"{path} should have {end} bytes and has {size}; was it downloaded whole?")
+    whole = np.memmap(path, np.uint8, "r", offset=8 + length) if end > 8 + length else np.zeros(0, np.uint8)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in TYPES:
+            raise ValueError(f"{path}: {name} is of type {entry['dtype']}; known are {', '.join(TYPES)}")
+        start, stop = entry["data_offsets"]
+        tensors[name] = whole[start:stop].view(TYPES[entry["dtype"]]).reshape(entry["shape"])
+    return tensors
+
+
+def write_tensors(
+    folder: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype, Callable[[], np.ndarray]]], shard: int = SHARD
+) -> None:
+    """Writes tensors, given as shape, type and what makes each, one at a time; as several files and an index where they are many bytes."""
+    sizes = {name: int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize for name, (shape, dtype, _) in tensors.items()}
+    parts: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if parts[-1] and filled + size > shard:
+            parts.append([])
+            filled = 0
+        parts[-1].append(name)
+        filled += size
+    names = [SINGLE] if len(parts) == 1 else [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
+    for file, part in zip(names, parts, strict=True):
+        _write(folder / file, {name: tensors[name] for name in part}, sizes)
+    if len(parts) > 1:
+        places = {name: file for file, part in zip(names, parts, strict=True) for name in part}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write(path: Path, tensors: Mapping, sizes: Mapping[str, int]) -> None:
+    def entries() -> Iterator[tuple[str, dict]]:
+        start = 0
+        for name, (shape, dtype, _) in tensors.items():
+            yield name, {"dtype": NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [start, start + sizes[name]]}
+            start += sizes[name]
+
+    header = json.dumps({"__metadata__": {"format": "pt"}} | dict(entries())).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for shape, dtype, make in tensors.values():
+            array = np.ascontiguousarray(make()).astype(dtype, copy=False)
+            assert array.shape == tuple(shape), (array.shape, shape)
+            file.write(array.tobytes())

@@ -1,0 +1,87 @@
+"""Checkpoints written by transformers, and what it computes with them (see the reference cases' README)."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmx import interop
+from lmx.interop.files import _mapped
+
+DECODERS = (
+    *("gpt2", "gpt2_hub", "llama", "llama3", "llama_v4", "mistral", "mistral_bf16", "gemma", "gemma2", "glm", "mixtral", "opt", "bloom"),
+    "bloom_pow2",
+)
+CLOSE = 2e-5
+"""max|a - b| / max|b|, over real tokens."""
+
+
+def apart(found, expected, real=None) -> float:
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    if real is not None:
+        found, expected = found[real], expected[real]
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+class Case:
+    def __init__(self, folder):
+        self.folder = folder
+        self.golden = _mapped(folder / "golden.safetensors")
+        self.model, self.params = interop.load(folder)
+
+    def inputs(self, *more: str) -> dict:
+        return {name: self.golden[f"input.{name}"] for name in ("input_ids", "attention_mask", *more)}
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def case(request, shared):
+    return Case(shared / "goldens" / request.param)
+
+
+def test_logits_and_hidden_states(case):
+    found = jax.jit(lambda params, inputs: interop.call(case.model, params, inputs))(case.params, case.inputs("labels"))
+    real = np.asarray(case.golden["input.attention_mask"]) == 1
+    assert apart(found["logits"], case.golden["logits"], real) < CLOSE
+    expected = [case.golden[f"hidden_states.{i}"] for i in range(case.model.config.layers + 1)]
+    assert len(found["hidden_states"]) == len(expected)
+    for a, b in zip(found["hidden_states"], expected, strict=True):
+        assert apart(a, b, real) < CLOSE
+    assert float(found["loss"]) == pytest.approx(float(case.golden["loss"]), rel=1e-5)
+
+
+def test_gradients(case):
+    def loss(params):
+        return interop.call(case.model, params, case.inputs("labels"))["loss"]
+
+    found = interop.tensors(case.model, jax.jit(jax.grad(loss))(case.params))
+    expected = {name.removeprefix("grad."): a for name, a in case.golden.items() if name.startswith("grad.")}
+    largest = max(float(np.abs(a).max()) for a in expected.values())
+    assert expected
+    for name, exact in expected.items():
+        own = next(n for n in found if n.removeprefix("transformer.") == name.removeprefix("transformer."))
+        scale = max(float(np.abs(exact).max()), 1e-3 * largest)
+        assert float(np.abs(found[own] - exact).max()) / scale < 1e-4, name
+
+
+def test_saved_and_loaded_again(case, tmp_path):
+    interop.save(case.model, case.params, tmp_path)
+    model, params = interop.load(tmp_path)
+    assert model.config == case.model.config
+    jax.tree.map(np.testing.assert_array_equal, params, case.params)
+    before, after = _mapped(case.folder / "model.safetensors"), _mapped(tmp_path / "model.safetensors")
+    for name, tensor in after.items():
+        own = next((n for n in before if n.removeprefix("transformer.") == name.removeprefix("transformer.")), None)
+        assert own is not None
+        assert before[own].dtype == tensor.dtype
+        np.testing.assert_array_equal(before[own], tensor)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == case.model.family
+
+
+def test_greedy_by_a_full_forward(case):
+    ids, chosen = np.asarray(case.golden["greedy"]), np.asarray(case.golden["greedy_logits"])
+    prompt = case.golden["input.prompt"].shape[1]
+    found = interop.call(case.model, case.params, {"input_ids": ids})["logits"][:, prompt - 1 : -1]
+    assert apart(found, chosen) < CLOSE
+    np.testing.assert_array_equal(jnp.argmax(found.at[..., 2].set(-jnp.inf), -1), ids[:, prompt:])
