@@ -29,6 +29,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop_ids: Sequence[int] = (),
+    suppress_ids: Sequence[int] = (),
     tokenizer: Tokenizer | None = None,
     execution: Execution = Execution(),
 ) -> list[list[int]] | list[str]:
@@ -39,6 +40,7 @@ def generate(
       prompts: lists of token ids, or strings with a tokenizer.
       tokenizer: with one, rows that only pad the model's vocabulary are never drawn.
       stop_ids: tokens that end a continuation; they are not part of it.
+      suppress_ids: tokens that are never drawn.
       seed: row i's draws depend on (seed, i) alone, not on the rest of the batch.
 
     Returns:
@@ -47,6 +49,7 @@ def generate(
     Raises:
       ValueError: an empty prompt, a token outside the vocabulary, more tokens than the model has positions for.
     """
+    model = getattr(model, "config", model)  # of a checkpoint (`lmx.interop.Model`)
     sampling = Sampling(temperature, top_k, top_p)
     if isinstance(prompts, str):
         raise ValueError("prompts is one string; give a list of them")
@@ -62,7 +65,7 @@ def generate(
     tokens, segments = np.zeros((len(ids), length), np.int32), np.zeros((len(ids), length), np.int32)
     for row, prompt in enumerate(ids):
         tokens[row, length - len(prompt) :], segments[row, length - len(prompt) :] = prompt, 1
-    static = (model, limit, max_new_tokens, sampling, tuple(stop_ids), execution)
+    static = (model, limit, max_new_tokens, sampling, tuple(stop_ids), tuple(suppress_ids), execution)
     with jax.default_matmul_precision(execution.precision.products):
         new, counts = jax.device_get(_run(*static, decoding_params(params), tokens, segments, jax.random.key(seed)))
     found = [row[:count].tolist() for row, count in zip(new, counts, strict=True)]
@@ -90,8 +93,8 @@ def _check(model: Transformer, ids: list[list[int]], max_new_tokens: int) -> Non
             )
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
-def _run(model, limit, max_new_tokens, sampling, stop_ids, execution, params, tokens, segments, key) -> tuple[Array, Array]:
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
+def _run(model, limit, max_new_tokens, sampling, stop_ids, suppress_ids, execution, params, tokens, segments, key) -> tuple[Array, Array]:
     rows, length = tokens.shape
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
     slots = -(-(length + max_new_tokens) // 16) * 16
@@ -100,7 +103,8 @@ def _run(model, limit, max_new_tokens, sampling, stop_ids, execution, params, to
 
     def pick(hidden: Array, count: Array) -> Array:
         draws = jax.vmap(lambda k: jax.random.fold_in(k, count))(keys)
-        return sample(logits(params, model, hidden[:, -1:])[:, 0, :limit], sampling, draws)
+        scores = logits(params, model, hidden[:, -1:])[:, 0, :limit]
+        return sample(scores.at[:, list(suppress_ids)].set(-jnp.inf) if suppress_ids else scores, sampling, draws)
 
     def stopped(token: Array) -> Array:
         return jnp.isin(token, jnp.array(stop_ids, jnp.int32)) if stop_ids else jnp.zeros(rows, bool)

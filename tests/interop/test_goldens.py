@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lmx import interop
+from lmx.infer.generate import generate
 from lmx.interop.files import _mapped
 
 DECODERS = (
@@ -77,6 +78,27 @@ def test_saved_and_loaded_again(case, tmp_path):
         assert before[own].dtype == tensor.dtype
         np.testing.assert_array_equal(before[own], tensor)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == case.model.family
+
+
+def test_greedy_through_a_cache_in_a_batch_of_unequal_prompts(case):
+    ids, mask = (np.asarray(case.golden[f"batch.{name}"]) for name in ("input_ids", "attention_mask"))
+    prompts = [row[real == 1].tolist() for row, real in zip(ids, mask, strict=True)]
+    expected = np.asarray(case.golden["batch.greedy"])[:, ids.shape[1] :]
+    new = expected.shape[1]
+    found = generate(case.model, case.params, prompts, max_new_tokens=new, suppress_ids=(2,))
+    assert found == expected.tolist()
+    alone = generate(case.model, case.params, [np.asarray(case.golden["input.prompt"])[0].tolist()], max_new_tokens=new, suppress_ids=(2,))
+    assert alone == np.asarray(case.golden["greedy"])[:, -new:].tolist()
+
+
+def test_logits_do_not_depend_on_where_the_padding_is(case):
+    """Left, right, none: the same on real tokens."""
+    ids = np.asarray(case.golden["input.input_ids"])[0, :7]
+    left, right = (np.pad(ids, pad)[None] for pad in ((4, 0), (0, 4)))
+    run = jax.jit(lambda **inputs: interop.call(case.model, case.params, inputs)["logits"][0])
+    plain = run(input_ids=ids[None])
+    assert apart(run(input_ids=left, attention_mask=(np.arange(11) >= 4)[None].astype(np.int32))[4:], plain) < 5e-6
+    assert apart(run(input_ids=right, attention_mask=(np.arange(11) < 7)[None].astype(np.int32))[:7], plain) < 5e-6
 
 
 def test_greedy_by_a_full_forward(case):
