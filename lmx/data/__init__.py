@@ -3,6 +3,20 @@
 Importing this room reads only NumPy; Grain, TFDS and the tokenizer libraries are imported by the functions that use them.
 """
 
+from lmx.data.corruption import word_starts
+from lmx.data.denoised import DenoisedBatches, denoise
+from lmx.data.denoising import (
+    OBJECTIVES,
+    BlankInfilling,
+    Denoiser,
+    MaskedLM,
+    Mixture,
+    Objective,
+    PrefixLM,
+    SpanCorruption,
+    TextInfilling,
+    ul2,
+)
 from lmx.data.documents import Document
 from lmx.data.explain import Explanation, explain
 from lmx.data.packing import Packing, Plan, permutation, plan
@@ -13,24 +27,35 @@ from lmx.data.store import TokenStore, build_store, cached_store, open_store
 from lmx.data.tokenizers import ByteTokenizer, HuggingFace, SentencePiece, Tokenizer, load_tokenizer, train_sentencepiece
 
 __all__ = [
+    "OBJECTIVES",
     "Batch",
     "BatchIterator",
     "Batches",
+    "BlankInfilling",
     "ByteTokenizer",
     "Data",
+    "DenoisedBatches",
+    "Denoiser",
     "Document",
     "Explanation",
     "HuggingFace",
+    "MaskedLM",
+    "Mixture",
+    "Objective",
     "Packing",
     "Plan",
+    "PrefixLM",
     "Prepared",
     "SentencePiece",
+    "SpanCorruption",
+    "TextInfilling",
     "TokenStore",
     "Tokenizer",
     "batch_hash",
     "build_store",
     "cached_store",
     "check",
+    "denoise",
     "documents",
     "explain",
     "iterate",
@@ -43,4 +68,6 @@ __all__ = [
     "require_supervised",
     "source_hash",
     "train_sentencepiece",
+    "ul2",
+    "word_starts",
 ]

@@ -82,9 +82,12 @@ def explain(batch: Mapping[str, np.ndarray], tokenizer: Tokenizer, *, rows: int 
 
     A span shows its inputs and, at its end, the target that is no input. A token is shown as predicted where the weight of predicting it is
     not 0, else as context: the first of each span always is. Where targets are not the next tokens, as in masked language modelling, they
-    stand behind an arrow. Raises ValueError when nothing in the batch is predicted.
+    stand behind an arrow. Of rows with an encoder and a decoder (see `lmx.data.denoise`) the encoder's side comes first, all of it context.
+    Raises ValueError when nothing in the batch is predicted.
     """
     require_supervised(batch)
+    if "decoder_tokens" in batch:
+        return _both_sides(batch, tokenizer, rows)
     batch = {"segments": (batch["weights"] != 0).astype(np.int32)} | dict(batch)  # a stream has none
     weights, segments = batch["weights"], batch["segments"]
     count = len(weights)
@@ -93,6 +96,17 @@ def explain(batch: Mapping[str, np.ndarray], tokenizer: Tokenizer, *, rows: int 
         f"{count} rows of {weights.shape[1]} tokens, {np.count_nonzero(weights)} predicted, {np.count_nonzero(segments == 0)} padding{rest}"
     )
     return Explanation(title, tuple(_row(batch, i, tokenizer) for i in range(min(rows, count))))
+
+
+def _both_sides(batch: Mapping[str, np.ndarray], tokenizer: Tokenizer, rows: int) -> Explanation:
+    sources = {name: batch[name] for name in ("tokens", "segments", "example_id")}
+    # A source predicts nothing: as its own targets, tokens show as they are.
+    sources |= {"targets": batch["tokens"], "weights": np.zeros(batch["tokens"].shape, np.float32)}
+    decoder = dict(batch) | {name: batch[f"decoder_{name}"] for name in ("tokens", "segments")}
+    shown = explain({name: decoder[name] for name in (*sources, "weights")}, tokenizer, rows=rows)
+    arrow = Piece("\n\u2192 ", 0, "padding")
+    both = (Row(row.title, (*_row(sources, i, tokenizer).pieces, arrow, *row.pieces)) for i, row in enumerate(shown.rows))
+    return Explanation(shown.title, tuple(both))
 
 
 def _row(batch: Mapping[str, np.ndarray], i: int, tokenizer: Tokenizer) -> Row:

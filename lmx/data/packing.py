@@ -79,7 +79,7 @@ def _first_fit(pairs: np.ndarray, order: np.ndarray, length: int) -> Plan:
     whole = np.repeat(np.arange(len(pairs)), full)
     index = np.arange(len(whole)) - np.repeat(np.cumsum(full) - full, full)
     partial = np.flatnonzero(rest)
-    bins = _place(rest[partial], length)
+    bins = place(rest[partial], length)
     nth = np.concatenate([whole, partial])
     start = np.concatenate([index * length, full[partial] * length])
     stop = start + np.concatenate([np.full(len(whole), length), rest[partial]]) + 1
@@ -89,7 +89,7 @@ def _first_fit(pairs: np.ndarray, order: np.ndarray, length: int) -> Plan:
     return Plan(order[nth][by_example], start[by_example], stop[by_example], np.append(0, np.cumsum(counts)))
 
 
-def _place(sizes: np.ndarray, capacity: int) -> np.ndarray:
+def place(sizes: np.ndarray, capacity: int) -> np.ndarray:
     """First fit: the bin `[items]` of each item, opened as needed. A tree of the largest room among bins finds it in O(log bins)."""
     if not len(sizes):
         return np.zeros(0, np.int64)

@@ -137,13 +137,17 @@ class Batches:
         with self._lock:
             if key not in self._plans:
                 order = permutation(len(self._lengths), self.seed, key, stream=1) if self.shuffle else None
-                self._plans[key] = plan(self._lengths, self.length, packing=self.packing, order=order)
+                self._plans[key] = self._plan(order)
                 self._forget(self._plans)
             spans = self._plans[key]
             if self.shuffle and epoch not in self._orders:
                 self._orders[epoch] = permutation(len(spans), self.seed, epoch)
                 self._forget(self._orders)
             return spans, self._orders.get(epoch)
+
+    def _plan(self, order: np.ndarray | None) -> Plan:
+        """The plan of an epoch that has its documents in this order."""
+        return plan(self._lengths, self.length, packing=self.packing, order=order)
 
     @staticmethod
     def _forget(epochs: dict[int, Any]) -> None:
