@@ -142,23 +142,20 @@ def backward(static, q, k, v, mask, slopes, lse, delta, g) -> tuple[Array, Array
 
 def _tiles(q, k, v, mask):
     """Queries as `[tiles, batch, kv_heads, group, tile, head_dim]` and keys as `[tiles, batch, tile, kv_heads, head_dim]`, each with what
-    the mask says of them: `(index [tile], segments, positions [batch, tile] or None)`."""
+    the mask says of them: `(index [tile], segments, positions, prefix [batch, tile] or None)`."""
     (batch, queries), keys = q.shape[:2], k.shape[1]
     of_q, of_k = _divisor(queries), _divisor(keys)
 
-    def rows(n, size, index, segments, positions):
+    def rows(n, size, index, *about):
         index = (jnp.arange(n) if index is None else index).reshape(-1, size)
-        cut = [
-            None if a is None else jnp.moveaxis(jnp.broadcast_to(a, (batch, n)).reshape(batch, -1, size), 1, 0)
-            for a in (segments, positions)
-        ]
+        cut = [None if a is None else jnp.moveaxis(jnp.broadcast_to(a, (batch, n)).reshape(batch, -1, size), 1, 0) for a in about]
         return index, *cut
 
     def cut(a):
         return jnp.moveaxis(a.reshape(batch, keys // of_k, of_k, *a.shape[2:]), 1, 0)
 
     tiles_q = (_tiled(q, q.shape[2] // k.shape[2], of_q), rows(queries, of_q, mask.query_index, mask.query_segments, mask.query_positions))
-    tiles_k = (cut(k), cut(v), rows(keys, of_k, mask.key_index, mask.key_segments, mask.key_positions))
+    tiles_k = (cut(k), cut(v), rows(keys, of_k, mask.key_index, mask.key_segments, mask.key_positions, mask.key_prefix))
     # Masks of tiles depend on no layer: JAX would compute all of them, of a size that is quadratic in the length, ahead of a scan over layers.
     return jax.lax.optimization_barrier((tiles_q, tiles_k))
 
@@ -190,12 +187,13 @@ def _scores(static, q, k, rows, columns, mask, slopes):
 
 
 def _mask(rows, columns, mask: Mask) -> Mask:
-    (index, segments, positions), (key_index, key_segments, key_positions) = rows, columns
+    (index, segments, positions), (key_index, key_segments, key_positions, key_prefix) = rows, columns
     return mask.replace(
         query_index=index,
         key_index=key_index,
         query_segments=segments,
         key_segments=key_segments,
+        key_prefix=key_prefix,
         query_positions=positions,
         key_positions=key_positions,
     )
@@ -203,7 +201,7 @@ def _mask(rows, columns, mask: Mask) -> Mask:
 
 def _visible(rows, columns, mask: Mask) -> Array:
     """Whether any query of a tile may see any of its keys, as far as order tells."""
-    (index, _, positions), (key_index, _, key_positions) = rows, columns
+    (index, _, positions), (key_index, _, key_positions, key_prefix) = rows, columns
     compared = (positions, key_positions) if mask.order == "positions" else (index, key_index)
     first_q, last_q, first_k, last_k = (f(a) for a in compared for f in (jnp.min, jnp.max))
     seen = jnp.bool_(True)
@@ -211,7 +209,7 @@ def _visible(rows, columns, mask: Mask) -> Array:
         seen &= last_q >= first_k
     if mask.window is not None:
         seen &= first_q - last_k < mask.window
-    return seen
+    return seen if key_prefix is None else seen | (key_prefix == 1).any()
 
 
 def _divisor(n: int) -> int:

@@ -29,8 +29,8 @@ def refusal(q: Array, k: Array, mask: Mask, *, softcap, slopes, keep) -> str | N
             return f"takes no {name}"
     if mask.order != "index" or mask.query_index is not None or mask.key_index is not None or q.shape[1] != k.shape[1]:
         return "takes whole sequences in order, not a cache or parts of one"
-    if mask.query_segments is not None and (k.shape[1] > LONGEST or k.shape[1] % 2):
-        return f"takes segments of an even number of up to {LONGEST} keys, not {k.shape[1]}"
+    if not (mask.query_segments is None and mask.key_prefix is None) and (k.shape[1] > LONGEST or k.shape[1] % 2):
+        return f"takes segments and prefixes of an even number of up to {LONGEST} keys, not {k.shape[1]}"
     return None
 
 
@@ -44,10 +44,13 @@ def attention(
 ) -> Float[Array, "batch length heads head_dim"]:
     """As `reference.attention`, of what `refusal` has nothing against."""
     window = None if mask.window is None else (mask.window - 1, 0)
-    if mask.query_segments is None:
+    if mask.query_segments is None and mask.key_prefix is None:
         return _cudnn(q, k, v, None, mask.causal, window, scale)
-    same = Mask(causal=False, query_segments=mask.query_segments, key_segments=mask.key_segments).dense(q.shape[1], k.shape[1])
-    mixed = _cudnn(q, k, v, same[:, None], mask.causal, window, scale)
+    causal = mask.causal and mask.key_prefix is None  # what a prefix shows is beyond cuDNN's own causality
+    said = mask if not causal else Mask(causal=False, query_segments=mask.query_segments, key_segments=mask.key_segments)
+    mixed = _cudnn(q, k, v, said.dense(q.shape[1], k.shape[1])[:, None], causal, window, scale)
+    if mask.query_segments is None:
+        return mixed
     # A query that sees nothing: cuDNN hides by a large number, not an infinite one, and gives the mean of what it was to hide.
     return jnp.where((mask.query_segments != 0)[:, :, None, None], mixed, 0)
 

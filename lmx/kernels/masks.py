@@ -22,6 +22,8 @@ class Mask:
       query_positions, key_positions: int places of tokens in their own text; ALiBi needs them too.
       query_index, key_index: int `[queries]` and `[keys]`: places in the sequence, where the arrays hold only some of it or not in
         order; 0, 1, 2, ... when None.
+      key_prefix: int `[batch, keys]`; a key where it is 1 is seen by every query of its segment, those before it too (a prefix that is read
+        in both directions: Dong et al., 2019).
     """
 
     causal: bool = flax.struct.field(pytree_node=False, default=True)
@@ -33,10 +35,13 @@ class Mask:
     key_positions: Int[Array, "batch keys"] | None = None
     query_index: Int[Array, "queries"] | None = None
     key_index: Int[Array, "keys"] | None = None
+    key_prefix: Int[Array, "batch keys"] | None = None
 
     def __post_init__(self):
         if self.window is not None and not self.causal:
             raise ValueError("a window counts back from the query, so it needs a causal mask")
+        if self.window is not None and self.key_prefix is not None:
+            raise ValueError("a window hides what a prefix shows; a mask has one of them")
 
     def dense(self, queries: int, keys: int) -> Bool[Array, "#batch queries keys"]:
         """The mask as an array: True where the query may attend."""
@@ -47,6 +52,8 @@ class Mask:
             allowed &= behind >= 0
         if self.window is not None:
             allowed &= behind < self.window
+        if self.key_prefix is not None:
+            allowed = allowed | (self.key_prefix[:, None, :] == 1)
         if self.query_segments is not None:
             segments = self.query_segments[:, :, None]
             allowed = allowed & (segments == self.key_segments[:, None, :]) & (segments != 0)

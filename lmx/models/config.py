@@ -36,6 +36,8 @@ class Transformer:
     """How tokens know where they are."""
     first_position: int = 0
     """The row of a table of learned positions that position 0 has; the table has as many more (OPT, RoBERTa)."""
+    block_positions: bool = False
+    """Whether there is a second table of learned positions, for a token's place inside the span that it fills (GLM)."""
     rope_theta: float = 10_000.0
     """Base of RoPE's wavelengths."""
     local_rope_theta: float | None = None

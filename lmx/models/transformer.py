@@ -69,6 +69,8 @@ def specs(config: Transformer) -> Tree:
     if config.positions == "learned":
         rows = config.context + config.first_position
         tree["positions"] = ParamSpec((rows, config.embed), (None, "embed"), init=Normal(config.init_std))
+    if config.block_positions:
+        tree["block_positions"] = ParamSpec((config.context, config.embed), (None, "embed"), init=Normal(config.init_std))
     if config.embed_norm:
         tree["embed_norm"] = norm
     if config.norm_placement != "post":
@@ -103,6 +105,8 @@ def forward(
     *,
     positions: Int[Array, "batch length"] | None = None,
     segments: Int[Array, "batch length"] | None = None,
+    prefix: Int[Array, "batch length"] | None = None,
+    block_positions: Int[Array, "batch length"] | None = None,
     cache: Cache | None = None,
     dropout: Dropout | None = None,
     execution: Execution = Execution(),
@@ -113,6 +117,9 @@ def forward(
       params: as `specs` says, each group of layers stacked or as a tuple of layers (`lmx.models.stack`).
       positions: each token's place in its own text; 0, 1, 2, ... when None (after the cache's used slots when there is one).
       segments: which text of a packed row each token belongs to, from 1; 0 is padding. All one text when None.
+      prefix: 1 where a token belongs to the beginning of its text that is read in both directions. Of the new tokens alone, where there is a
+        cache.
+      block_positions: each token's place in the span that it fills (GLM), 0 outside of one; for models that have such positions.
       cache: keys and values of earlier tokens. New ones are written to its next slots; the caller keeps count of what fits.
       dropout: None, or what is dropped from where.
     """
@@ -120,18 +127,26 @@ def forward(
     if positions is None:
         start = 0 if cache is None else cache.used
         positions = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), (batch, length))
-    context, cache = _context(config, positions, segments, cache, dropout, execution)
+    context, cache = _context(config, positions, segments, prefix, cache, dropout, execution)
 
-    x = enter(params, config, tokens, positions, dropout, execution)
+    x = enter(params, config, tokens, positions, dropout, execution, block_positions)
     x, layers, aux, taps = stack.run_layers(x, params["layers"], config, context, execution, None if cache is None else cache.layers)
     hidden = leave(params, config, x, execution)
     return Output(hidden, None if cache is None else cache.replace(layers=layers, used=cache.used + length), aux, taps)
 
 
 def enter(
-    params: Tree, config: Transformer, tokens: Array, positions: Array, dropout: Dropout | None, execution: Execution
+    params: Tree,
+    config: Transformer,
+    tokens: Array,
+    positions: Array,
+    dropout: Dropout | None,
+    execution: Execution,
+    block_positions: Array | None = None,
 ) -> Float[Array, "batch length embed"]:
     """What the first layer reads."""
+    if block_positions is not None and not config.block_positions:
+        raise ValueError("the batch has block_positions and the model has none; set model.block_positions")
     params, dtype = _own(params, config, execution), jnp.dtype(execution.precision.compute)
     x = lookup(tokens, params["embed"], dtype, execution.rules)
     if config.embed_scale:
@@ -140,6 +155,9 @@ def enter(
         x = x + lookup(positions + config.first_position, params["positions"], dtype, execution.rules, None)
     elif config.positions == "sinusoidal":
         x = x + sinusoids(positions, config.embed, wide(dtype)).astype(dtype)
+    if config.block_positions:
+        inside = jnp.zeros_like(tokens) if block_positions is None else block_positions
+        x = x + lookup(inside, params["block_positions"], dtype, execution.rules, None)
     if config.embed_norm:
         x = norms.norm(x, params["embed_norm"], config.norm, config.norm_epsilon, offset=config.norm_offset)
     return drop.apply(constrain(x, ("batch", "sequence", None), execution.rules), dropout, "embed", 0)
@@ -158,15 +176,22 @@ def _own(params: Tree, config: Transformer, execution: Execution) -> Tree:
     return placed(own, {name: spec for name, spec in specs(config).items() if name in own}, execution)
 
 
-def share(config: Transformer, positions: Array, segments: Array | None, dropout: Dropout | None, execution: Execution) -> Context:
+def share(
+    config: Transformer,
+    positions: Array,
+    segments: Array | None,
+    dropout: Dropout | None,
+    execution: Execution,
+    prefix: Array | None = None,
+) -> Context:
     """What the layers of one forward without a cache share."""
-    return _context(config, positions, segments, None, dropout, execution)[0]
+    return _context(config, positions, segments, prefix, None, dropout, execution)[0]
 
 
-def _context(config, positions, segments, cache, dropout, execution) -> tuple[Context, Cache | None]:
+def _context(config, positions, segments, prefix, cache, dropout, execution) -> tuple[Context, Cache | None]:
     """What the layers share; and the cache with the new tokens' positions and segments written to its slots."""
     if cache is None:
-        mask = Mask(query_positions=positions, key_positions=positions, query_segments=segments, key_segments=segments)
+        mask = Mask(query_positions=positions, key_positions=positions, query_segments=segments, key_segments=segments, key_prefix=prefix)
     else:
         segments = jnp.ones_like(positions) if segments is None else segments
         positions_then, segments_then = (
@@ -180,6 +205,7 @@ def _context(config, positions, segments, cache, dropout, execution) -> tuple[Co
             key_positions=cache.positions,
             query_segments=segments,
             key_segments=cache.segments,
+            key_prefix=prefix if prefix is None else jax.lax.dynamic_update_slice(jnp.zeros_like(cache.segments), prefix, (0, cache.used)),
         )
     rope = local_rope = None
     if config.positions == "rope":

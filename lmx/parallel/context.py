@@ -134,17 +134,18 @@ def _next(tree):
 
 
 def _of_keys(mask: Mask):
-    return mask.key_segments, mask.key_positions
+    return mask.key_segments, mask.key_positions, mask.key_prefix
 
 
 def _at(mask: Mask, about, hops: Array) -> Mask:
     """The mask between this device's queries and the keys that have come `hops` devices far."""
     n, me = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
     length = mask.query_positions.shape[1]
-    segments, positions = about
+    segments, positions, prefix = about
     return mask.replace(
         query_index=places(me, n, length),
         key_index=places((me - hops) % n, n, length),
         key_segments=segments,
         key_positions=positions,
+        key_prefix=prefix,
     )

@@ -37,7 +37,7 @@ class CausalLM:
 
     def inputs(self, microbatch: Batch) -> dict[str, Array]:
         """Arguments of `transformer.forward`."""
-        return {name: microbatch.get(name) for name in ("tokens", "positions", "segments")}
+        return {name: microbatch.get(name) for name in ("tokens", "positions", "segments", "prefix", "block_positions")}
 
     def loss(
         self, params: Tree, config: Transformer, hidden: Float[Array, "batch length embed"], microbatch: Batch, execution: Execution

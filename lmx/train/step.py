@@ -64,11 +64,11 @@ class Task:
 
         def enter(outer: Tree, microbatch: Batch, key: Array | None) -> Array:
             read, dropout = inputs(microbatch, key)
-            return transformer.enter(outer, model, read["tokens"], read["positions"], dropout, execution)
+            return transformer.enter(outer, model, read["tokens"], read["positions"], dropout, execution, read["block_positions"])
 
         def stage(layers: Tree, x: Array, microbatch: Batch, key: Array | None, first: Array) -> tuple[Array, Sums]:
             read, dropout = inputs(microbatch, key)
-            context = transformer.share(model, read["positions"], read["segments"], dropout, execution)
+            context = transformer.share(model, read["positions"], read["segments"], dropout, execution, read["prefix"])
             x, aux = run_part(x, layers, model, context, execution, first)
             return x, self.objective.auxiliary(model, aux, microbatch)
 

@@ -27,6 +27,7 @@ class Case:
     alibi: bool = False
     window: int | None = None
     segments: bool = False
+    prefix: bool = False
     scale: float | None = None
     kv_heads: int = KV_HEADS
 
@@ -36,6 +37,8 @@ class Case:
         arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
         keys = np.tile(np.arange(KEYS, dtype=np.int32), (BATCH, 1))
         mask = Mask(window=self.window, order="positions", query_positions=keys[:, KEYS - queries :], key_positions=keys)
+        if self.prefix:
+            mask = mask.replace(key_prefix=np.array([[1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 0, 0, 0]], np.int32))
         if self.segments:
             # The last queries of row 0 see two keys, those of row 1 none: their segment is padding.
             segments = np.array([[1, 1, 1, 1, 1, 2, 2], [1, 1, 1, 0, 0, 0, 0]], np.int32)
@@ -51,6 +54,8 @@ CASES = {
     "alibi": Case(alibi=True),
     "window": Case(window=3),
     "all but a cap": Case(alibi=True, window=4, segments=True),
+    "prefix": Case(prefix=True),
+    "prefixes of packed texts": Case(prefix=True, segments=True, alibi=True),
     "everything": Case(softcap=1.5, alibi=True, window=4, segments=True),
 }
 
@@ -66,7 +71,8 @@ def loop(q, k, v, mask: Mask, slopes, *, scale=None, softcap=None, keep=None) ->
                 terms = []
                 for j in range(k.shape[1]):
                     behind = int(mask.query_positions[b, i]) - int(mask.key_positions[b, j])
-                    if behind < 0 or (mask.window is not None and behind >= mask.window):
+                    shown = mask.key_prefix is not None and mask.key_prefix[b, j] == 1
+                    if not shown and (behind < 0 or (mask.window is not None and behind >= mask.window)):
                         continue
                     if mask.query_segments is not None and not mask.query_segments[b, i] == mask.key_segments[b, j] != 0:
                         continue

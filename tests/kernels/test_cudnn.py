@@ -15,11 +15,14 @@ from lmx.parallel import absent
 from lmx.parallel.layout import Layout
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 0, 0, 0, 0, 0, 0]], np.int32)
+PREFIX = np.array([[1, 1, 0, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]], np.int32)
 MASKS = {
     "causal": Mask(),
     "everything": Mask(causal=False),
     "window": Mask(window=3),
     "packed": Mask(query_segments=SEGMENTS, key_segments=SEGMENTS),
+    "prefix": Mask(key_prefix=PREFIX),
+    "packed prefixes": Mask(query_segments=SEGMENTS, key_segments=SEGMENTS, key_prefix=PREFIX),
     "packed window": Mask(window=2, query_segments=SEGMENTS, key_segments=SEGMENTS),
 }
 

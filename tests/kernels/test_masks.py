@@ -26,7 +26,8 @@ def masks(draw) -> Mask:
         segments = (draw(ints(0, 2, BATCH, QUERIES)), draw(ints(0, 2, BATCH, KEYS)))
     if order == "positions" or draw(st.booleans()):
         positions = (draw(ints(0, 9, BATCH, QUERIES)), draw(ints(0, 9, BATCH, KEYS)))
-    return Mask(causal, window, order, *segments, *positions)
+    prefix = draw(ints(0, 1, BATCH, KEYS)) if window is None and draw(st.booleans()) else None
+    return Mask(causal, window, order, *segments, *positions, key_prefix=prefix)
 
 
 @given(masks())
@@ -42,6 +43,8 @@ def test_a_query_sees_exactly_what_every_condition_allows(mask):
                     sees = False
                 if mask.window is not None and not query - mask.window < key:
                     sees = False
+                if mask.key_prefix is not None and mask.key_prefix[row, j]:
+                    sees = True
                 if mask.query_segments is not None:
                     own, other = mask.query_segments[row, i], mask.key_segments[row, j]
                     sees = sees and own == other and own != 0
@@ -62,6 +65,11 @@ def test_distances_without_positions_are_of_places():
 
 def test_a_window_of_one_sees_itself_alone():
     assert np.array_equal(Mask(window=1).dense(4, 4)[0], np.eye(4, dtype=bool))
+
+
+def test_a_window_with_a_prefix_is_refused():
+    with pytest.raises(ValueError, match="a window hides what a prefix shows"):
+        Mask(window=2, key_prefix=np.zeros((1, 3), np.int32))
 
 
 def test_a_window_that_does_not_count_back_is_refused():

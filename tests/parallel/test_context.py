@@ -113,3 +113,36 @@ def test_however_many_query_heads_share_a_key_head(exchange, heads, kv_heads, de
         found, order = map(np.asarray, run(q, k, v, positions))
     expected = np.asarray(kernel(q, k, v, Mask()))
     np.testing.assert_allclose(found, expected[:, order[0]], atol=1e-5)
+
+
+@pytest.mark.parametrize("exchange", ["ring", "alltoall"])
+def test_prefixes_go_where_keys_go(exchange):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, 32, 4, 4)).astype(np.float32) for _ in range(3))
+    segments = np.repeat([[1, 2], [1, 1]], 16, axis=1).astype(np.int32)
+    about = {
+        "positions": np.tile(np.arange(32, dtype=np.int32), (2, 1)),
+        "segments": segments,
+        "prefix": ((np.arange(32) % 16 < 9) & (segments < 2)).astype(np.int32),
+    }
+    layout = Layout(context=4, exchange=exchange)
+    execution = Execution(rules=rules(layout), exchange=exchange)
+
+    def mask(of) -> Mask:
+        return Mask(
+            query_positions=of["positions"],
+            key_positions=of["positions"],
+            query_segments=of["segments"],
+            key_segments=of["segments"],
+            key_prefix=of["prefix"],
+        )
+
+    @jax.jit
+    def run(q, k, v, about):
+        placed = arrange({"q": q, "k": k, "v": v} | about, execution)
+        return attention(placed["q"], placed["k"], placed["v"], mask(placed), execution), placed["positions"]
+
+    with jax.set_mesh(make_mesh(layout)):
+        found, order = map(np.asarray, run(q, k, v, about))
+    expected = np.asarray(kernel(q, k, v, mask(about), implementation="reference"))
+    np.testing.assert_allclose(found, expected[:, order[0]], atol=1e-5)
