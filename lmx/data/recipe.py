@@ -5,9 +5,13 @@ import importlib.metadata
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from lmx.data.corruption import word_starts
+from lmx.data.denoised import DenoisedBatches
+from lmx.data.denoising import Objective
 from lmx.data.packing import PACKINGS, Packing
+from lmx.data.pipeline import Batches
 from lmx.data.sources import documents, source_files, source_hash
 from lmx.data.store import TokenStore, cached_store
 from lmx.data.tokenizers import SentencePiece, Tokenizer, load_tokenizer, train_sentencepiece
@@ -41,8 +45,42 @@ class Data:
     stream: all text as one, so that attention, and what is to be predicted, reach over the ends of documents (as in GPT-2's training); on
     GPUs attention is then fastest."""
 
+    denoising: Objective | None = None
+    """What is done to the text first (`lmx.data.denoising`): it is corrupted, to be restored. None: each token is predicted from those
+    before it. Packing is then first_fit or stream."""
+
+    decoder_length: int | None = None
+    """Columns of the decoder's side, where denoising makes rows of two sides. None: as many as the longest text needs that length has room
+    for."""
+
     cache: str = ".cache/lmx"
     """Folder for tokenised text and trained tokenizers, found again by the hash of what made them. It may be deleted at any time."""
+
+
+def make_batches(
+    data: Data,
+    store: TokenStore,
+    tokenizer: Tokenizer,
+    *,
+    vocab: int,
+    rows: int,
+    seed: int,
+    shuffle: bool = True,
+    epochs: int | None = None,
+) -> Batches:
+    """The batches of a store as a config says; `vocab` is the number of ids that the model knows. Raises as they do."""
+    same: dict[str, Any] = {
+        "rows": rows,
+        "length": data.length,
+        "seed": seed,
+        "packing": data.packing,
+        "shuffle": shuffle,
+        "epochs": epochs,
+    }
+    if data.denoising is None:
+        return Batches(store, **same)
+    words = word_starts(tokenizer) if getattr(data.denoising, "whole_word", False) else None
+    return DenoisedBatches(store, data.denoising, decoder_length=data.decoder_length, vocab=vocab, words=words, **same)
 
 
 @dataclass(frozen=True)
@@ -60,6 +98,8 @@ def check(data: Data) -> None:
         raise ValueError(f"data.length={data.length} is not positive; use the number of tokens in a packed example, 256 say")
     if data.packing not in PACKINGS:
         raise ValueError(f"data.packing={data.packing!r} is not one of {', '.join(PACKINGS)}")
+    if data.decoder_length is not None and data.denoising is None:
+        raise ValueError(f"data.decoder_length={data.decoder_length} is of rows with two sides; set data.denoising, or leave it out")
     for name, source in (("data.train", data.train), ("data.validation", data.validation)):
         if not source.startswith("tfds:") and (source or name == "data.train"):
             source_files(source, name=name)

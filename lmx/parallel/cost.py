@@ -267,6 +267,10 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
     found = max(attention + work.whole, feed) + _weights(work, specs, gradients=True, cpu=cpu)
     if layout.remat == "full" and layout.devices > 1 and not cpu:  # a layer's gradients are reduced in the next one's turn
         found += layer_numbers(specs, layout) * work.master
+    if (
+        layout.tensor > 1 and layout.remat in ("sites", "full") and not cpu
+    ):  # what is gathered and formed again waits until the pass is through
+        found += 4 * work.whole
     everything = replace(work, layout=replace(layout, remat="none"))
     anew = {name: size for name, size in kept(everything, mixture=work.mixed > 0, cpu=cpu).items() if layout.remat != "none"}
     if cpu:

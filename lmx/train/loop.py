@@ -15,8 +15,8 @@ import jax
 
 from lmx.core.config import ConfigError, command_line, exits_with_one_line, from_json, refuse_changes
 from lmx.core.tree import Tree
-from lmx.data.pipeline import Batches, iterate, require_supervised
-from lmx.data.recipe import Prepared, prepare
+from lmx.data.pipeline import iterate, require_supervised
+from lmx.data.recipe import Prepared, make_batches, prepare
 from lmx.infer import generate
 from lmx.models.transformer import flops_per_token
 from lmx.parallel import hosts
@@ -201,7 +201,8 @@ def _train(start: Start, state: TrainState, manager: Manager, logger: Logger | S
     sharding = batch_sharding(program.mesh, microbatches=True)
     rows = local_rows(sharding, shape)
     data = experiment.data
-    source = Batches(start.prepared.train, rows=experiment.batch, length=data.length, seed=experiment.seed, packing=data.packing)
+    prepared, vocab = start.prepared, experiment.model.vocab
+    source = make_batches(data, prepared.train, prepared.tokenizer, vocab=vocab, rows=experiment.batch, seed=experiment.seed)
     step, metrics, validation, sample = int(state.step), {}, {}, ""
     meter = _Meter(experiment, program)
     pending, several, stopped = None, jax.process_count() > 1, 0
@@ -257,15 +258,19 @@ def _train(start: Start, state: TrainState, manager: Manager, logger: Logger | S
 
 
 def evaluate(start: Start, params: Tree) -> dict[str, float]:
-    """Means over the held-out text: the objective's metrics in nats per token, and `nats_per_byte`, which compares across tokenizers."""
+    """Means over the held-out text: the objective's metrics in nats per token, and, where each is predicted from those before it,
+    `nats_per_byte`, which compares across tokenizers."""
     experiment, store = start.experiment, start.prepared.validation
     rows = experiment.batch // experiment.microbatches
     sharding = batch_sharding(start.program.mesh, microbatches=False)
     mine = local_rows(sharding, (rows,))
-    batches = Batches(store, rows=rows, length=experiment.data.length, seed=0, packing=experiment.data.packing, shuffle=False, epochs=1)
-    with iterate(batches, rows=mine) as local:
+    tokenizer, vocab = start.prepared.tokenizer, experiment.model.vocab
+    held_out = make_batches(experiment.data, store, tokenizer, vocab=vocab, rows=rows, seed=0, shuffle=False, epochs=1)
+    with iterate(held_out, rows=mine) as local:
         placed = (place(batch, mine, (rows,), sharding) for batch in islice(local, experiment.evaluation.batches or None))
         means = mean_over(start.program.evaluate, params, placed)
+    if experiment.data.denoising is not None:  # whose loss is of some tokens, given the others
+        return means
     return means | {"nats_per_byte": means["loss"] / store.bytes_per_token}
 
 
