@@ -1,6 +1,7 @@
 """Checkpoints written by transformers, and what it computes with them (see the reference cases' README)."""
 
 import json
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
@@ -32,17 +33,26 @@ class Case:
         self.golden = _mapped(folder / "golden.safetensors")
         self.model, self.params = interop.load(folder)
 
-    def inputs(self, *more: str) -> dict:
-        return {name: self.golden[f"input.{name}"] for name in ("input_ids", "attention_mask", *more)}
+    @cached_property
+    def outputs(self) -> tuple[dict, dict]:
+        """What `call` gives, and the gradient of its loss."""
+        inputs = {name: self.golden[f"input.{name}"] for name in ("input_ids", "attention_mask", "labels")}
+
+        def loss(params):
+            found = interop.call(self.model, params, inputs)
+            return found["loss"], found
+
+        gradient, found = jax.jit(jax.grad(loss, has_aux=True))(self.params)
+        return found, gradient
 
 
 @pytest.fixture(scope="module", params=DECODERS)
-def case(request, shared):
+def case(request, shared, cheaply_compiled):
     return Case(shared / "goldens" / request.param)
 
 
 def test_logits_and_hidden_states(case):
-    found = jax.jit(lambda params, inputs: interop.call(case.model, params, inputs))(case.params, case.inputs("labels"))
+    found, _ = case.outputs
     real = np.asarray(case.golden["input.attention_mask"]) == 1
     assert apart(found["logits"], case.golden["logits"], real) < CLOSE
     expected = [case.golden[f"hidden_states.{i}"] for i in range(case.model.config.layers + 1)]
@@ -53,10 +63,7 @@ def test_logits_and_hidden_states(case):
 
 
 def test_gradients(case):
-    def loss(params):
-        return interop.call(case.model, params, case.inputs("labels"))["loss"]
-
-    found = interop.tensors(case.model, jax.jit(jax.grad(loss))(case.params))
+    found = interop.tensors(case.model, case.outputs[1])
     expected = {name.removeprefix("grad."): a for name, a in case.golden.items() if name.startswith("grad.")}
     largest = max(float(np.abs(a).max()) for a in expected.values())
     assert expected
@@ -94,11 +101,12 @@ def test_greedy_through_a_cache_in_a_batch_of_unequal_prompts(case):
 def test_logits_do_not_depend_on_where_the_padding_is(case):
     """Left, right, none: the same on real tokens."""
     ids = np.asarray(case.golden["input.input_ids"])[0, :7]
-    left, right = (np.pad(ids, pad)[None] for pad in ((4, 0), (0, 4)))
-    run = jax.jit(lambda **inputs: interop.call(case.model, case.params, inputs)["logits"][0])
-    plain = run(input_ids=ids[None])
-    assert apart(run(input_ids=left, attention_mask=(np.arange(11) >= 4)[None].astype(np.int32))[4:], plain) < 5e-6
-    assert apart(run(input_ids=right, attention_mask=(np.arange(11) < 7)[None].astype(np.int32))[:7], plain) < 5e-6
+    padded = np.stack([np.pad(ids, (4, 0)), np.pad(ids, (0, 4))])
+    real = np.stack([np.arange(11) >= 4, np.arange(11) < 7])
+    run = jax.jit(lambda **inputs: interop.call(case.model, case.params, inputs)["logits"])
+    (plain,) = run(input_ids=ids[None])
+    for found, own in zip(run(input_ids=padded, attention_mask=real.astype(np.int32)), real, strict=True):
+        assert apart(found[own], plain) < 5e-6
 
 
 def test_greedy_by_a_full_forward(case):
