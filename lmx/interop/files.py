@@ -37,13 +37,13 @@ def open_tensors(folder: Path) -> dict[str, np.ndarray]:
     index, single = folder / INDEX, folder / SINGLE
     if index.exists():
         places: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        shards = {name: _mapped(folder / name) for name in sorted(set(places.values()))}
+        shards = {name: mapped(folder / name) for name in sorted(set(places.values()))}
         for tensor, name in places.items():
             if tensor not in shards[name]:
                 raise ValueError(f"{index} says that {name} has {tensor}, but it has not")
         return {tensor: shards[name][tensor] for tensor, name in places.items()}
     if single.exists():
-        return _mapped(single)
+        return mapped(single)
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickled:
         raise ValueError(
@@ -55,7 +55,7 @@ def open_tensors(folder: Path) -> dict[str, np.ndarray]:
     )
 
 
-def _mapped(path: Path) -> dict[str, np.ndarray]:
+def mapped(path: Path) -> dict[str, np.ndarray]:
     """The tensors of one file (https://github.com/huggingface/safetensors, its format)."""
     if not path.exists():
         raise ValueError(f"{path} is missing")

@@ -10,7 +10,7 @@ import pytest
 
 from lmx import interop
 from lmx.infer.generate import generate
-from lmx.interop.files import _mapped
+from lmx.interop.files import mapped
 
 DECODERS = (
     *("gpt2", "gpt2_hub", "llama", "llama3", "llama_v4", "mistral", "mistral_bf16", "gemma", "gemma2", "glm", "mixtral", "opt", "bloom"),
@@ -30,7 +30,7 @@ def apart(found, expected, real=None) -> float:
 class Case:
     def __init__(self, folder):
         self.folder = folder
-        self.golden = _mapped(folder / "golden.safetensors")
+        self.golden = mapped(folder / "golden.safetensors")
         self.model, self.params = interop.load(folder)
 
     @cached_property
@@ -78,7 +78,7 @@ def test_saved_and_loaded_again(case, tmp_path):
     model, params = interop.load(tmp_path)
     assert model.config == case.model.config
     jax.tree.map(np.testing.assert_array_equal, params, case.params)
-    before, after = _mapped(case.folder / "model.safetensors"), _mapped(tmp_path / "model.safetensors")
+    before, after = mapped(case.folder / "model.safetensors"), mapped(tmp_path / "model.safetensors")
     for name, tensor in after.items():
         own = next((n for n in before if n.removeprefix("transformer.") == name.removeprefix("transformer.")), None)
         assert own is not None
