@@ -77,7 +77,7 @@ def load(folder: str | Path, *, dtype=jnp.float32, mesh: Mesh | None = None, lay
     """
     folder = Path(folder)
     model = read_config(folder)
-    tensors = Names(model).found(open_tensors(folder))
+    tensors = found_tensors(model, folder)
     specs = transformer.specs(model.config)
     if mesh is None:
         where = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), specs, is_leaf=is_spec)
@@ -89,6 +89,11 @@ def load(folder: str | Path, *, dtype=jnp.float32, mesh: Mesh | None = None, lay
         return jax.make_array_from_callback(spec.shape, sharding, lambda index: read(index).astype(dtype))
 
     return model, jax.tree_util.tree_map_with_path(leaf, specs, where, is_leaf=is_spec)
+
+
+def found_tensors(model: Model, folder: str | Path) -> dict[str, np.ndarray]:
+    """A folder's tensors by the names that the model's table has, mapped, not read. Raises ValueError for what is missing or too much."""
+    return Names(model).found(open_tensors(Path(folder)))
 
 
 def tensors(model: Model, tree: Tree) -> dict[str, np.ndarray]:

@@ -142,7 +142,8 @@ def _difference(name: str, left: np.ndarray, right: np.ndarray, heads: int | Non
         return "the same but for rounding"
     moved = float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))
     similar = float((a * b).sum() / max(np.sqrt((a * a).sum() * (b * b).sum()), 1e-300))
-    return f"of other values (up to {moved:.1%} of the largest)" if similar > 0.9 else "of values that have nothing to do with each other"
+    most = next((f"at most {bound:.1%}" for bound in (0.001, 0.01, 0.1) if moved <= bound), "more than 10%")
+    return f"of other values (by {most} of the largest)" if similar > 0.9 else "of values that have nothing to do with each other"
 
 
 def _rearranged(a: np.ndarray, heads: int | None, key_heads: int | None) -> Iterator[tuple[str, np.ndarray]]:
