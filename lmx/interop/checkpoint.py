@@ -86,7 +86,12 @@ def load(folder: str | Path, *, dtype=jnp.float32, mesh: Mesh | None = None, lay
 
     def leaf(path: tuple, spec: ParamSpec, sharding) -> jax.Array:
         read = _reader(tensors, name_of(path), spec, model)
-        return jax.make_array_from_callback(spec.shape, sharding, lambda index: read(index).astype(dtype))
+        parts, at, part = [], None, None
+        for device, index in sharding.addressable_devices_indices_map(spec.shape).items():  # one part at a time is in the host's memory
+            if index != at:
+                at, part = index, read(index).astype(dtype)
+            parts.append(jax.block_until_ready(jax.device_put(part, device)))
+        return jax.make_array_from_single_device_arrays(spec.shape, sharding, parts)
 
     return model, jax.tree_util.tree_map_with_path(leaf, specs, where, is_leaf=is_spec)
 
