@@ -258,19 +258,19 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
         hop = 16 * keys if n > 1 and layout.exchange == "ring" else 0
         attention = hop + (8 if cpu else 24) * here.rows * here.heads * tile**2 + 8 * (queries + keys) + 2 * (queries + keys) * work.compute
     # What enters and what comes back, both whole, and the gradient through each projection before they are summed.
-    feed = ((5 if work.gated else 3) + (not cpu)) * tokens * here.mlp * work.compute + (4 if work.gated else 3) * work.whole
+    again = layout.tensor > 1 and layout.remat in ("sites", "full") and not cpu
+    feed = ((5 if work.gated else 3) + (not cpu and not again)) * tokens * here.mlp * work.compute + (4 if work.gated else 3) * work.whole
     if work.mixed:
         dense = feed if work.mixed < work.depth else 0
         feed = max(dense, _experts_working(work, cpu=cpu))
         if layout.remat != "none" and not cpu:  # by then the layer's attention has been formed again
             feed += scores * work.compute + (3 * queries + 2 * keys) * work.compute
-    found = max(attention + work.whole, feed) + _weights(work, specs, gradients=True, cpu=cpu)
+    weights = _weights(work, specs, gradients=True, cpu=cpu)
     if layout.remat == "full" and layout.devices > 1 and not cpu:  # a layer's gradients are reduced in the next one's turn
-        found += layer_numbers(specs, layout) * work.master
-    if (
-        layout.tensor > 1 and layout.remat in ("sites", "full") and not cpu
-    ):  # what is gathered and formed again waits until the pass is through
-        found += 4 * work.whole
+        weights += layer_numbers(specs, layout) * work.master
+    if again:
+        weights = max(weights, 5 * work.whole)  # what is gathered, and formed again, before gradients are there
+    found = max(attention + work.whole, feed) + weights
     everything = replace(work, layout=replace(layout, remat="none"))
     anew = {name: size for name, size in kept(everything, mixture=work.mixed > 0, cpu=cpu).items() if layout.remat != "none"}
     if cpu:
