@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from lmx.core.config import command_line, exits_with_one_line
 from lmx.core.tree import Tree, disagreement
+from lmx.models.config import RWKV, Transformer
 from lmx.parallel.feed import batch_sharding, local_rows, place
 from lmx.parallel.layout import Layout
 from lmx.train.experiment import Experiment, named
@@ -70,29 +71,24 @@ def verify(experiment: Experiment, steps: int = STEPS) -> Report:
 def shrink(experiment: Experiment) -> Experiment:
     """The smallest experiment that takes the same path: its sizes divide as the layout needs."""
     model, layout = experiment.model, experiment.layout
-    split = layout.tensor * (layout.context if layout.exchange == "alltoall" else 1)
-    key_heads = split if model.key_heads % layout.tensor == 0 else model.key_heads
-    share = max(model.heads // model.key_heads, math.lcm(split, key_heads) // key_heads)
     between = 2 * layout.context * layout.tensor
     length = min(between * max(1, 32 // between), max(between, experiment.data.length))
     period = len(model.pattern)
     stages = layout.pipeline * layout.rounds
     microbatches = experiment.microbatches if experiment.microbatches <= 2 * layout.pipeline else 2 * layout.pipeline
     rows = layout.shards * -(-max(2, layout.ordered) // layout.shards)
-    small = replace(
-        model,
-        vocab=16 * layout.tensor,
-        layers=period * max(stages, 2),
-        embed=16 * layout.fsdp,
-        heads=key_heads * share,
-        kv_heads=key_heads,
-        head_dim=8,
-        mlp=16 * layout.tensor,
-        expert_mlp=None if model.expert_mlp is None else 8 * layout.tensor,
-        context=length,
-        window=None if model.window is None else min(model.window, length // 4),
-        init_std=0.1,
-    )
+    sizes = {
+        "vocab": 16 * layout.tensor,
+        "layers": period * max(stages, 2),
+        "embed": 16 * layout.fsdp,
+        "mlp": 16 * layout.tensor,
+        "context": length,
+        "init_std": 0.1,
+    }
+    if isinstance(model, RWKV):
+        small = replace(model, channels=24 * layout.tensor, **sizes)
+    else:
+        small = replace(model, window=None if model.window is None else min(model.window, length // 4), **sizes, **_heads(model, layout))
     return replace(
         experiment,
         model=small,
@@ -101,6 +97,14 @@ def shrink(experiment: Experiment) -> Experiment:
         batch=rows * microbatches,
         microbatches=microbatches,
     )
+
+
+def _heads(model: Transformer, layout: Layout) -> dict[str, int | None]:
+    split = layout.tensor * (layout.context if layout.exchange == "alltoall" else 1)
+    key_heads = split if model.key_heads % layout.tensor == 0 else model.key_heads
+    share = max(model.heads // model.key_heads, math.lcm(split, key_heads) // key_heads)
+    expert_mlp = None if model.expert_mlp is None else 8 * layout.tensor
+    return {"heads": key_heads * share, "kv_heads": key_heads, "head_dim": 8, "expert_mlp": expert_mlp}
 
 
 def train(experiment: Experiment, steps: int, start: TrainState | None = None, mesh: Mesh | None = None) -> dict[str, Any]:

@@ -52,6 +52,14 @@ class Constant:
         return jnp.full(shape, self.value, jnp.float32)
 
 
+class OfLayer:
+    """How a parameter starts that differs from layer to layer, but not by chance."""
+
+    def at(self, layer: Array, shape: tuple[int, ...]) -> Array:
+        """Values of the layer of an absolute index (traced)."""
+        raise NotImplementedError
+
+
 ZEROS, ONES = Constant(0.0), Constant(1.0)
 
 
@@ -70,7 +78,7 @@ class ParamSpec:
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     inputs: int = 0
-    init: Init = ZEROS
+    init: Init | OfLayer = ZEROS
     layers: tuple[int, ...] = ()
 
     def __post_init__(self):
@@ -110,10 +118,13 @@ def initial_values(key: Array, specs: Tree, dtype=jnp.float32) -> Tree:
 
     def value(name: str, spec: ParamSpec) -> Array:
         words = [word for word in name.split("/") if not word.isdigit()]
+        layers = jnp.array(spec.layers, jnp.int32)
+        if isinstance(spec.init, OfLayer):
+            return jax.vmap(lambda layer: spec.init.at(layer, spec.shape[1:]))(layers).astype(dtype)
         leaf_key = jax.random.fold_in(key, zlib.crc32("/".join(words).encode()))
         if not spec.layers:
             return spec.init(leaf_key, spec.shape, spec.inputs).astype(dtype)
-        keys = jax.vmap(lambda layer: jax.random.fold_in(leaf_key, layer))(jnp.array(spec.layers))
+        keys = jax.vmap(lambda layer: jax.random.fold_in(leaf_key, layer))(layers)
         return jax.vmap(lambda k: spec.init(k, spec.shape[1:], spec.inputs))(keys).astype(dtype)
 
     return map_named(value, specs, is_leaf=is_spec)

@@ -1,4 +1,4 @@
-"""Text from a model: prompts in, continuations out, in one compiled loop over a dense cache."""
+"""Text from a model: prompts in, continuations out, in one compiled loop over a dense cache (or the state of a recurrent model)."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -13,13 +13,13 @@ from lmx.core.tree import Tree
 from lmx.data.tokenizers import Tokenizer
 from lmx.infer.sampling import Sampling, sample
 from lmx.models import stack
-from lmx.models.config import Transformer
+from lmx.models.config import Model
+from lmx.models.families import functions
 from lmx.models.losses import logits
-from lmx.models.transformer import empty_cache, forward
 
 
 def generate(
-    model: Transformer,
+    model: Model,
     params: Tree,
     prompts: Sequence[Sequence[int]] | Sequence[str],
     *,
@@ -79,7 +79,7 @@ def decoding_params(params: Tree) -> Tree:
     return params
 
 
-def _check(model: Transformer, ids: list[list[int]], max_new_tokens: int) -> None:
+def _check(model: Model, ids: list[list[int]], max_new_tokens: int) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     for i, prompt in enumerate(ids):
@@ -98,7 +98,8 @@ def _run(model, limit, max_new_tokens, sampling, stop_ids, suppress_ids, executi
     rows, length = tokens.shape
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
     slots = -(-(length + max_new_tokens) // 16) * 16
-    cache = empty_cache(model, rows, slots, jnp.dtype(execution.precision.compute))
+    forward = functions(model).forward
+    cache = functions(model).empty_cache(model, rows, slots, jnp.dtype(execution.precision.compute))
     padding = length - segments.sum(-1, keepdims=True)
 
     def pick(hidden: Array, count: Array) -> Array:

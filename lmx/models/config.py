@@ -1,7 +1,7 @@
-"""What a transformer is: one frozen value."""
+"""What a model is: one frozen value."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lmx.models.rope import RopeScaling, check_scaling
 
@@ -139,6 +139,59 @@ class Transformer:
         return sum(is_mixture(self, self.pattern[i % len(self.pattern)]) for i in range(self.layers))
 
 
+@dataclass(frozen=True)
+class RWKV:
+    """A decoder whose layers carry a state of constant size from token to token: RWKV-4 (Peng et al., 2023, arXiv 2305.13048).
+
+    Token embedding and its norm, a stack of layers (time mixing, channel mixing, a LayerNorm before each), a final norm, a head.
+    """
+
+    vocab: int = 0
+    """Rows of the embedding table. 0: the tokenizer's vocabulary, rounded up to a multiple of 8."""
+    layers: int = 4
+    """Layers in the stack."""
+    embed: int = 128
+    """Width of the residual stream."""
+    channels: int | None = None
+    """Width of time mixing. None: that of embed."""
+    mlp: int | None = None
+    """Width of channel mixing's hidden layer. None: 4 x embed."""
+    context: int = 1024
+    """Longest sequence. Nothing of the model depends on it."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance by every norm but the last."""
+    final_norm_epsilon: float = 1e-5
+    """Added to the variance by the last norm."""
+    rescale_every: int = 0
+    """The residual stream is halved after every so many layers, and as much smaller what later layers add: fp16 does not overflow, and norms see
+    the same but for their epsilon. 0: never."""
+    tied: bool = False
+    """Whether the head is the embedding table."""
+    dropout: float = 0.0
+    """Share dropped of embeddings and each sublayer's output, in training."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; projections into the residual stream start at this / sqrt(2 layers)."""
+
+    pattern: ClassVar[tuple[str, ...]] = ("recurrent",)
+    bias: ClassVar[bool] = False
+    experts: ClassVar[int] = 0
+    logit_softcap: ClassVar[None] = None
+    logit_scale: ClassVar[None] = None
+    head_bias: ClassVar[bool] = False
+
+    @property
+    def width(self) -> int:
+        return self.embed if self.channels is None else self.channels
+
+    @property
+    def hidden(self) -> int:
+        return 4 * self.embed if self.mlp is None else self.mlp
+
+
+Model = Transformer | RWKV
+"""Any of them. Which functions compute it: `lmx.models.families`."""
+
+
 def is_local(kind: LayerKind) -> bool:
     """Whether a layer of this kind sees the window alone."""
     return kind.startswith("local")
@@ -149,9 +202,41 @@ def is_mixture(config: Transformer, kind: LayerKind) -> bool:
     return config.experts > 0 and not kind.endswith("_dense")
 
 
-def check(config: Transformer) -> None:
+def check(config: Model) -> None:
     """Refuses a config that is no model, with one line that names the knob. Raises ValueError."""
-    for knob in ("vocab", "layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "context", "experts_per_token", "expert_mlp"):
+    for knob in ("vocab", "layers", "embed", "mlp", "context"):
+        if getattr(config, knob) is not None and getattr(config, knob) < 1:
+            raise ValueError(f"model.{knob}={getattr(config, knob)} must be at least 1")
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"model.dropout={config.dropout} must be at least 0 and below 1")
+    (_check_rwkv if isinstance(config, RWKV) else _check_transformer)(config)
+
+
+def divided(config: Model, tensor: int) -> dict[str, dict[str, int]]:
+    """What axes of the mesh must divide, by axis and then by the name of the knob; `tensor`: the degree of that axis."""
+    hidden = {"the feed-forward width (model.mlp)": config.hidden}
+    vocab = {"model.vocab": config.vocab} if config.vocab else {}
+    sizes = {"tensor": hidden | vocab, "fsdp": {"model.embed": config.embed}}
+    if isinstance(config, RWKV):
+        return sizes | {"tensor": {"the width of time mixing (model.channels)": config.width} | hidden | vocab}
+    # Fewer key heads than tensor shards are replicated; more must divide.
+    uneven = config.key_heads % tensor and tensor % config.key_heads
+    sizes["tensor"] = {"model.heads": config.heads} | hidden | ({"model.kv_heads": config.key_heads} if uneven else {}) | vocab
+    if config.experts:
+        sizes["expert"] = {"model.experts": config.experts}
+        sizes["tensor"]["the experts' width (model.expert_mlp)"] = config.expert_hidden
+    return sizes
+
+
+def _check_rwkv(config: RWKV) -> None:
+    if config.channels is not None and config.channels < 1:
+        raise ValueError(f"model.channels={config.channels} must be at least 1")
+    if config.rescale_every < 0:
+        raise ValueError(f"model.rescale_every={config.rescale_every} must be at least 0; 0 halves nothing")
+
+
+def _check_transformer(config: Transformer) -> None:
+    for knob in ("heads", "kv_heads", "head_dim", "experts_per_token", "expert_mlp"):
         value = getattr(config, knob)
         if value is not None and value < 1:
             raise ValueError(f"model.{knob}={value} must be at least 1")
@@ -186,8 +271,6 @@ def check(config: Transformer) -> None:
         if getattr(config, knob) is not None and not getattr(config, knob) > 0:
             raise ValueError(f"model.{knob}={getattr(config, knob)} must be above 0; None caps nothing")
     _check_experts(config)
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"model.dropout={config.dropout} must be at least 0 and below 1")
 
 
 def _check_experts(config: Transformer) -> None:

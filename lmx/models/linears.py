@@ -4,15 +4,15 @@ import math
 
 from lmx.core.params import ZEROS, Normal, ParamSpec
 from lmx.core.tree import Tree
-from lmx.models.config import Transformer
+from lmx.models.config import Model
 
 
 def linear_specs(
     inputs: tuple[int, ...],
     outputs: tuple[int, ...],
     input_axes: tuple[str, ...],
-    output_axes: tuple[str, ...],
-    config: Transformer,
+    output_axes: tuple[str | None, ...],
+    config: Model,
     *,
     residual: bool = False,
     bias: bool | None = None,

@@ -14,7 +14,7 @@ from lmx.core.params import ParamSpec
 from lmx.core.tree import Tree
 from lmx.core.weights import attend, dot, gradient_of, values, weight_gradient
 from lmx.kernels import devices
-from lmx.models.config import Transformer
+from lmx.models.config import Model
 from lmx.parallel import manual
 from lmx.parallel.rules import placed
 from lmx.parallel.tensor import chunks, places
@@ -29,7 +29,7 @@ class Static(NamedTuple):
     axis: str | None = None
 
 
-def logits(params: Tree, config: Transformer, hidden: Float[Array, "batch length embed"]) -> Float[Array, "batch length vocab"]:
+def logits(params: Tree, config: Model, hidden: Float[Array, "batch length embed"]) -> Float[Array, "batch length vocab"]:
     """Next-token logits, fp32 at least, soft-capped where the config says so. For sampling and inspection; losses do not need them."""
     rows = attend(_scaled(hidden, config), params["embed"] if config.tied else params["head"].T)
     if config.head_bias:
@@ -39,7 +39,7 @@ def logits(params: Tree, config: Transformer, hidden: Float[Array, "batch length
 
 def cross_entropy(
     params: Tree,
-    config: Transformer,
+    config: Model,
     hidden: Float[Array, "batch length embed"],
     targets: Int[Array, "batch length"],
     weights: Float[Array, "batch length"],
@@ -66,7 +66,7 @@ def cross_entropy(
     return loss, jax.lax.stop_gradient(metrics)
 
 
-def _scaled(hidden: Array, config: Transformer) -> Array:
+def _scaled(hidden: Array, config: Model) -> Array:
     return hidden if config.logit_scale is None else hidden * jnp.asarray(config.logit_scale, hidden.dtype)
 
 

@@ -10,6 +10,7 @@ What a layer has inside comes back by its name where `Execution.taps` has a patt
 reads it, `layers/*/input` that of all layers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -24,8 +25,7 @@ from lmx.core.params import stacked
 from lmx.core.tree import Tree
 from lmx.core.weights import PRODUCT
 from lmx.models import block
-from lmx.models.attention import Context
-from lmx.models.config import LayerKind, Transformer
+from lmx.models.config import Model
 from lmx.models.experts import Aux
 from lmx.parallel.offload import HOST, fetched
 
@@ -36,7 +36,7 @@ INPUT = "layer input"
 class Group:
     """`pattern` repeated `repeats` times, its first layer being layer `first` of the stack."""
 
-    pattern: tuple[LayerKind, ...]
+    pattern: tuple[str, ...]
     repeats: int
     first: int
 
@@ -45,7 +45,7 @@ class Group:
         return self.first + repeat * len(self.pattern) + place
 
 
-def groups(config: Transformer) -> tuple[Group, ...]:
+def groups(config: Model) -> tuple[Group, ...]:
     """The config's pattern as often as it fits into the depth, and the rest of it: 26 layers of period 6 are 4 x 6 + 1 x 2."""
     period = len(config.pattern)
     whole, rest = divmod(config.layers, period)
@@ -53,13 +53,13 @@ def groups(config: Transformer) -> tuple[Group, ...]:
     return tuple(found + ([Group(config.pattern[:rest], 1, whole * period)] if rest else []))
 
 
-def specs(config: Transformer) -> Tree:
-    """Parameters of the whole stack, in stacked form."""
+def specs(config: Model, layer: Callable[[Model, str], Tree] = block.specs) -> Tree:
+    """Parameters of the whole stack, in stacked form; `layer`: those of one layer of a kind."""
 
     def of(group: Group) -> Tree:
         places = range(len(group.pattern))
         layers = {p: tuple(group.layer(r, p) for r in range(group.repeats)) for p in places}
-        return {str(p): stacked(block.specs(config, group.pattern[p]), layers[p]) for p in places}
+        return {str(p): stacked(layer(config, group.pattern[p]), layers[p]) for p in places}
 
     return tuple(of(group) for group in groups(config))
 
@@ -75,7 +75,7 @@ def unstack(tree: Tree) -> Tree:
     return tuple(of(group) for group in tree)
 
 
-def stack(tree: Tree, config: Transformer) -> Tree:
+def stack(tree: Tree, config: Model) -> Tree:
     """The inverse of `unstack`. Layers of one place in the pattern must have the same shapes."""
 
     def of(layers: Tree, group: Group) -> Tree:
@@ -88,18 +88,20 @@ def stack(tree: Tree, config: Transformer) -> Tree:
 def run_layers(
     x: Float[Array, "batch length embed"],
     params: Tree,
-    config: Transformer,
-    context: Context,
+    config: Model,
+    context: Tree,
     execution: Execution,
     cache: Tree | None = None,
+    layer: Callable = block.block,
 ) -> tuple[Float[Array, "batch length embed"], Tree | None, Aux, dict[str, Array]]:
     """Runs every layer, whichever form each group is in; gives the output, the cache in the form it came in, auxiliary values summed
-    over layers, and what is tapped, by its name."""
+    over layers, and what is tapped, by its name. `context` is what layers share; `layer` is one layer, `lmx.models.block.block` or a
+    function of its form."""
     caches, aux, tapped = [], {}, {}
     for g, (group, layers) in enumerate(zip(groups(config), params, strict=True)):
         before = None if cache is None else cache[g]
         run = _scan if isinstance(layers, dict) else _unrolled
-        x, after, more, inside = run(x, layers, before, group, config, context, execution)
+        x, after, more, inside = run(x, layers, before, group, config, context, execution, layer)
         caches.append(after)
         aux, tapped = added(aux, more), tapped | inside
     return x, None if cache is None else tuple(caches), aux, tapped
@@ -111,16 +113,16 @@ def added(aux: Aux, more: Aux) -> Aux:
 
 
 def run_part(
-    x: Array, layers: Tree, config: Transformer, context: Context, execution: Execution, first: Array
+    x: Array, layers: Tree, config: Model, context: Tree, execution: Execution, first: Array, layer: Callable = block.block
 ) -> tuple[Float[Array, "batch length embed"], Aux]:
     """Runs consecutive repeats of a stack that is one group, from the repeat `first` on: a stage of a pipeline."""
     period = len(config.pattern)
     group = Group(config.pattern, jax.tree.leaves(layers)[0].shape[0], first * period)
-    x, _, aux, _ = _scan(x, layers, None, group, config, context, execution)
+    x, _, aux, _ = _scan(x, layers, None, group, config, context, execution, layer)
     return x, aux
 
 
-def _unrolled(x, layers, cache, group, config, context, execution):
+def _unrolled(x, layers, cache, group, config, context, execution, run):
     new, aux, tapped = [], {}, {}
     for i, params in enumerate(layers):
         repeat, place = divmod(i, len(group.pattern))
@@ -128,7 +130,7 @@ def _unrolled(x, layers, cache, group, config, context, execution):
         kind, layer = group.pattern[place], group.layer(repeat, place)
         if _wanted(layer, "input", execution):
             tapped[f"layers/{layer}/input"] = x
-        x, after, more = block.block(x, params, config, context, execution, kind=kind, layer=layer, cache=kept)
+        x, after, more = run(x, params, config, context, execution, kind=kind, layer=layer, cache=kept)
         new.append(after)
         aux = added(aux, more)
     return x, None if cache is None else tuple(new), aux, tapped
@@ -138,7 +140,7 @@ def _wanted(layer: int, site: str, execution: Execution) -> bool:
     return any(fnmatchcase(f"layers/{layer}/{site}", pattern) for pattern in execution.taps)
 
 
-def _scan(x, layers, cache, group, config, context, execution):
+def _scan(x, layers, cache, group, config, context, execution, run):
     def repeat(x, inputs):
         index, params, kept = inputs
         x, params = checkpoint_name(x, INPUT), fetched(params)
@@ -147,9 +149,8 @@ def _scan(x, layers, cache, group, config, context, execution):
             if p in tapped:
                 inside[p] = x
             before = None if kept is None else kept[str(p)]
-            x, new[str(p)], more = block.block(
-                x, params[str(p)], config, context, execution, kind=kind, layer=group.layer(index, p), cache=before
-            )
+            at = group.layer(index, p)
+            x, new[str(p)], more = run(x, params[str(p)], config, context, execution, kind=kind, layer=at, cache=before)
             aux = added(aux, more)
         return x, (None if kept is None else new, aux, inside)
 

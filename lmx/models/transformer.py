@@ -48,13 +48,13 @@ class Output:
 
     Attributes:
       hidden: hidden states after the final norm, in the compute type.
-      cache: the cache, if there was one.
+      cache: the cache, if there was one, of whatever kind the model's is.
       aux: auxiliary values, a number a row, summed over layers (`lmx.models.experts.Aux`).
       taps: what `Execution.taps` asks for, by name (`lmx.models.stack`).
     """
 
     hidden: Float[Array, "batch length embed"]
-    cache: Cache | None = None
+    cache: Tree | None = None
     aux: Aux = flax.struct.field(default_factory=dict)
     taps: dict[str, Array] = flax.struct.field(default_factory=dict)
 
@@ -186,6 +186,10 @@ def share(
 ) -> Context:
     """What the layers of one forward without a cache share."""
     return _context(config, positions, segments, prefix, None, dropout, execution)[0]
+
+
+run_part = stack.run_part
+"""Consecutive layers: a stage of a pipeline."""
 
 
 def _context(config, positions, segments, prefix, cache, dropout, execution) -> tuple[Context, Cache | None]:

@@ -14,7 +14,7 @@ from lmx.core.precision import PrecisionName, policy
 from lmx.data.recipe import Data, Prepared
 from lmx.data.recipe import check as check_data
 from lmx.models import config as model_config
-from lmx.models.config import Transformer
+from lmx.models.config import RWKV, Transformer
 from lmx.parallel import layout as layouts
 from lmx.parallel.hosts import Hosts
 from lmx.parallel.layout import Layout
@@ -58,7 +58,7 @@ class Experiment:
     """The run's name: it lives in folder/name."""
     data: Data
     """What is read."""
-    model: Transformer = field(default_factory=Transformer)
+    model: Transformer | RWKV = field(default_factory=Transformer)
     """What is trained."""
     objective: CausalLM = field(default_factory=CausalLM)
     """What is to be predicted."""
@@ -131,19 +131,9 @@ def check(experiment: Experiment, devices: int | None = None) -> None:
     if experiment.batch % experiment.microbatches:
         raise ConfigError(f"batch={experiment.batch} is not divisible by microbatches={experiment.microbatches}")
     layout = experiment.layout
-    sizes = {
-        "tensor": {"model.heads": model.heads, "the feed-forward width (model.mlp)": model.hidden},
-        "fsdp": {"model.embed": model.embed} if layout.zero else {},
-        "context": {},
-    }
-    # Fewer key heads than tensor shards are replicated; more must divide.
-    if model.key_heads % layout.tensor and layout.tensor % model.key_heads:
-        sizes["tensor"]["model.kv_heads"] = model.key_heads
-    if model.vocab:
-        sizes["tensor"]["model.vocab"] = model.vocab
-    if model.experts:
-        sizes["expert"] = {"model.experts": model.experts}
-        sizes["tensor"]["the experts' width (model.expert_mlp)"] = model.expert_hidden
+    sizes = model_config.divided(model, layout.tensor)
+    if not layout.zero:
+        sizes["fsdp"] = {}
     available = len(jax.devices()) if devices is None else devices
     layouts.check(layout, sizes, experiment.batch // experiment.microbatches, experiment.microbatches, available)
     _check_sequence(experiment)
@@ -161,6 +151,11 @@ def _check_sequence(experiment: Experiment) -> None:
         )
     if layout.context == 1:
         return
+    if isinstance(model, RWKV):
+        raise ConfigError(
+            f"layout.context={layout.context} splits sequences, along which an RWKV goes from token to token; set it to 1, and split the batch "
+            "(layout.fsdp) or the channels (layout.tensor)"
+        )
     if model.expert_capacity is not None:
         raise ConfigError(
             f"model.expert_capacity={model.expert_capacity} counts an expert's slots along a whole sequence, which layout.context splits; "

@@ -18,7 +18,7 @@ from lmx.core.tree import Tree
 from lmx.data.pipeline import iterate, require_supervised
 from lmx.data.recipe import Prepared, make_batches, prepare
 from lmx.infer import generate
-from lmx.models.transformer import flops_per_token
+from lmx.models.families import functions
 from lmx.parallel import hosts
 from lmx.parallel.chips import peak_flops
 from lmx.parallel.feed import batch_sharding, local_rows, place
@@ -318,7 +318,7 @@ class _Meter:
     def __init__(self, experiment: Experiment, program: Program):
         devices = program.mesh.devices.flat
         peak = peak_flops(devices[0].device_kind, program.precision.multiplies)
-        flops = flops_per_token(experiment.model, experiment.data.length)
+        flops = functions(experiment.model).flops_per_token(experiment.model, experiment.data.length)
         self._mfu = None if peak is None else flops / (peak * len(list(devices)))
         self._since: float | None = None
         self._tokens = 0.0

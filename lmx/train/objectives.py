@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from lmx.core.execution import Execution
 from lmx.core.tree import Tree
-from lmx.models.config import Transformer
+from lmx.models.config import Model
 from lmx.models.experts import Aux
 from lmx.models.losses import cross_entropy
 
@@ -36,16 +36,17 @@ class CausalLM:
         return batch["weights"].sum()
 
     def inputs(self, microbatch: Batch) -> dict[str, Array]:
-        """Arguments of `transformer.forward`."""
-        return {name: microbatch.get(name) for name in ("tokens", "positions", "segments", "prefix", "block_positions")}
+        """Arguments of the model's forward: what of them the batch has."""
+        names = ("tokens", "positions", "segments", "prefix", "block_positions")
+        return {name: microbatch[name] for name in names if name in microbatch}
 
     def loss(
-        self, params: Tree, config: Transformer, hidden: Float[Array, "batch length embed"], microbatch: Batch, execution: Execution
+        self, params: Tree, config: Model, hidden: Float[Array, "batch length embed"], microbatch: Batch, execution: Execution
     ) -> tuple[Float[Array, ""], Tree]:
         """The loss summed over supervised tokens (nats), and metrics as sums."""
         return cross_entropy(params, config, hidden, microbatch["targets"], microbatch["weights"], z_loss=self.z_loss, execution=execution)
 
-    def auxiliary(self, config: Transformer, aux: Aux, microbatch: Batch) -> tuple[Float[Array, ""], Tree]:
+    def auxiliary(self, config: Model, aux: Aux, microbatch: Batch) -> tuple[Float[Array, ""], Tree]:
         """What layers add to the loss, and metrics (means over mixtures), as sums.
 
         A row's auxiliary value counts as often as the row has supervised tokens: these too are sums over rows, whatever the grouping, and

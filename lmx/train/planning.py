@@ -18,8 +18,9 @@ from lmx.data.recipe import Data
 from lmx.kernels import cudnn
 from lmx.kernels.attention import LONG
 from lmx.kernels.masks import Mask
-from lmx.models import experts, stack, transformer
-from lmx.models.config import Transformer, is_local
+from lmx.models import experts, stack
+from lmx.models.config import RWKV, Model, is_local
+from lmx.models.families import functions
 from lmx.parallel import absent, chips, cost, hlo, roofline
 from lmx.parallel.chips import Chip
 from lmx.parallel.cost import Work
@@ -107,6 +108,10 @@ def settled(experiment: Experiment) -> Experiment:
       ValueError: something does not fit together, or cannot be planned.
     """
     layout, model = experiment.layout, experiment.model
+    if isinstance(model, RWKV):
+        raise ConfigError(
+            "model=RWKV cannot be planned: what its layers keep and send is not in the tables; plan a Transformer of its size"
+        )
     if layout.ordered:
         raise ConfigError(f"layout.ordered={layout.ordered} is for debugging and cannot be planned; plan with it at 0")
     if experiment.precision == "fp64":
@@ -179,7 +184,7 @@ def _of_state(layout: Layout) -> Layout:
 
 
 @lru_cache(4096)
-def state_bytes(model: Transformer, recipe: optimizers.Optimizer, steps: int, precision: str, layout: Layout) -> MappingProxyType:
+def state_bytes(model: Model, recipe: optimizers.Optimizer, steps: int, precision: str, layout: Layout) -> MappingProxyType:
     """Bytes on one device of parameters, optimizer state and the rest of the state, which lie there all along, and in its host's memory:
     exact; and of what is fetched from there at once, `layer` by a pass and `update` by the update, each a layer ahead."""
     mesh = AbstractMesh(tuple(getattr(layout, a) for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -198,7 +203,7 @@ def state_bytes(model: Transformer, recipe: optimizers.Optimizer, steps: int, pr
     return MappingProxyType(whole | {"layer": 2 * max(params.values(), default=0), "update": layers + optimizer[-1]})
 
 
-def _waiting(tree: Tree, model: Transformer) -> Iterator[Counter]:
+def _waiting(tree: Tree, model: Model) -> Iterator[Counter]:
     """Bytes in the host's memory of one repeat of each group's pattern, and (-1) of what is no layer's."""
     depths = [group.repeats for group in stack.groups(model)]
     for name, leaf in named_leaves(tree).items():
@@ -208,17 +213,17 @@ def _waiting(tree: Tree, model: Transformer) -> Iterator[Counter]:
 
 
 @lru_cache(64)
-def _specs(model: Transformer) -> Tree:
-    return transformer.specs(model)
+def _specs(model: Model) -> Tree:
+    return functions(model).specs(model)
 
 
 @lru_cache(64)
-def _flops_per_token(model: Transformer, length: int) -> float:
-    return transformer.flops_per_token(model, length)
+def _flops_per_token(model: Model, length: int) -> float:
+    return functions(model).flops_per_token(model, length)
 
 
 @lru_cache(64)
-def _shapes(model: Transformer, recipe: optimizers.Optimizer, steps: int, precision: str) -> Tree:
+def _shapes(model: Model, recipe: optimizers.Optimizer, steps: int, precision: str) -> Tree:
     specs = _specs(model)
     transform, _ = optimizers.build(recipe, steps, specs)
     return jax.eval_shape(partial(initial_state, 0, specs, transform, POLICIES[precision]))

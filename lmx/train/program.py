@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 from lmx.core.execution import Execution
 from lmx.core.precision import Precision, policy
 from lmx.core.tree import Tree
-from lmx.models import transformer
+from lmx.models.families import functions
 from lmx.parallel import overlap, pipeline
 from lmx.parallel.feed import batch_sharding
 from lmx.parallel.host import keep_pages
@@ -66,7 +66,7 @@ def build(experiment: Experiment, mesh: Mesh | AbstractMesh | None = None) -> Pr
     """
     keep_pages()
     model, layout, precision = experiment.model, experiment.layout, policy(experiment.precision)
-    mesh, specs = mesh or make_mesh(layout), pipeline.arranged(transformer.specs(model), layout)
+    mesh, specs = mesh or make_mesh(layout), pipeline.arranged(functions(model).specs(model), layout)
     recipe = partial(optimizers.build, experiment.optimizer, experiment.steps)
     transform, rate = recipe(specs)
     on_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"

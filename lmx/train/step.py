@@ -12,11 +12,9 @@ from lmx.core.execution import Execution
 from lmx.core.precision import all_finite, update_loss_scale
 from lmx.core.tree import Tree
 from lmx.kernels.wide import wide, widened
-from lmx.models import transformer
-from lmx.models.config import Transformer
+from lmx.models.config import Model
 from lmx.models.dropout import Dropout
-from lmx.models.stack import run_part
-from lmx.models.transformer import forward
+from lmx.models.families import functions
 from lmx.parallel import pipeline
 from lmx.parallel.context import arrange
 from lmx.parallel.offload import joined, stand_ins
@@ -36,7 +34,7 @@ schedule replaces it by its own."""
 class Task:
     """What is trained, and how its forward runs: a model, an objective, an execution."""
 
-    model: Transformer
+    model: Model
     objective: CausalLM
     execution: Execution
 
@@ -47,7 +45,7 @@ class Task:
     def sums(self, params: Tree, microbatch: Batch, key: Array | None) -> Sums:
         """Loss and metric sums of one microbatch. `key` has seed and step folded in; None: no dropout (evaluation)."""
         microbatch = arrange(microbatch, self.execution)
-        output = forward(
+        output = functions(self.model).forward(
             params, self.model, dropout=self._dropout(microbatch, key), execution=self.execution, **self.objective.inputs(microbatch)
         )
         loss, metrics = self.objective.loss(params, self.model, output.hidden, microbatch, self.execution)
@@ -56,7 +54,7 @@ class Task:
 
     def staged(self) -> pipeline.Model:
         """The same, cut where a pipeline cuts it."""
-        model, execution = self.model, self.execution
+        model, execution, family = self.model, self.execution, functions(self.model)
 
         def inputs(microbatch: Batch, key: Array | None) -> tuple[Batch, Dropout | None]:
             microbatch = arrange(microbatch, execution)
@@ -64,16 +62,18 @@ class Task:
 
         def enter(outer: Tree, microbatch: Batch, key: Array | None) -> Array:
             read, dropout = inputs(microbatch, key)
-            return transformer.enter(outer, model, read["tokens"], read["positions"], dropout, execution, read["block_positions"])
+            more = {"block_positions": read["block_positions"]} if "block_positions" in read else {}
+            return family.enter(outer, model, read["tokens"], read["positions"], dropout, execution, **more)
 
         def stage(layers: Tree, x: Array, microbatch: Batch, key: Array | None, first: Array) -> tuple[Array, Sums]:
             read, dropout = inputs(microbatch, key)
-            context = transformer.share(model, read["positions"], read["segments"], dropout, execution, read["prefix"])
-            x, aux = run_part(x, layers, model, context, execution, first)
+            more = {"prefix": read["prefix"]} if "prefix" in read else {}
+            context = family.share(model, read["positions"], read.get("segments"), dropout, execution, **more)
+            x, aux = family.run_part(x, layers, model, context, execution, first)
             return x, self.objective.auxiliary(model, aux, microbatch)
 
         def leave(outer: Tree, x: Array, microbatch: Batch) -> Sums:
-            hidden = transformer.leave(outer, model, x, execution)
+            hidden = family.leave(outer, model, x, execution)
             return self.objective.loss(outer, model, hidden, arrange(microbatch, execution), execution)
 
         return pipeline.Model(enter, stage, leave)

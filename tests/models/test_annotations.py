@@ -10,20 +10,21 @@ from jaxtyping import install_import_hook
 
 with install_import_hook(["lmx.kernels", "lmx.models", "lmx.core.weights", "lmx.infer.sampling"], "beartype.beartype"):
     import lmx.kernels.attention
+    import lmx.models.families
     import lmx.models.losses
-    import lmx.models.transformer
 
 import jax
 import jax.numpy as jnp
 from lmx.core.params import initial_values
 from lmx.models import stack
-from lmx.models.config import Transformer
+from lmx.models.config import RWKV, Transformer
+from lmx.models.families import functions
 from lmx.models.dropout import Dropout
 from lmx.models.losses import cross_entropy, logits
-from lmx.models.transformer import empty_cache, flops_per_token, forward, specs
 
 
 def run(config, *, mode):
+    empty_cache, forward, specs = (getattr(functions(config), name) for name in ("empty_cache", "forward", "specs"))
     params = initial_values(jax.random.key(0), specs(config))
     tokens, ids = jnp.zeros((3, 4), jnp.int32), jnp.arange(3, dtype=jnp.int32)
     inputs = {"positions": tokens, "segments": tokens + 1}
@@ -44,6 +45,8 @@ for knobs in (
 ):
     for mode in ("training", "decoding"):
         jax.eval_shape(lambda: run(Transformer(**SIZES, **knobs), mode=mode))
+for mode in ("training", "decoding"):
+    jax.eval_shape(lambda: run(RWKV(vocab=8, layers=2, embed=8, channels=12, rescale_every=1), mode=mode))
 print("checked")
 """
 

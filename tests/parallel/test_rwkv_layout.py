@@ -1,0 +1,77 @@
+"""An RWKV trained on eight devices has the numbers of one; what it cannot be split over is refused by name."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+import runs
+from lmx.models.config import RWKV
+from lmx.parallel.layout import Layout
+from lmx.train.experiment import check
+from lmx.train.planning import compile_step, plan
+from lmx.verify import differences, shrink, verify
+
+pytestmark = pytest.mark.usefixtures("cheaply_compiled")
+
+MODEL = RWKV(vocab=48, layers=4, embed=16, channels=24, mlp=32, context=runs.LENGTH, init_std=0.1, rescale_every=2)
+LAYOUTS = {
+    "data x fsdp x tensor": Layout(data=2, fsdp=2, tensor=2),
+    "ZeRO-1, the sequence whole, remat": Layout(fsdp=4, tensor=2, zero=1, sequence=False, remat="dots"),
+    "interleaved pipeline": Layout(pipeline=2, rounds=2, fsdp=2, tensor=2, remat="full"),
+}
+
+
+@cache
+def one() -> dict:
+    return runs.train(runs.experiment(model=MODEL))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_losses_gradients_and_parameters_are_those_of_one_device(name):
+    layout = LAYOUTS[name]
+    found = runs.train(runs.experiment(model=MODEL, layout=layout, microbatches=2 if layout.pipeline > 1 else 1))
+    worst = differences(found, one())
+    assert max(worst.values()) < 2e-5, sorted(worst.items(), key=lambda item: -item[1])[:5]
+
+
+def test_nothing_is_moved_behind_ones_back():
+    run = runs.experiment(model=replace(MODEL, layers=16, rescale_every=0), layout=Layout(fsdp=2, tensor=4))
+    made = compile_step(run)
+    whole = runs.ROWS // 2 * runs.LENGTH * MODEL.embed * 4
+    inside = [one for one in made.collectives if one.times == 16 and one.axes == ("tensor",)]
+    gathered = [one for one in inside if one.kind == "all-gather"]
+    # Each sublayer's input, forward and (again) backward, the cotangents of both outputs, and that of the gate's mixture.
+    assert 4 <= len(gathered) <= 7
+    assert all(one.size <= whole for one in gathered)
+    others = {one.kind for one in inside if one.kind not in ("all-gather", "all-reduce", "reduce-scatter")}
+    assert others <= {"collective-permute"}
+    assert all(one.size <= whole // runs.LENGTH for one in inside if one.kind == "collective-permute"), "of one token a row at most"
+
+
+def test_verify_takes_an_rwkv_and_keeps_what_it_is():
+    run = runs.experiment(model=replace(MODEL, layers=24, embed=512, channels=None), layout=Layout(data=2, tensor=4), precision="bf16")
+    small = shrink(run).model
+    assert isinstance(small, RWKV)
+    assert (small.layers, small.rescale_every, small.tied) == (2, MODEL.rescale_every, MODEL.tied)
+    assert verify(run, steps=1).right
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        (Layout(context=2), "layout.context=2"),
+        (Layout(tensor=5), "model.channels"),
+        (Layout(fsdp=3), "model.embed=16 is not divisible by layout.fsdp=3"),
+        (Layout(pipeline=3), "model.layers=4 is not divisible by layout.pipeline=3"),
+    ],
+    ids=str,
+)
+def test_what_does_not_divide_is_refused_by_name(layout, said):
+    with pytest.raises(ValueError, match=said):
+        check(runs.experiment(model=MODEL, layout=layout, batch=30))
+
+
+def test_it_has_no_plan_yet_and_says_so():
+    with pytest.raises(ValueError, match="model=RWKV cannot be planned"):
+        plan(runs.experiment(model=MODEL))
