@@ -47,8 +47,9 @@ class Model:
 
     @property
     def hub(self) -> dict[str, Any]:
-        """Its config.json."""
-        return json.loads(self.about) | self.table.write(self.config)
+        """Its config.json. Where nothing is known of special tokens it says so: transformers would take the family's usual ones."""
+        known = json.loads(self.about) or dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        return known | self.table.write(self.config)
 
 
 def read_config(folder: Path) -> Model:
@@ -142,7 +143,8 @@ class Names:
     def places(self) -> dict[str, Place]:
         """By our path without group and place in the pattern: `layers/attention/query/weight`."""
         found = {}
-        for theirs, ours in self.model.table.modules.items():
+        table = self.model.table
+        for theirs, ours in (table.modules | table.variants(self.model.config)).items():
             for i, part in enumerate(ours.parts if isinstance(ours, Fused) else (ours,)):
                 for suffix, own in ((".weight", "/weight"), (".weight", "/scale"), (".weight", ""), (".bias", "/bias"), (".bias", "_bias")):
                     found[part + own] = Place(theirs + suffix, ours if isinstance(ours, Fused) else None, i)
@@ -151,6 +153,10 @@ class Names:
     def place(self, name: str) -> Place:
         """Of one of our leaves. Raises KeyError where the table lacks it: a defect of the table."""
         return self.places[short(name)]
+
+    def turned(self, name: str) -> bool:
+        """Whether a linear layer is stored `[outputs, inputs]`; a head is in every family."""
+        return self.model.table.turned or name == "head"
 
     def all(self) -> Iterator[str]:
         """Every tensor's name."""
@@ -231,7 +237,7 @@ def _ours(tensor: np.ndarray, spec: ParamSpec, place: Place, name: str, names: N
     shapes = [spec.shape[spec.inputs :]] if place.fused is None else _part_shapes(place.fused, name, names)
     outputs = sum(int(np.prod(s)) for s in shapes)
     inputs = int(np.prod(spec.shape[: spec.inputs]))
-    turned = linear and names.model.table.turned
+    turned = linear and names.turned(name)
     wanted = ((outputs, inputs) if turned else (inputs, outputs)) if linear else (outputs,) if place.fused else spec.shape
     if tensor.shape != tuple(wanted) and tensor.size == int(np.prod(wanted)) and not linear:
         tensor = tensor.reshape(wanted)
@@ -304,7 +310,7 @@ class _Writer:
             return shapes[0] if whole else (sum(int(np.prod(s)) for s in shapes),)
         inputs = int(np.prod(shapes[0][: self._linear]))
         outputs = sum(int(np.prod(s[self._linear :])) for s in shapes)
-        return (outputs, inputs) if self.names.model.table.turned else (inputs, outputs)
+        return (outputs, inputs) if self.names.turned(self.parts[0]) else (inputs, outputs)
 
     def __call__(self) -> np.ndarray:
         index = tuple(i for i in (self.repeat, self.expert) if i is not None)
@@ -314,7 +320,7 @@ class _Writer:
         if not lead:
             return joined.reshape(self.shape)
         matrix = joined.reshape(int(np.prod(joined.shape[:lead])), -1)
-        return matrix.T if self.names.model.table.turned else matrix
+        return matrix.T if self.names.turned(self.parts[0]) else matrix
 
 
 def copy_besides(source: Path, target: Path) -> None:

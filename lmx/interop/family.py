@@ -92,6 +92,7 @@ class Family:
       more: functions from their config (as read: `Reader`) to fields of ours, and back, for what is no pair of fields.
       modules: their module, `{}` for the layer, `{expert}` for an expert, to ours (or `Fused`). A module has a weight (a norm's scale) and,
         where ours has one, a bias.
+      variants: modules that are called so in models of some configs alone.
       turned: whether linear layers are stored `[outputs, inputs]`.
       prefixes: what published files may leave out before a name, or have before it.
       leftover: patterns of tensors in older files that are no parameters.
@@ -105,6 +106,7 @@ class Family:
     expected: Mapping[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     more: tuple[tuple[Callable, Callable], ...] = ()
+    variants: Callable[[Transformer], Mapping[str, str | Fused]] = lambda _: {}
     turned: bool = True
     prefixes: tuple[str, ...] = ("model.", "transformer.")
     leftover: tuple[str, ...] = ()
@@ -140,7 +142,8 @@ class Family:
                 if value not in back:
                     raise ValueError(f"{self.model_type} has no {one.theirs} for model.{one.ours}={value!r}")
                 value = back[value]
-            theirs[one.theirs] = value
+            if value is not None or one.default is not None:  # transformers takes some fields that are null for numbers
+                theirs[one.theirs] = value
         theirs |= {name: wanted[0] if isinstance(wanted, tuple) else wanted for name, wanted in self.expected.items()}
         for _, to_theirs in self.more:
             theirs |= to_theirs(config)

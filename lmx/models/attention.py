@@ -53,8 +53,10 @@ def specs(config: Transformer) -> Tree:
         (heads, dim), (embed,), ("heads", "head_dim"), ("embed",), config, residual=True, bias=config.output_bias
     )
     if config.qk_norm:
-        for name in ("query_norm", "key_norm"):
-            projections[name] = norms.specs("rmsnorm", dim, "head_dim", bias=False, offset=config.norm_offset)
+        for name in ("query", "key"):
+            axis, count = taken[name]
+            size = (count * dim, axis) if config.qk_norm_joint else (dim, "head_dim")
+            projections[f"{name}_norm"] = norms.specs("rmsnorm", *size, bias=False, offset=config.norm_offset)
     return projections
 
 
@@ -84,10 +86,7 @@ def attention(
     key = constrain(project("key"), ("batch", "length", "kv_heads", None), execution.rules)
     value = constrain(project("value"), ("batch", "length", "kv_heads", None), execution.rules)
     if config.qk_norm:
-        query, key = (
-            norms.norm(a, params[name], "rmsnorm", config.norm_epsilon, offset=config.norm_offset)
-            for a, name in ((query, "query_norm"), (key, "key_norm"))
-        )
+        query, key = (_normed(a, params[name], config) for a, name in ((query, "query_norm"), (key, "key_norm")))
     rope = context.local_rope if local else context.rope
     if rope is not None:
         query, key = (rotate(a, rope, interleaved=config.rope_interleaved) for a in (query, key))
@@ -108,8 +107,20 @@ def attention(
         execution,
         scale=config.attention_scale,
         softcap=config.attention_softcap,
-        slopes=alibi_slopes(config.heads, wide(x.dtype)) if config.positions == "alibi" else None,
+        slopes=_slopes(config, wide(x.dtype)) if config.positions == "alibi" else None,
         keep=keep,
     )
     mixed = checkpoint_name(constrain(mixed, ("batch", "length", "heads", None), execution.rules), "mixed")
     return linear(mixed, params["output"]["weight"], params["output"].get("bias"), inputs=2), cache
+
+
+def _normed(heads: Float[Array, "batch length heads head_dim"], params: Tree, config: Transformer) -> Array:
+    together = heads.reshape(*heads.shape[:2], -1) if config.qk_norm_joint else heads
+    return norms.norm(together, params, "rmsnorm", config.norm_epsilon, offset=config.norm_offset).reshape(heads.shape)
+
+
+def _slopes(config: Transformer, dtype) -> Float[Array, "heads"]:
+    slopes = alibi_slopes(config.heads, dtype)
+    if not config.alibi_scaled:
+        return slopes
+    return slopes * (config.head_size**-0.5 if config.attention_scale is None else config.attention_scale)

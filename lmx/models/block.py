@@ -18,7 +18,7 @@ def specs(config: Transformer, kind: LayerKind) -> Tree:
     tree = {"attention": attention.specs(config)}
     tree |= {"experts": experts.specs(config)} if is_mixture(config, kind) else {"feedforward": feedforward.specs(config)}
     names = ["attention_norm"] if config.parallel and not config.parallel_norms else ["attention_norm", "feedforward_norm"]
-    if config.norm_placement == "post":
+    if config.norm_placement in ("post", "output"):
         names = ["attention_norm_post", "feedforward_norm_post"]
     elif config.norm_placement == "sandwich":
         names += ["attention_norm_post", "feedforward_norm_post"]

@@ -7,7 +7,7 @@ from lmx.models.rope import RopeScaling, check_scaling
 
 Activation = Literal["gelu", "gelu_tanh", "gelu_quick", "relu", "relu_squared", "silu", "tanh"]
 Norm = Literal["layernorm", "rmsnorm"]
-Placement = Literal["pre", "post", "sandwich"]
+Placement = Literal["pre", "post", "sandwich", "output"]
 Positions = Literal["rope", "alibi", "learned", "sinusoidal", "none"]
 LayerKind = Literal["global", "local", "global_dense", "local_dense"]
 
@@ -34,6 +34,8 @@ class Transformer:
     """Longest sequence; learned positions have as many rows."""
     positions: Positions = "rope"
     """How tokens know where they are."""
+    alibi_scaled: bool = False
+    """Whether ALiBi is added to products of queries and keys before they are multiplied by attention_scale (Falcon), not after."""
     first_position: int = 0
     """The row of a table of learned positions that position 0 has; the table has as many more (OPT, RoBERTa)."""
     block_positions: bool = False
@@ -51,7 +53,8 @@ class Transformer:
     norm: Norm = "rmsnorm"
     """Which normalisation."""
     norm_placement: Placement = "pre"
-    """Where it stands: before each sublayer, after each residual sum, or before and after each sublayer (sandwich)."""
+    """Where it stands: before each sublayer, after each residual sum, before and after each sublayer (sandwich), or after each sublayer
+    alone, before the sum (output: OLMo 2)."""
     norm_epsilon: float = 1e-5
     """Added to the variance."""
     norm_offset: bool = False
@@ -88,6 +91,8 @@ class Transformer:
     """What logits are multiplied by (T5, Cohere). None: nothing."""
     qk_norm: bool = False
     """Whether queries and keys are RMS-normalised per head."""
+    qk_norm_joint: bool = False
+    """Whether over all heads at once instead (OLMo 2)."""
     window: int | None = None
     """How many tokens, itself included, a query of a local layer sees."""
     pattern: tuple[LayerKind, ...] = ("global",)
@@ -104,6 +109,10 @@ class Transformer:
     (generation drops none). None: all."""
     shared_experts: int = 0
     """Experts that every token passes through besides, as one feed-forward of their joint width."""
+    shared_mlp: int | None = None
+    """That width. None: shared_experts x that of an expert."""
+    shared_gate: bool = False
+    """Whether what they give is multiplied by the sigmoid of a product of the token (Qwen2-MoE)."""
     renormalize_experts: bool = True
     """Whether the weights of a token's experts sum to 1 (Mixtral), or are their probabilities among all."""
     embed_scale: bool = False
@@ -132,6 +141,10 @@ class Transformer:
     @property
     def expert_hidden(self) -> int:
         return self.hidden if self.expert_mlp is None else self.expert_mlp
+
+    @property
+    def shared_hidden(self) -> int:
+        return self.shared_experts * self.expert_hidden if self.shared_mlp is None else self.shared_mlp
 
     @property
     def mixtures(self) -> int:
@@ -236,7 +249,7 @@ def _check_rwkv(config: RWKV) -> None:
 
 
 def _check_transformer(config: Transformer) -> None:
-    for knob in ("heads", "kv_heads", "head_dim", "experts_per_token", "expert_mlp"):
+    for knob in ("heads", "kv_heads", "head_dim", "experts_per_token", "expert_mlp", "shared_mlp"):
         value = getattr(config, knob)
         if value is not None and value < 1:
             raise ValueError(f"model.{knob}={value} must be at least 1")
@@ -257,6 +270,12 @@ def _check_transformer(config: Transformer) -> None:
         raise ValueError(f"model.norm_offset is of rmsnorm, not of {config.norm}")
     if config.parallel_norms and not config.parallel:
         raise ValueError("model.parallel_norms is of a layer whose halves run in parallel; set model.parallel, or leave it out")
+    if config.parallel_norms and config.norm_placement == "output":
+        raise ValueError('model.parallel_norms is of norms before a sublayer, which model.norm_placement="output" has none of')
+    if config.qk_norm_joint and not config.qk_norm:
+        raise ValueError("model.qk_norm_joint says how queries and keys are normalised; set model.qk_norm, or leave it out")
+    if config.alibi_scaled and config.positions != "alibi":
+        raise ValueError(f"model.alibi_scaled is of positions alibi, not of {config.positions}")
     if not config.pattern:
         raise ValueError('model.pattern is empty; ("global",) is a stack of plain layers')
     if any(is_local(kind) for kind in config.pattern) != (config.window is not None):
@@ -266,7 +285,7 @@ def _check_transformer(config: Transformer) -> None:
     if config.window is not None and config.window < 1:
         raise ValueError(f"model.window={config.window} must be at least 1 (a token sees itself)")
     if config.parallel and config.norm_placement == "post":
-        raise ValueError('model.parallel needs model.norm_placement "pre" or "sandwich": a post-norm block is a series')
+        raise ValueError('model.parallel needs model.norm_placement "pre", "sandwich" or "output": a post-norm block is a series')
     for knob in ("logit_softcap", "attention_softcap"):
         if getattr(config, knob) is not None and not getattr(config, knob) > 0:
             raise ValueError(f"model.{knob}={getattr(config, knob)} must be above 0; None caps nothing")
@@ -277,6 +296,9 @@ def _check_experts(config: Transformer) -> None:
     for knob in ("experts", "shared_experts"):
         if getattr(config, knob) < 0:
             raise ValueError(f"model.{knob}={getattr(config, knob)} must be at least 0")
+    for knob, unset in (("shared_mlp", None), ("shared_gate", False)):
+        if getattr(config, knob) != unset and not config.shared_experts:
+            raise ValueError(f"model.{knob}={getattr(config, knob)} is of shared experts; set model.shared_experts, or leave it {unset}")
     if not config.experts:
         for knob, unset in (("expert_mlp", None), ("expert_capacity", None), ("shared_experts", 0)):
             if getattr(config, knob) != unset:

@@ -56,7 +56,9 @@ def specs(config: Transformer) -> Tree:
     tree |= {name: each(embed, mlp) for name in (("gate", "up") if config.gated else ("up",))}
     tree |= {"down": each(mlp, embed, residual=True)}
     if config.shared_experts:
-        tree["shared"] = feedforward.specs(replace(config, mlp=config.shared_experts * width))
+        tree["shared"] = feedforward.specs(replace(config, mlp=config.shared_hidden))
+    if config.shared_gate:
+        tree["shared_gate"] = {"weight": ParamSpec((config.embed, 1), ("embed", None), 1, Normal(config.init_std))}
     return tree
 
 
@@ -87,11 +89,15 @@ def experts(
     x = constrain(x, ("batch", "sequence", None), execution.rules)
     real = jnp.ones(x.shape[:2], bool) if segments is None else segments != 0
     routing, aux = _route(x, params["router"]["weight"], real, config, capacity)
-    own = {name: params[name]["weight"] for name in params if name not in ("router", "shared")}
+    own = {name: params[name]["weight"] for name in params if name not in ("router", "shared", "shared_gate")}
     y = _on_mesh(x, routing, own, config, execution, capacity)
     if config.shared_experts:
         whole = move(x, ("batch", "length", None), ("batch", "sequence", None), execution.rules)
-        y = y + feedforward.feedforward(whole, params["shared"], config, execution)
+        shared = feedforward.feedforward(whole, params["shared"], config, execution)
+        if config.shared_gate:
+            gate = jax.nn.sigmoid(linear(widened(whole), params["shared_gate"]["weight"]))
+            shared = (widened(shared) * gate).astype(shared.dtype)
+        y = y + shared
     return y, {} if decoding else aux
 
 

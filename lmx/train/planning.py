@@ -101,6 +101,13 @@ def plan(experiment: Experiment, *, chip: str = "h100", compiled: bool = False, 
     return Plan(experiment, kind, memory, {name: size for name, size in host.items() if size}, tuple(sent), flops, timed, made)
 
 
+UNPLANNED: dict[str, tuple] = {
+    "norm_placement": ("output",),
+    **dict.fromkeys(("parallel_norms", "embed_norm", "qk_norm_joint", "shared_gate", "head_bias"), (True,)),
+}
+"""Settings of a model that change what a step keeps or sends and that `lmx.parallel.cost` does not count."""
+
+
 def settled(experiment: Experiment) -> Experiment:
     """The experiment with a vocabulary, checked in all but its text and the devices at hand.
 
@@ -121,6 +128,9 @@ def settled(experiment: Experiment) -> Experiment:
         if kind not in ("bpe", "unigram") or not size.isdigit():
             raise ConfigError("model.vocab=0 takes the tokenizer's vocabulary, which a plan does not read; set model.vocab")
         model = replace(model, vocab=-(-int(size) // 8) * 8)
+    for knob, values in UNPLANNED.items():
+        if getattr(model, knob) in values:
+            raise ConfigError(f"model.{knob}={getattr(model, knob)} cannot be planned yet: what it costs has not been measured")
     experiment = replace(experiment, model=model)
     check(replace(experiment, data=Data(train="tfds:unread", length=experiment.data.length)), layout.devices)
     return experiment
@@ -168,7 +178,7 @@ def work(experiment: Experiment, *, on_gpu: bool = False) -> Work:
         experts=model.experts,
         choices=model.experts_per_token if model.experts else 0,
         expert_mlp=model.expert_hidden if model.experts else 0,
-        shared=model.shared_experts * model.expert_hidden,
+        shared=model.shared_hidden,
         capacity=experts.capacity_of(model, experiment.data.length),
         dropout=model.dropout > 0,
         compute=jnp.dtype(precision.compute).itemsize,

@@ -1,7 +1,7 @@
 """A mixture of experts in float64 NumPy, written from the papers: one token, one expert at a time. It shares no code with lmx.
 
 Parameters are a dict of plain arrays: router [embed, experts]; gate, up [experts, embed, mlp]; down [experts, mlp, embed]; and for shared
-experts shared_gate, shared_up, shared_down, each with an optional `_bias`.
+experts shared_gate, shared_up, shared_down, each with an optional `_bias`, and token_gate [embed, 1].
 """
 
 import math
@@ -53,5 +53,6 @@ def experts(x, p, config, segments):
         balance[b] = count * (wanted / (choices * real) * mean).sum()
         if config.shared_experts:
             shared = {name.removeprefix("shared_"): value for name, value in p.items() if name.startswith("shared_")}
-            out[b] += feedforward(x[b], shared, config)
+            gate = 1 / (1 + np.exp(-x[b] @ p["token_gate"])) if config.shared_gate else 1.0
+            out[b] += gate * feedforward(x[b], shared, config)
     return out, {"balance": balance, "router_z": router_z, "dropped": dropped}

@@ -2,13 +2,15 @@
 
 One row after another, one layer, one head at a time. Parameters are a dict of plain arrays:
 
-    embed [vocab, embed], positions [context, embed], norm_scale, norm_bias, head [embed, vocab],
+    embed [vocab, embed], positions [rows, embed], embed_norm_scale, embed_norm_bias, norm_scale, norm_bias, head [embed, vocab],
+    head_bias [vocab],
     layers: a list of dicts of query, key, value [embed, heads, head_dim], output [heads, head_dim, embed], gate, up [embed, mlp],
-    down [mlp, embed]; each with an optional `_bias`; query_norm, key_norm [head_dim]; and for each norm of the layer
+    down [mlp, embed]; each with an optional `_bias`; query_norm, key_norm [head_dim] (joint: [heads * head_dim]); and for each norm of the layer
     (attention_norm, feedforward_norm, attention_norm_post, feedforward_norm_post) `_scale` and `_bias`.
 """
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -27,10 +29,12 @@ def gelu_tanh(x):
 
 ACTIVATIONS = {
     "gelu": gelu,
+    "gelu_quick": lambda x: x / (1 + np.exp(-1.702 * x)),
     "gelu_tanh": gelu_tanh,
     "relu": lambda x: np.where(x > 0, x, 0.0),
     "relu_squared": lambda x: np.where(x > 0, x, 0.0) ** 2,
     "silu": lambda x: x / (1 + np.exp(-x)),
+    "tanh": np.tanh,
 }
 
 
@@ -51,22 +55,67 @@ def rmsnorm(x, scale, epsilon):
     return scale * x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon)
 
 
-def normalise(x, parameters, name, kind, epsilon):
-    """The named norm of x; x itself where the layer has no such norm."""
+def normalise(x, parameters, name, config):
+    """The named norm of x; x itself where the layer has no such norm. Gemma's scale is what is added to 1."""
     if f"{name}_scale" not in parameters:
         return x
-    if kind == "layernorm":
-        return layernorm(x, parameters[f"{name}_scale"], parameters.get(f"{name}_bias"), epsilon)
-    return rmsnorm(x, parameters[f"{name}_scale"], epsilon)
+    if config.norm == "layernorm":
+        return layernorm(x, parameters[f"{name}_scale"], parameters.get(f"{name}_bias"), config.norm_epsilon)
+    return rmsnorm(x, parameters[f"{name}_scale"] + (1.0 if config.norm_offset else 0.0), config.norm_epsilon)
 
 
-def turned(x, positions, theta):
-    """RoPE of one head's vectors x [length, d] (Su et al., 2021): the pair (i, i + d/2) as a complex number, turned by the angle
-    position * theta^(-2i/d)."""
-    half = x.shape[1] // 2
-    pairs = x[:, :half] + 1j * x[:, half:]
-    pairs = pairs * np.exp(1j * np.outer(positions, theta ** (-2.0 * np.arange(half) / x.shape[1])))
-    return np.concatenate([pairs.real, pairs.imag], 1)
+def turned(x, positions, config, local):
+    """RoPE of one head's vectors x [length, dim] (Su et al., 2021): of its first d dimensions the pair (i, i + d/2), or (2i, 2i + 1), as a
+    complex number, turned by the angle position / wavelength."""
+    d = config.rope_dims or x.shape[1]
+    first = list(range(0, d, 2)) if config.rope_interleaved else list(range(d // 2))
+    second = [i + 1 for i in first] if config.rope_interleaved else [i + d // 2 for i in first]
+    base, scaling = config.rope_theta, config.rope_scaling
+    if local and config.local_rope_theta is not None:
+        base, scaling = config.local_rope_theta, None
+    wavelengths, grown = stretched([base ** (2 * i / d) for i in range(d // 2)], base, d, scaling, config)
+    out = x.copy()
+    for a, b, wavelength in zip(first, second, wavelengths, strict=True):
+        pair = (x[:, a] + 1j * x[:, b]) * np.exp(1j * np.array(positions) / wavelength) * grown
+        out[:, a], out[:, b] = pair.real, pair.imag
+    return out
+
+
+def stretched(wavelengths, base, d, scaling, config):
+    """Wavelengths over 2 pi for longer texts, and what turned vectors are multiplied by. `config.longest` is the length at hand."""
+    if scaling is None:
+        return wavelengths, 1.0
+    s, original = scaling.factor, scaling.original_context
+    if scaling.kind == "linear":  # Chen et al. (2023)
+        return [w * s for w in wavelengths], 1.0
+    if scaling.kind == "dynamic":  # a base by which the longest wavelength grows as the text does
+        growth = s * max(config.longest, original) / original - s + 1
+        return [(base * growth ** (d / (d - 2))) ** (2 * i / d) for i in range(d // 2)], 1.0
+    if scaling.kind == "longrope":  # Ding et al. (2024)
+        factors = scaling.long_factors if config.longest > original else scaling.short_factors
+        return [w * f for w, f in zip(wavelengths, factors, strict=True)], math.sqrt(1 + math.log(s) / math.log(original))
+    found = []
+    for i, w in enumerate(wavelengths):
+        if scaling.kind == "llama3":  # Grattafiori et al. (2024): by how often a wavelength fits
+            fits = original / (2 * math.pi * w)
+            kept = 1.0 if fits > scaling.high else 0.0 if fits < scaling.low else (fits - scaling.low) / (scaling.high - scaling.low)
+        else:  # YaRN (Peng et al., 2023): by the pair's index, between those that fit beta times
+
+            def index(beta):
+                return d * math.log(original / (2 * math.pi * beta)) / (2 * math.log(base))
+
+            low, high = max(math.floor(index(scaling.high)), 0), min(math.ceil(index(scaling.low)), d - 1)
+            kept = 1.0 - min(max((i - low) / max(high - low, 0.001), 0.0), 1.0)
+        found.append(1 / (kept / w + (1 - kept) / (s * w)))
+    return found, 0.1 * math.log(s) + 1 if scaling.kind == "yarn" else 1.0
+
+
+def qk_normalised(heads, scale, config):
+    """Queries or keys of one row [length, heads, head_dim], normalised per head or over all of them."""
+    scale = scale + (1.0 if config.norm_offset else 0.0)
+    if config.qk_norm_joint:
+        return rmsnorm(heads.reshape(len(heads), -1), scale, config.norm_epsilon).reshape(heads.shape)
+    return rmsnorm(heads, scale, config.norm_epsilon)
 
 
 def slope(head, heads):
@@ -98,7 +147,10 @@ def attention(x, p, config, positions, segments, window):
     length, heads = len(x), config.heads
     share = heads // (config.kv_heads or heads)
     query, key, value = (project(x, p, name) for name in ("query", "key", "value"))
+    if config.qk_norm:
+        query, key = qk_normalised(query, p["query_norm"], config), qk_normalised(key, p["key_norm"], config)
     dim = query.shape[-1]
+    scale = config.attention_scale or 1 / math.sqrt(dim)
     mixed = np.zeros((length, heads, dim))
     behind = positions[:, None] - positions[None, :]
     seen = np.tril(np.ones((length, length), bool)) & (segments[:, None] == segments[None, :]) & (segments[:, None] != 0)
@@ -106,13 +158,11 @@ def attention(x, p, config, positions, segments, window):
         seen &= behind < window
     for h in range(heads):
         q, k, v = query[:, h], key[:, h // share], value[:, h // share]
-        if config.qk_norm:
-            q, k = rmsnorm(q, p["query_norm"], config.norm_epsilon), rmsnorm(k, p["key_norm"], config.norm_epsilon)
         if config.positions == "rope":
-            q, k = turned(q, positions, config.rope_theta), turned(k, positions, config.rope_theta)
-        scores = cap(q @ k.T / math.sqrt(dim), config.attention_softcap)
+            q, k = (turned(a, positions, config, window is not None) for a in (q, k))
+        scores = cap(scale * (q @ k.T), config.attention_softcap)
         if config.positions == "alibi":
-            scores = scores - slope(h, heads) * behind
+            scores = scores - (scale if config.alibi_scaled else 1.0) * slope(h, heads) * behind
         weights = np.where(seen, np.exp(scores), 0.0)
         mixed[:, h] = weights @ v / np.maximum(weights.sum(1, keepdims=True), 1e-300)
     y = np.tensordot(mixed, p["output"], 2)
@@ -131,7 +181,7 @@ def layer(x, p, config, positions, segments, window):
     """One layer of one row, its norms where the config has them."""
 
     def norm(y, name):
-        return normalise(y, p, name, config.norm, config.norm_epsilon)
+        return normalise(y, p, name, config)
 
     if config.norm_placement == "post":
         x = norm(x + attention(x, p, config, positions, segments, window), "attention_norm_post")
@@ -139,7 +189,8 @@ def layer(x, p, config, positions, segments, window):
     read = norm(x, "attention_norm")
     attended = norm(attention(read, p, config, positions, segments, window), "attention_norm_post")
     if config.parallel:
-        return x + attended + norm(feedforward(read, p, config), "feedforward_norm_post")
+        other = norm(x, "feedforward_norm") if config.parallel_norms else read
+        return x + attended + norm(feedforward(other, p, config), "feedforward_norm_post")
     x = x + attended
     return x + norm(feedforward(norm(x, "feedforward_norm"), p, config), "feedforward_norm_post")
 
@@ -147,19 +198,22 @@ def layer(x, p, config, positions, segments, window):
 def logits(parameters, config, tokens, positions, segments):
     """Next-token logits [batch, length, vocab] of tokens [batch, length]; `config` is read for its knobs alone."""
     rows = []
+    config = SimpleNamespace(**vars(config), longest=positions.max() + 1)
     for row in range(len(tokens)):
         x = parameters["embed"][tokens[row]]
         if config.embed_scale:
             x = x * math.sqrt(config.embed)
         if config.positions == "learned":
-            x = x + parameters["positions"][positions[row]]
+            x = x + parameters["positions"][config.first_position + positions[row]]
         if config.positions == "sinusoidal":
             x = x + np.stack([sinusoid(at, config.embed) for at in positions[row]])
+        x = normalise(x, parameters, "embed_norm", config)
         for i, p in enumerate(parameters["layers"]):
             window = config.window if config.pattern[i % len(config.pattern)] == "local" else None
             x = layer(x, p, config, positions[row], segments[row], window)
-        x = normalise(x, parameters, "norm", config.norm, config.norm_epsilon)
-        rows.append(cap(x @ (parameters["embed"].T if config.tied else parameters["head"]), config.logit_softcap))
+        x = normalise(x, parameters, "norm", config)
+        heard = (config.logit_scale or 1.0) * (x @ (parameters["embed"].T if config.tied else parameters["head"]))
+        rows.append(cap(heard + parameters.get("head_bias", 0.0), config.logit_softcap))
     return np.stack(rows)
 
 

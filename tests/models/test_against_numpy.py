@@ -1,7 +1,8 @@
 """The transformer against a float64 NumPy one written from the papers: logits, loss, and the gradient of every parameter."""
 
+from dataclasses import fields
 from functools import partial
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from lmx.core.tree import map_named, named_leaves
 from lmx.models import config as model_config
 from lmx.models.config import Transformer
 from lmx.models.losses import cross_entropy, logits
+from lmx.models.rope import RopeScaling
 from lmx.models.transformer import forward, specs
 
 BATCH, LENGTH = 2, 8
@@ -27,21 +29,24 @@ def model(pattern: str, **knobs) -> Transformer:
     return Transformer(**{"vocab": 19, "layers": layers, "embed": 24, "mlp": 20, "context": 11, "pattern": kinds, "window": window} | knobs)
 
 
+OF_EXPERTS = ("shared_gate", "renormalize_experts", "expert_mlp", "expert_capacity", "shared_mlp", "mlp")
+"""Knobs that `test_experts` has cases of; and a width, which is always given here."""
 # Nearly every pair of values of two knobs is in one of these.
 PLAIN = {"gated": False, "norm": "layernorm"}
 CASES = {
     "a": ("right", model("g", kv_heads=1, positions="learned", norm_placement="sandwich", activation="relu_squared", attention_softcap=1.5,
-                         qk_norm=True)),
+                         qk_norm=True, first_position=2, norm_offset=True)),
     "b": ("plain", model("g", **PLAIN, positions="none", activation="gelu", parallel=True, bias=True, tied=False, logit_softcap=3.0,
                          embed_scale=True, head_dim=10)),
     "c": ("packed", model("llg", kv_heads=2, norm="layernorm", norm_placement="post", tied=False, logit_softcap=3.0, qk_norm=True,
                           head_dim=10, rope_theta=50.0)),
     "d": ("left", model("lg", kv_heads=2, positions="sinusoidal", norm_placement="post", gated=False, activation="gelu_tanh", bias=True,
-                        attention_softcap=1.5, embed_scale=True)),
+                        attention_softcap=1.5, embed_scale=True, output_bias=False, attention_scale=0.5)),
     "e": ("packed", model("llg", heads=6, kv_heads=1, positions="alibi", norm_placement="sandwich", gated=False, activation="relu",
-                          parallel=True, bias=True, tied=False, attention_softcap=1.5, head_dim=10)),
+                          parallel=True, bias=True, tied=False, attention_softcap=1.5, head_dim=10, alibi_scaled=True, attention_scale=0.4,
+                          mlp_bias=False)),
     "f": ("left", model("lg", heads=6, positions="alibi", norm="layernorm", activation="relu", parallel=True, logit_softcap=3.0,
-                        qk_norm=True, embed_scale=True)),
+                        qk_norm=True, embed_scale=True, embed_norm=True, parallel_norms=True, logit_scale=0.5)),
     "g": ("right", model("llg", gated=False, parallel=True, bias=True, attention_softcap=1.5, embed_scale=True)),
     "h": ("plain", model("lg", kv_heads=1, positions="sinusoidal", norm="layernorm", norm_placement="sandwich", activation="gelu_tanh",
                          parallel=True, tied=False, logit_softcap=3.0, qk_norm=True, head_dim=10)),
@@ -57,7 +62,20 @@ CASES = {
     "n": ("plain", model("g", kv_heads=2, positions="alibi", norm_placement="sandwich", gated=False, attention_softcap=1.5,
                          embed_scale=True)),
     "o": ("left", model("g", **PLAIN, positions="sinusoidal", activation="gelu_tanh", bias=True, tied=False, logit_softcap=3.0,
-                        head_dim=10)),
+                        head_dim=10, embed_norm=True, head_bias=True)),
+    "p": ("right", model("lg", kv_heads=2, head_dim=16, norm_offset=True, qk_norm=True, activation="gelu_quick", attention_scale=0.3,
+                         rope_scaling=RopeScaling("linear", 3.0), local_rope_theta=30.0, embed_scale=True, mlp_bias=True)),
+    "q": ("packed", model("g", heads=6, kv_heads=2, head_dim=10, rope_dims=8, rope_interleaved=True, qk_norm=True, qk_norm_joint=True,
+                          rope_scaling=RopeScaling("dynamic", 2.0, 3), norm_placement="output", activation="tanh", tied=False,
+                          projection_bias=True)),
+    "r": ("left", model("g", **PLAIN, head_dim=18, rope_dims=16, rope_theta=50.0, rope_scaling=RopeScaling("yarn", 4.0, 20, 0.1, 1.0),
+                        parallel=True, parallel_norms=True, bias=True, projection_bias=False, head_bias=True, logit_scale=2.0,
+                        activation="gelu")),
+    "s": ("plain", model("lg", head_dim=16, rope_theta=50.0, rope_scaling=RopeScaling("llama3", 4.0, 20, 0.5, 2.0), parallel=True,
+                         norm_placement="output", qk_norm=True, qk_norm_joint=True, norm_offset=True)),
+    "t": ("right", model("lg", kv_heads=1, norm="layernorm", norm_placement="sandwich", rope_interleaved=True, attention_scale=0.2,
+                         rope_scaling=RopeScaling("longrope", 3.0, 5, short_factors=(1.0, 1.5, 2.0), long_factors=(1.2, 3.0, 4.0)))),
+    "u": ("left", model("g", rope_scaling=RopeScaling("longrope", 3.0, 9, short_factors=(1.0, 1.5, 2.0), long_factors=(1.2, 3.0, 4.0)))),
 }  # fmt: skip
 
 
@@ -93,8 +111,8 @@ def random_parameters(config: Transformer, seed: int):
 
 def for_numpy(params, config: Transformer) -> dict:
     """lmx's parameters under the NumPy transformer's names."""
-    found = {"embed": params["embed"]} | {name: params[name] for name in ("positions", "head") if name in params}
-    found |= {f"norm_{name}": value for name, value in params.get("norm", {}).items()}
+    found = {"embed": params["embed"]} | {name: params[name] for name in ("positions", "head", "head_bias") if name in params}
+    found |= {f"{norm}_{name}": value for norm in ("norm", "embed_norm") for name, value in params.get(norm, {}).items()}
     found["layers"] = [None] * config.layers
     first = 0
     for group in params["layers"]:
@@ -141,9 +159,12 @@ def test_every_value_of_every_choice_is_in_some_case():
     choices = {"activation": "Activation", "norm": "Norm", "norm_placement": "Placement", "positions": "Positions"}
     for knob, name in choices.items():
         assert {getattr(config, knob) for config in configs} == set(get_args(getattr(model_config, name)))
-    for knob in ("gated", "parallel", "bias", "tied", "qk_norm", "embed_scale"):
-        assert {getattr(config, knob) for config in configs} == {True, False}
-    for knob in ("kv_heads", "head_dim", "logit_softcap", "attention_softcap", "window"):
+    switches = [field.name for field in fields(Transformer) if isinstance(field.default, bool)]
+    for knob in (*(knob for knob in switches if knob not in OF_EXPERTS), "first_position"):
+        assert {bool(getattr(config, knob)) for config in configs} == {True, False}, knob
+    kinds = {config.rope_scaling.kind for config in configs if config.rope_scaling is not None}
+    assert kinds == set(get_args(get_type_hints(RopeScaling)["kind"]))
+    for knob in (field.name for field in fields(Transformer) if field.default is None and field.name not in OF_EXPERTS):
         assert any(getattr(config, knob) is None for config in configs)
         assert any(getattr(config, knob) is not None for config in configs)
 

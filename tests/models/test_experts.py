@@ -23,6 +23,9 @@ LAYER = Transformer(vocab=8, embed=EMBED, heads=1, mlp=14, experts=4)
 CASES = {
     "dropless": LAYER,
     "dropless, one of six, shared": replace(LAYER, experts=6, experts_per_token=1, shared_experts=2, expert_mlp=6, bias=True),
+    "shared of another width, with a gate": replace(
+        LAYER, shared_experts=1, shared_mlp=5, shared_gate=True, expert_mlp=6, renormalize_experts=False
+    ),
     "capacity": replace(LAYER, expert_capacity=0.7),
     "capacity, probabilities as they are": replace(
         LAYER, expert_capacity=0.6, renormalize_experts=False, gated=False, activation="gelu_tanh", experts_per_token=3, shared_experts=1
@@ -53,7 +56,7 @@ def inputs(seed: int = 0):
 
 
 def for_numpy(params) -> dict:
-    names = {name: name.removesuffix("/weight").replace("/", "_") for name in named_leaves(params)}
+    names = {name: name.removesuffix("/weight").replace("/", "_") for name in named_leaves(params)} | {"shared_gate/weight": "token_gate"}
     return {names[name]: value for name, value in named_leaves(params).items()}
 
 
@@ -255,6 +258,8 @@ def test_experts_have_no_biases_and_shared_ones_do():
         ({"expert_capacity": 0.0}, "model.expert_capacity=0.0 must be above 0"),
         ({"experts": 0, "expert_capacity": 1.0}, "model.expert_capacity=1.0 is of a mixture of experts; set model.experts"),
         ({"experts": 0, "shared_experts": 1}, "model.shared_experts=1 is of a mixture"),
+        ({"shared_gate": True}, "model.shared_gate=True is of shared experts"),
+        ({"shared_mlp": 8}, "model.shared_mlp=8 is of shared experts"),
         ({"experts": 0, "pattern": ("global_dense",)}, "names dense layers"),
         ({"pattern": ("global_dense",)}, "model.experts=4 but no layer"),
         ({"pattern": ("local_dense", "global")}, "model.window=None"),

@@ -1,10 +1,31 @@
 """The families, one table each: a new one is a new file and a line here."""
 
-from lmx.interop.families import bloom, gemma, glm, gpt2, llama, mistral, mixtral, opt
+from lmx.interop.families import (
+    bloom,
+    cohere,
+    falcon,
+    gemma,
+    glm,
+    gpt2,
+    gpt_neox,
+    gptj,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    opt,
+    phi3,
+    qwen,
+    stablelm,
+)
 from lmx.interop.family import Family
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (bloom.BLOOM, gemma.GEMMA, gemma.GEMMA2, glm.GLM, gpt2.GPT2, llama.LLAMA, mistral.MISTRAL, mixtral.MIXTRAL, opt.OPT)
+    for family in (
+        *(bloom.BLOOM, falcon.FALCON, gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3, glm.GLM, glm.GLM4, gpt2.GPT2, gpt_neox.GPT_NEOX, gptj.GPTJ),
+        *(llama.LLAMA, mistral.MISTRAL, mixtral.MIXTRAL, olmo2.OLMO2, opt.OPT, phi3.PHI3, qwen.QWEN2, qwen.QWEN2_MOE, qwen.QWEN3),
+        *(stablelm.STABLELM, cohere.COHERE),
+    )
 }
 """By `model_type`."""

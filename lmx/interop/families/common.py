@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from lmx.interop.family import Reader
-from lmx.models.config import Transformer
+from lmx.interop.family import Fused, Reader
+from lmx.models.config import Transformer, is_local
 from lmx.models.rope import RopeScaling
 
 LLAMA_MODULES = {
@@ -21,19 +21,27 @@ LLAMA_MODULES = {
     "model.layers.{}.mlp.down_proj": "layers/feedforward/down",
 }
 """Names that most decoders have taken from Llama."""
+QK_NORMS = {
+    "model.layers.{}.self_attn.q_norm": "layers/attention/query_norm",
+    "model.layers.{}.self_attn.k_norm": "layers/attention/key_norm",
+}
+GATE_UP = {"model.layers.{}.mlp.gate_up_proj": Fused(("layers/feedforward/gate", "layers/feedforward/up"))}
+"""Gate and what it gates as one tensor."""
 INV_FREQ = ("*rotary_emb.inv_freq",)
 
 
-def rope_to_ours(theta: float = 10_000.0, partial: float = 1.0):
-    """RoPE's base, share of dimensions and scaling, from `rope_parameters` or from what came before it: `rope_theta`, `rope_scaling`,
-    `partial_rotary_factor`."""
+def rope_to_ours(theta: float = 10_000.0, partial: float = 1.0, old: tuple[str, str] = ("rope_theta", "partial_rotary_factor")):
+    """RoPE's base, share of dimensions and scaling, from `rope_parameters` or from what came before it: `rope_scaling`, and the two old
+    names."""
 
     def read(reader: Reader, ours: dict[str, Any]) -> dict[str, Any]:
         given = dict(reader.take("rope_parameters", None) or reader.take("rope_scaling", None) or {})
         reader.take("rope_scaling", None)
-        base = given.pop("rope_theta", None) or reader.take("rope_theta", theta)
-        share = given.pop("partial_rotary_factor", None) or reader.take("partial_rotary_factor", partial)
-        reader.take("rope_theta", None), reader.take("partial_rotary_factor", None)
+        base, share = (
+            given.pop(new, None) or reader.take(name, None) or default
+            for new, name, default in zip(("rope_theta", "partial_rotary_factor"), old, (theta, partial), strict=True)
+        )
+        reader.take(old[0], None), reader.take(old[1], None)
         kind = given.pop("rope_type", given.pop("type", "default"))
         given.pop("type", None)
         found: dict[str, Any] = {"rope_theta": float(base)}
@@ -53,9 +61,8 @@ def _scaling(kind: str, given: dict[str, Any], reader: Reader, context: int) -> 
     if kind not in ("linear", "dynamic", "yarn", "llama3", "longrope", "su"):
         raise reader.refused("rope_type", kind, "one of default, linear, dynamic, yarn, llama3, longrope")
     kind = "longrope" if kind == "su" else kind
-    original = given.pop("original_max_position_embeddings", None)
-    if original is None:
-        original = reader.take("original_max_position_embeddings", None) or (0 if kind == "linear" else context)
+    inside, outside = given.pop("original_max_position_embeddings", None), reader.take("original_max_position_embeddings", None)
+    original = outside or inside or (0 if kind == "linear" else context)
     made: dict[str, Any] = {"kind": kind, "original_context": original}
     factor = given.pop("factor", None)
     made["factor"] = float(context / original if factor is None else factor)
@@ -77,9 +84,8 @@ def _scaling(kind: str, given: dict[str, Any], reader: Reader, context: int) -> 
 
 def rope_to_theirs(config: Transformer) -> dict[str, Any]:
     """The inverse, as transformers writes it now."""
-    said: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
-    if config.rope_dims is not None:
-        said["partial_rotary_factor"] = config.rope_dims / config.head_size
+    share = config.rope_size / config.head_size
+    said: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default", "partial_rotary_factor": share}
     scaling = config.rope_scaling
     if scaling is not None:
         said |= {"rope_type": scaling.kind, "factor": scaling.factor}
@@ -96,9 +102,9 @@ def rope_to_theirs(config: Transformer) -> dict[str, Any]:
     return {"rope_parameters": said}
 
 
-def rope(theta: float = 10_000.0, partial: float = 1.0):
+def rope(*defaults, **more):
     """Both ways."""
-    return rope_to_ours(theta, partial), rope_to_theirs
+    return rope_to_ours(*defaults, **more), rope_to_theirs
 
 
 def _window_to_ours(reader: Reader, ours: dict[str, Any]) -> dict[str, Any]:
@@ -107,14 +113,27 @@ def _window_to_ours(reader: Reader, ours: dict[str, Any]) -> dict[str, Any]:
         return {}
     if kinds is None:
         return {"window": window, "pattern": ("local",)}
-    names = {"sliding_attention": "local", "full_attention": "global"}
-    unknown = set(kinds) - set(names)
-    if unknown:
-        raise reader.refused("layer_types", sorted(unknown), " and ".join(names))
-    if len(kinds) != ours["layers"]:
-        raise reader.refused("layer_types", kinds, f"one for each of {ours['layers']} layers")
-    pattern = shortest([names[kind] for kind in kinds])
+    pattern = shortest(named_kinds(reader, kinds, ours["layers"]))
     return {"window": window, "pattern": pattern} if "local" in pattern else {}
+
+
+KINDS = {"sliding_attention": "local", "full_attention": "global"}
+
+
+def named_kinds(reader: Reader, kinds: list[str], layers: int) -> list[str]:
+    """Our kinds of all layers from `layer_types`."""
+    unknown = set(kinds) - set(KINDS)
+    if unknown:
+        raise reader.refused("layer_types", sorted(unknown), " and ".join(KINDS))
+    if len(kinds) != layers:
+        raise reader.refused("layer_types", kinds, f"one for each of {layers} layers")
+    return [KINDS[kind] for kind in kinds]
+
+
+def layer_types(config: Transformer) -> list[str]:
+    """The inverse."""
+    kinds = (config.pattern[i % len(config.pattern)] for i in range(config.layers))
+    return ["sliding_attention" if is_local(kind) else "full_attention" for kind in kinds]
 
 
 def shortest(kinds: list) -> tuple:
@@ -127,10 +146,20 @@ def _window_to_theirs(config: Transformer) -> dict[str, Any]:
         return {"sliding_window": None}
     if config.pattern == ("local",):
         return {"sliding_window": config.window}
-    names = {"local": "sliding_attention", "global": "full_attention"}
-    kinds = [names[config.pattern[i % len(config.pattern)]] for i in range(config.layers)]
-    return {"sliding_window": config.window, "layer_types": kinds}
+    return {"sliding_window": config.window, "layer_types": layer_types(config)}
 
 
+def biases_to_ours(reader: Reader, _) -> dict[str, Any]:
+    """Of all four projections of attention, as one switch."""
+    both = reader.take("attention_bias", False)
+    return {"projection_bias": both, "output_bias": both}
+
+
+BIASES = (biases_to_ours, lambda config: {"attention_bias": config.projection_bias})
 WINDOW = (_window_to_ours, _window_to_theirs)
 """A sliding window, of all layers or of those that `layer_types` names."""
+
+
+def without(modules: dict, *parts: str) -> dict:
+    """A table of names less those that have one of these parts."""
+    return {name: ours for name, ours in modules.items() if not any(part in name for part in parts)}

@@ -1,10 +1,10 @@
-"""GLM-4 as transformers first had it, `model_type` glm (GLM Team, 2024)."""
+"""GLM-4 (GLM Team, 2024): as transformers first had it, `model_type` glm, and with more norms, glm4."""
 
 from dataclasses import replace
 
-from lmx.interop.families.common import INV_FREQ, LLAMA_MODULES, rope
-from lmx.interop.families.llama import FIELDS
-from lmx.interop.family import Family, Field, Fused
+from lmx.interop.families.common import GATE_UP, INV_FREQ, LLAMA_MODULES, rope, without
+from lmx.interop.families.llama import fields
+from lmx.interop.family import Family, Field
 
 DEFAULTS = {
     "vocab_size": 151552,
@@ -19,13 +19,20 @@ DEFAULTS = {
 GLM = Family(
     model_type="glm",
     architecture="GlmForCausalLM",
-    fields=(
-        *(replace(one, default=DEFAULTS.get(one.theirs, one.default)) for one in FIELDS),
-        Field("attention_bias", "projection_bias", True),
-    ),
+    fields=(*fields(**DEFAULTS), Field("attention_bias", "projection_bias", True)),
     settings={"rope_interleaved": True},
     more=(rope(partial=0.5),),
-    modules={name: ours for name, ours in LLAMA_MODULES.items() if "gate_proj" not in name and "up_proj" not in name}
-    | {"model.layers.{}.mlp.gate_up_proj": Fused(("layers/feedforward/gate", "layers/feedforward/up"))},
+    modules=without(LLAMA_MODULES, "gate_proj", "up_proj") | GATE_UP,
     leftover=INV_FREQ,
+)
+GLM4 = replace(
+    GLM,
+    model_type="glm4",
+    architecture="Glm4ForCausalLM",
+    settings=GLM.settings | {"norm_placement": "sandwich"},
+    modules=GLM.modules
+    | {
+        "model.layers.{}.post_self_attn_layernorm": "layers/attention_norm_post",
+        "model.layers.{}.post_mlp_layernorm": "layers/feedforward_norm_post",
+    },
 )

@@ -1,5 +1,7 @@
 """Llama 1 to 3 (Touvron et al., 2023; Grattafiori et al., 2024)."""
 
+from dataclasses import replace
+
 from lmx.interop.families.common import INV_FREQ, LLAMA_MODULES, rope
 from lmx.interop.family import ACTIVATIONS, Family, Field
 
@@ -17,6 +19,11 @@ FIELDS = (
     Field("tie_word_embeddings", "tied", False),
 )
 """Of Llama, and of most that came after it."""
+
+
+def fields(*, without: tuple[str, ...] = (), **defaults) -> tuple[Field, ...]:
+    """These, with other defaults, less some."""
+    return tuple(replace(one, default=defaults.get(one.theirs, one.default)) for one in FIELDS if one.theirs not in without)
 
 
 def biases(reader, _):

@@ -12,6 +12,11 @@ def width(reader, ours):
     return {}
 
 
+def biases(reader, _):
+    """Of linear layers; LayerNorms have them always."""
+    return dict.fromkeys(("projection_bias", "output_bias", "mlp_bias"), reader.take("enable_bias", True))
+
+
 OPT = Family(
     model_type="opt",
     architecture="OPTForCausalLM",
@@ -23,12 +28,14 @@ OPT = Family(
         Field("num_attention_heads", "heads", 12),
         Field("max_position_embeddings", "context", 2048),
         Field("activation_function", "activation", "relu", ACTIVATIONS),
-        Field("enable_bias", "bias", True),
         Field("tie_word_embeddings", "tied", True),
     ),
-    settings={"positions": "learned", "first_position": 2, "norm": "layernorm", "gated": False},
+    settings={"positions": "learned", "first_position": 2, "norm": "layernorm", "gated": False, "bias": True},
     expected={"do_layer_norm_before": True, "layer_norm_elementwise_affine": True, "_remove_final_layer_norm": False},
-    more=((width, lambda config: {"word_embed_proj_dim": config.embed}),),
+    more=(
+        (width, lambda config: {"word_embed_proj_dim": config.embed}),
+        (biases, lambda config: {"enable_bias": config.projection_bias}),
+    ),
     modules={
         "model.decoder.embed_tokens": "embed",
         "model.decoder.embed_positions": "positions",
