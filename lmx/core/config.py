@@ -337,7 +337,8 @@ def _encoded(value: Any, annotation: Any, name: str) -> Any:
 
 
 def from_json(cls: type, data: Mapping[str, Any]) -> Any:
-    """The config that `to_json` wrote. A field that is missing takes its class's default, so old records stay readable.
+    """The config that `to_json` wrote. A field that is missing takes its class's default, and a union that names no
+    class its first, so old records stay readable.
 
     Raises:
       ConfigError: an unknown field, a missing one without a default, or a value of the wrong type, by name.
@@ -348,8 +349,8 @@ def from_json(cls: type, data: Mapping[str, Any]) -> Any:
 def _decoded(data: Any, annotation: Any, name: str) -> Any:
     classes = _classes(annotation)
     if isinstance(data, Mapping) and classes:
-        body = dict(data)
-        kind = body.pop("class", None) if len(_members(annotation)) > 1 else next(iter(classes))
+        body, first = dict(data), next(iter(classes))
+        kind = body.pop("class", first) if len(_members(annotation)) > 1 else first
         if kind not in classes:
             raise _wrong(f"{name}={kind}", str(kind), annotation)
         cls, prefix = classes[kind], f"{name}." if name else ""

@@ -80,6 +80,10 @@ def decoding_params(params: Tree) -> Tree:
 
 
 def _check(model: Model, ids: list[list[int]], max_new_tokens: int) -> None:
+    if not model.causal or not model.vocabulary_head:
+        raise ValueError(
+            f"a model with causal={model.causal} and head={model.head} continues nothing; generate needs a causal one with logits"
+        )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     for i, prompt in enumerate(ids):

@@ -21,7 +21,7 @@ from lmx.interop.families import FAMILIES
 from lmx.interop.family import Family, Fused
 from lmx.interop.files import open_tensors, write_tensors
 from lmx.models import config as model_config
-from lmx.models import stack, transformer
+from lmx.models import transformer
 from lmx.models.config import Transformer
 from lmx.parallel.layout import Layout
 from lmx.parallel.rules import rules, shardings
@@ -35,11 +35,13 @@ class Model:
       config: of the model.
       family: its table's name (`model_type`).
       about: the rest of its config.json, as JSON: special tokens, the type of its numbers.
+      renamed: tensors that the checkpoint it was loaded from, an older one, calls otherwise than the table: their names in both.
     """
 
     config: Transformer
     family: str
     about: str = "{}"
+    renamed: tuple[tuple[str, str], ...] = ()
 
     @property
     def table(self) -> Family:
@@ -78,7 +80,10 @@ def load(folder: str | Path, *, dtype=jnp.float32, mesh: Mesh | None = None, lay
     """
     folder = Path(folder)
     model = read_config(folder)
-    tensors = found_tensors(model, folder)
+    there = open_tensors(folder)
+    named = Names(model).found(there)
+    tensors = {name: there[own] for name, own in named.items()}
+    model = replace(model, renamed=tuple((name, own) for name, own in named.items() if name != own))
     specs = transformer.specs(model.config)
     if mesh is None:
         where = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), specs, is_leaf=is_spec)
@@ -99,12 +104,14 @@ def load(folder: str | Path, *, dtype=jnp.float32, mesh: Mesh | None = None, lay
 
 def found_tensors(model: Model, folder: str | Path) -> dict[str, np.ndarray]:
     """A folder's tensors by the names that the model's table has, mapped, not read. Raises ValueError for what is missing or too much."""
-    return Names(model).found(open_tensors(Path(folder)))
+    there = open_tensors(Path(folder))
+    return {name: there[own] for name, own in Names(model).found(there).items()}
 
 
 def tensors(model: Model, tree: Tree) -> dict[str, np.ndarray]:
-    """A tree of the parameters' shapes (parameters, gradients) under the checkpoint's names, in its layouts."""
-    return {name: make() for name, (_, make) in _writers(model, tree).items()}
+    """A tree of the parameters' shapes (parameters, gradients) under the names of the checkpoint that the model is of, in its layouts."""
+    names = dict(model.renamed)
+    return {names.get(name, name): make() for name, (_, make) in _writers(model, tree).items()}
 
 
 def save(model: Model, params: Tree, folder: str | Path, *, dtype=None) -> None:
@@ -132,6 +139,10 @@ class Place:
     part: int = 0
 
 
+SUFFIXES = ((".weight", "/weight"), (".weight", "/scale"), (".weight", ""), (".bias", "/bias"), (".bias", "_bias"))
+"""Of a module's tensors, and of ours."""
+
+
 class Names:
     """The checkpoint's names of a model's parameters."""
 
@@ -143,11 +154,10 @@ class Names:
     def places(self) -> dict[str, Place]:
         """By our path without group and place in the pattern: `layers/attention/query/weight`."""
         found = {}
-        table = self.model.table
-        for theirs, ours in (table.modules | table.variants(self.model.config)).items():
+        for theirs, ours in self.model.table.modules_of(self.model.config).items():
             for i, part in enumerate(ours.parts if isinstance(ours, Fused) else (ours,)):
-                for suffix, own in ((".weight", "/weight"), (".weight", "/scale"), (".weight", ""), (".bias", "/bias"), (".bias", "_bias")):
-                    found[part + own] = Place(theirs + suffix, ours if isinstance(ours, Fused) else None, i)
+                for suffix, own in (("", ""),) if theirs.endswith((".weight", ".bias")) else SUFFIXES:
+                    found.setdefault(part + own, Place(theirs + suffix, ours if isinstance(ours, Fused) else None, i))
         return found
 
     def place(self, name: str) -> Place:
@@ -168,29 +178,26 @@ class Names:
 
     def layers(self, name: str) -> list[int]:
         """The absolute layers of a stacked leaf; one that does not matter for others."""
-        words = name.split("/")
-        if words[0] != "layers":
-            return [0]
-        group = stack.groups(self.model.config)[int(words[1])]
-        return [group.layer(r, int(words[2])) for r in range(group.repeats)]
+        return list(self.specs[name].layers) or [0]
 
-    def found(self, there: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """A file's tensors by the names that the table has. Raises ValueError for what is missing and what is too much."""
+    def found(self, there: Mapping[str, np.ndarray]) -> dict[str, str]:
+        """What a file calls each tensor, by the names that the table has. Raises ValueError for what is missing and what is too much."""
         table, wanted = self.model.table, dict.fromkeys(self.all())
         named = {}
         for name in wanted:
-            own = next((n for n in (name, *_variants(name, table.prefixes)) if n in there), None)
+            own = next((n for n in (name, *_variants(name, table)) if n in there), None)
             if own is not None:
                 named[name] = own
         missing = [name for name in wanted if name not in named]
         used = set(named.values())
         rest = [n for n in there if n not in used and not any(fnmatchcase(n, p) for p in table.leftover)]
-        copies = {"lm_head.weight", "embed_out.weight"} if self.model.config.tied else set()
+        heads = [n for n, ours in table.modules_of(self.model.config).items() if ours == "head"]
+        copies = {"lm_head.weight", "embed_out.weight", *(f"{n}.weight" for n in heads)} if self.model.config.tied else set()
         rest = [n for n in rest if n not in copies]
         if missing or rest:
             said = [f"lacks {_some(missing)}"] * bool(missing) + [f"has {_some(rest)}, which lmx knows nothing of"] * bool(rest)
             raise ValueError(f"the checkpoint of a {table.model_type} {', and '.join(said)}")
-        return {name: there[own] for name, own in named.items()}
+        return named
 
 
 def short(name: str) -> str:
@@ -199,10 +206,12 @@ def short(name: str) -> str:
     return "/".join([words[0], *words[3:]]) if words[0] == "layers" else name
 
 
-def _variants(name: str, prefixes: tuple[str, ...]) -> Iterator[str]:
-    for prefix in prefixes:
-        yield name.removeprefix(prefix)
-        yield prefix + name
+def _variants(name: str, table: Family) -> Iterator[str]:
+    for one in (name, *(name.removesuffix(now) + before for now, before in table.renamed if name.endswith(now))):
+        yield one
+        for prefix in table.prefixes:
+            yield one.removeprefix(prefix)
+            yield prefix + one
 
 
 def _some(names: list[str]) -> str:

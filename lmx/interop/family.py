@@ -80,21 +80,40 @@ class Fused:
 
 
 @dataclass(frozen=True)
+class Architecture:
+    """One of several classes that transformers has for a family's models, for it decides what stands on them.
+
+    Attributes:
+      settings: fields of ours that tell it from the family's other classes.
+      modules: what it has beside the family's.
+      bare: the prefix that the family's modules have in other classes and not in this one, which is what they call by that name.
+    """
+
+    settings: Mapping[str, Any]
+    modules: Mapping[str, str | Fused] = field(default_factory=dict)
+    bare: str = ""
+
+
+@dataclass(frozen=True)
 class Family:
     """One `model_type`.
 
     Attributes:
-      model_type, architecture: its name in config.json, and the class that transformers loads it with.
+      model_type, architecture: its name in config.json, and the class that transformers loads it with (where there are several, that which
+        a config.json without `architectures` means).
+      architectures: the classes by name, where there are several.
       fields: `Field`s.
       settings: fields of ours that all its models share.
       expected: fields of theirs that must have a value, or be absent, for the table to hold; a tuple lists several.
       ignored: patterns of fields that change nothing here.
       more: functions from their config (as read: `Reader`) to fields of ours, and back, for what is no pair of fields.
       modules: their module, `{}` for the layer, `{expert}` for an expert, to ours (or `Fused`). A module has a weight (a norm's scale) and,
-        where ours has one, a bias.
+        where ours has one, a bias; a name that ends in .weight or .bias is of that tensor alone.
       variants: modules that are called so in models of some configs alone.
       turned: whether linear layers are stored `[outputs, inputs]`.
       prefixes: what published files may leave out before a name, or have before it.
+      renamed: ends of names, and what older files have in their place.
+      pads_uncounted: whether padding, told by its token, has no position (RoBERTa).
       leftover: patterns of tensors in older files that are no parameters.
     """
 
@@ -110,11 +129,19 @@ class Family:
     turned: bool = True
     prefixes: tuple[str, ...] = ("model.", "transformer.")
     leftover: tuple[str, ...] = ()
+    architectures: Mapping[str, Architecture] = field(default_factory=dict)
+    renamed: tuple[tuple[str, str], ...] = ()
+    pads_uncounted: bool = False
 
     def read(self, config: Mapping[str, Any]) -> Transformer:
         """Our config from theirs. Raises ValueError, with the field, for what the table does not cover."""
         reader = Reader(config, self.model_type)
         ours = dict(self.settings)
+        if self.architectures:
+            said = (config.get("architectures") or [self.architecture])[0]
+            if said not in self.architectures:
+                raise reader.refused("architectures", said, f"one of {', '.join(self.architectures)}")
+            ours |= self.architectures[said].settings
         for one in self.fields:
             value = reader.take(one.theirs, one.default)
             if one.values is not None:
@@ -134,7 +161,7 @@ class Family:
 
     def write(self, config: Transformer) -> dict[str, Any]:
         """Theirs from ours. Raises ValueError for a setting that the family has no field for."""
-        theirs: dict[str, Any] = {"model_type": self.model_type, "architectures": [self.architecture]}
+        theirs: dict[str, Any] = {"model_type": self.model_type, "architectures": [self.named(config)]}
         for one in self.fields:
             value = getattr(config, one.ours)
             if one.values is not None:
@@ -153,6 +180,22 @@ class Family:
             said = ", ".join(f"model.{n}={getattr(config, n)!r} (it means {getattr(again, n)!r})" for n in different)
             raise ValueError(f"{self.model_type} cannot say {said}; save it as another family")
         return theirs
+
+    def named(self, config: Transformer) -> str:
+        """The class of a model of ours. Raises ValueError where the family has none for it."""
+        for name, one in self.architectures.items():
+            if all(getattr(config, ours) == value for ours, value in one.settings.items()):
+                return name
+        if self.architectures:
+            raise ValueError(f"{self.model_type} has no class for model.head={config.head}, only {', '.join(self.architectures)}")
+        return self.architecture
+
+    def modules_of(self, config: Transformer) -> dict[str, str | Fused]:
+        """The modules of a model's class, those first that matter first: an untied head's matrix and bias, or what a tied one has beside."""
+        one = self.architectures.get(self.named(config), Architecture({}))
+        found = {name.removeprefix(one.bare): ours for name, ours in (self.modules | self.variants(config)).items()}
+        found |= one.modules
+        return dict(sorted(found.items(), key=lambda pair: (pair[1] == "head") == config.tied))
 
 
 class Reader:

@@ -10,11 +10,12 @@ Norm = Literal["layernorm", "rmsnorm"]
 Placement = Literal["pre", "post", "sandwich", "output"]
 Positions = Literal["rope", "alibi", "learned", "sinusoidal", "none"]
 LayerKind = Literal["global", "local", "global_dense", "local_dense"]
+Head = Literal["lm", "masked", "none", "pooler", "classifier", "tokens", "spans", "detector"]
 
 
 @dataclass(frozen=True)
 class Transformer:
-    """A decoder: token embedding, a stack of layers, a final norm, a head."""
+    """A decoder, or without causality an encoder: token embedding, a stack of layers, a final norm, a head."""
 
     vocab: int = 0
     """Rows of the embedding table. 0: the tokenizer's vocabulary, rounded up to a multiple of 8."""
@@ -32,6 +33,8 @@ class Transformer:
     """Width of the feed-forward's hidden layer. None: 4 x embed."""
     context: int = 1024
     """Longest sequence; learned positions have as many rows."""
+    causal: bool = True
+    """Whether a token sees only those up to itself (a decoder), or all of its text (an encoder)."""
     positions: Positions = "rope"
     """How tokens know where they are."""
     alibi_scaled: bool = False
@@ -40,6 +43,8 @@ class Transformer:
     """The row of a table of learned positions that position 0 has; the table has as many more (OPT, RoBERTa)."""
     block_positions: bool = False
     """Whether there is a second table of learned positions, for a token's place inside the span that it fills (GLM)."""
+    token_types: int = 0
+    """Kinds of tokens that have an embedding of their own, added to the token's (BERT's two sentences). 0: none."""
     rope_theta: float = 10_000.0
     """Base of RoPE's wavelengths."""
     local_rope_theta: float | None = None
@@ -61,6 +66,8 @@ class Transformer:
     """Whether RMSNorm multiplies by 1 + scale (Gemma)."""
     embed_norm: bool = False
     """Whether embeddings are normalised before the first layer (BLOOM)."""
+    embed_size: int | None = None
+    """Width of the embedding tables, projected to that of the residual stream (ALBERT, ELECTRA). None: that of embed, not projected."""
     activation: Activation = "silu"
     """The feed-forward's nonlinearity."""
     gated: bool = True
@@ -77,8 +84,16 @@ class Transformer:
     """Whether attention's output projection does. None: as bias says."""
     mlp_bias: bool | None = None
     """Whether the feed-forward does. None: as bias says."""
+    head: Head = "lm"
+    """What stands on the hidden states. lm: logits of the vocabulary; masked: the same after a dense layer, an activation and a norm (BERT);
+    none; pooler: a dense layer and an activation on the first token; classifier: labels of a text from that; tokens: labels of each token;
+    spans: of each token, whether an answer starts or ends there; detector: of each, whether it was replaced (ELECTRA)."""
+    head_activation: Activation | None = None
+    """That of the head's dense layer. None: that of activation."""
+    labels: int = 0
+    """How many classes heads of the kinds classifier and tokens tell apart."""
     head_bias: bool = False
-    """Whether logits have one (GPT-J)."""
+    """Whether logits of the vocabulary have one (GPT-J, BERT)."""
     tied: bool = True
     """Whether the head is the embedding table."""
     logit_softcap: float | None = None
@@ -98,6 +113,8 @@ class Transformer:
     pattern: tuple[LayerKind, ...] = ("global",)
     """Kinds of layers, repeated over the stack; local layers use the window. In a model with experts every layer has them but those named
     global_dense or local_dense, which have one feed-forward: ("global_dense", "global") is a mixture in every other layer."""
+    shared_layers: bool = False
+    """Whether all repeats of the pattern have the same parameters (ALBERT)."""
     experts: int = 0
     """Feed-forwards of which each token passes through a few, in layers that are a mixture of experts. 0: one, for all."""
     experts_per_token: int = 2
@@ -133,6 +150,16 @@ class Transformer:
     @property
     def rope_size(self) -> int:
         return self.head_size if self.rope_dims is None else self.rope_dims
+
+    @property
+    def table_size(self) -> int:
+        """Width of the embedding tables."""
+        return self.embed if self.embed_size is None else self.embed_size
+
+    @property
+    def vocabulary_head(self) -> bool:
+        """Whether the head gives logits of the vocabulary."""
+        return self.head in ("lm", "masked")
 
     @property
     def hidden(self) -> int:
@@ -191,6 +218,11 @@ class RWKV:
     logit_softcap: ClassVar[None] = None
     logit_scale: ClassVar[None] = None
     head_bias: ClassVar[bool] = False
+    head: ClassVar[str] = "lm"
+    labels: ClassVar[int] = 0
+    vocabulary_head: ClassVar[bool] = True
+    causal: ClassVar[bool] = True
+    shared_layers: ClassVar[bool] = False
 
     @property
     def width(self) -> int:
@@ -249,7 +281,7 @@ def _check_rwkv(config: RWKV) -> None:
 
 
 def _check_transformer(config: Transformer) -> None:
-    for knob in ("heads", "kv_heads", "head_dim", "experts_per_token", "expert_mlp", "shared_mlp"):
+    for knob in ("heads", "kv_heads", "head_dim", "embed_size", "experts_per_token", "expert_mlp", "shared_mlp"):
         value = getattr(config, knob)
         if value is not None and value < 1:
             raise ValueError(f"model.{knob}={value} must be at least 1")
@@ -289,7 +321,33 @@ def _check_transformer(config: Transformer) -> None:
     for knob in ("logit_softcap", "attention_softcap"):
         if getattr(config, knob) is not None and not getattr(config, knob) > 0:
             raise ValueError(f"model.{knob}={getattr(config, knob)} must be above 0; None caps nothing")
+    _check_encoder(config)
     _check_experts(config)
+
+
+def _check_encoder(config: Transformer) -> None:
+    if config.window is not None and not config.causal:
+        raise ValueError(f"model.window={config.window} counts back from a token, so it needs model.causal; leave the window out")
+    if config.positions == "alibi" and not config.causal:
+        raise ValueError("model.positions=alibi counts how far back a token is, so it needs model.causal; use other positions")
+    for knob in ("token_types", "labels"):
+        if getattr(config, knob) < 0:
+            raise ValueError(f"model.{knob}={getattr(config, knob)} must be at least 0")
+    if (config.head in ("classifier", "tokens")) != (config.labels > 0):
+        raise ValueError(
+            f"model.labels={config.labels} with model.head={config.head}: labels are of classifier and tokens; set both or neither"
+        )
+    if config.head_bias and not config.vocabulary_head:
+        raise ValueError(f"model.head_bias is of logits of the vocabulary, which model.head={config.head} does not give")
+    if config.embed_size is not None and config.head == "lm" and config.tied:
+        raise ValueError(
+            f"model.embed_size={config.embed_size} with model.head=lm: the embedding table is no head for hidden states of another width; "
+            "set model.tied to False, or model.head to masked"
+        )
+    if config.shared_layers and config.layers % len(config.pattern):
+        raise ValueError(
+            f"model.layers={config.layers} is no multiple of the {len(config.pattern)} of model.pattern, which model.shared_layers repeats"
+        )
 
 
 def _check_experts(config: Transformer) -> None:

@@ -10,7 +10,7 @@ from lmx.models.config import Model
 def linear_specs(
     inputs: tuple[int, ...],
     outputs: tuple[int, ...],
-    input_axes: tuple[str, ...],
+    input_axes: tuple[str | None, ...],
     output_axes: tuple[str | None, ...],
     config: Model,
     *,

@@ -14,6 +14,7 @@ from lmx.core.params import ParamSpec
 from lmx.core.tree import Tree
 from lmx.core.weights import attend, dot, gradient_of, values, weight_gradient
 from lmx.kernels import devices
+from lmx.models import heads
 from lmx.models.config import Model
 from lmx.parallel import manual
 from lmx.parallel.rules import placed
@@ -30,7 +31,8 @@ class Static(NamedTuple):
 
 
 def logits(params: Tree, config: Model, hidden: Float[Array, "batch length embed"]) -> Float[Array, "batch length vocab"]:
-    """Next-token logits, fp32 at least, soft-capped where the config says so. For sampling and inspection; losses do not need them."""
+    """Logits of the vocabulary, fp32 at least, soft-capped where the config says so. For sampling and inspection; losses do not need them."""
+    hidden = heads.transformed(params, config, hidden)
     rows = attend(_scaled(hidden, config), params["embed"] if config.tied else params["head"].T)
     if config.head_bias:
         rows = rows + params["head_bias"].astype(rows.dtype)
@@ -56,8 +58,10 @@ def cross_entropy(
       the sum (scalar, fp32 at least, differentiable in params and hidden), and `{"cross_entropy", "z_loss", "correct"}`, each a weighted sum and
       a constant to differentiation.
     """
+    if not config.vocabulary_head:
+        raise ValueError(f"model.head={config.head} gives no logits of the vocabulary to train; use lm or masked")
     head = params["embed"] if config.tied else params["head"].T
-    hidden = _scaled(hidden, config)
+    hidden = _scaled(heads.transformed(params, config, hidden, execution), config)
     if config.head_bias:  # one column more, that every hidden state has a one for
         head = jnp.concatenate([head, params["head_bias"][:, None]], 1)
         hidden = jnp.concatenate([hidden, jnp.ones_like(hidden[..., :1])], -1)

@@ -6,6 +6,8 @@ A group's parameters (and its cache) are held in one of two forms, which `unstac
   repeats. It is run by `jax.lax.scan`, so that compile time does not grow with depth: the form of training and of disk.
 - a tuple with one tree a layer, run one after another: the form of decoding, where a scan would copy each layer's weights.
 
+Where all repeats share their parameters (ALBERT), either form holds those of one.
+
 What a layer has inside comes back by its name where `Execution.taps` has a pattern for it: `layers/3/input` is the residual stream as layer 3
 reads it, `layers/*/input` that of all layers.
 """
@@ -58,7 +60,8 @@ def specs(config: Model, layer: Callable[[Model, str], Tree] = block.specs) -> T
 
     def of(group: Group) -> Tree:
         places = range(len(group.pattern))
-        layers = {p: tuple(group.layer(r, p) for r in range(group.repeats)) for p in places}
+        repeats = 1 if config.shared_layers else group.repeats
+        layers = {p: tuple(group.layer(r, p) for r in range(repeats)) for p in places}
         return {str(p): stacked(layer(config, group.pattern[p]), layers[p]) for p in places}
 
     return tuple(of(group) for group in groups(config))
@@ -124,7 +127,7 @@ def run_part(
 
 def _unrolled(x, layers, cache, group, config, context, execution, run):
     new, aux, tapped = [], {}, {}
-    for i, params in enumerate(layers):
+    for i, params in enumerate(layers * group.repeats if config.shared_layers else layers):
         repeat, place = divmod(i, len(group.pattern))
         kept = None if cache is None else cache[i]
         kind, layer = group.pattern[place], group.layer(repeat, place)
@@ -143,6 +146,7 @@ def _wanted(layer: int, site: str, execution: Execution) -> bool:
 def _scan(x, layers, cache, group, config, context, execution, run):
     def repeat(x, inputs):
         index, params, kept = inputs
+        params = shared if params is None else params
         x, params = checkpoint_name(x, INPUT), fetched(params)
         new, aux, inside = {}, {}, {}
         for p, kind in enumerate(group.pattern):
@@ -157,7 +161,8 @@ def _scan(x, layers, cache, group, config, context, execution, run):
     names = {p: {r: group.layer(r, p) for r in range(group.repeats)} for p in range(len(group.pattern))}
     tapped = {p: {r: layer for r, layer in of.items() if _wanted(layer, "input", execution)} for p, of in names.items()}
     tapped = {p: of for p, of in tapped.items() if of}
-    inputs = (jnp.arange(group.repeats), layers, cache)
+    shared = jax.tree.map(lambda a: a[0], layers) if config.shared_layers else None
+    inputs = (jnp.arange(group.repeats), None if config.shared_layers else layers, cache)
     x, (new, aux, inside) = jax.lax.scan(_remat(repeat, execution), x, inputs, unroll=execution.unroll)
     found = {f"layers/{layer}/input": inside[p][r] for p, of in tapped.items() for r, layer in of.items()}
     return x, new, jax.tree.map(lambda a: a.sum(0), aux), found

@@ -1,6 +1,7 @@
-"""The transformer decoder as pure functions: a parameter table and one forward."""
+"""The transformer, decoder or encoder, as pure functions: a parameter table and one forward."""
 
 import math
+from functools import partial
 
 import flax.struct
 import jax
@@ -9,16 +10,18 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from lmx.core.execution import Execution
-from lmx.core.params import ZEROS, Normal, ParamSpec, is_spec
+from lmx.core.params import Normal, ParamSpec, is_spec
 from lmx.core.tree import Tree
+from lmx.core.weights import linear
 from lmx.kernels.masks import Mask
 from lmx.kernels.wide import wide
 from lmx.models import dropout as drop
-from lmx.models import norms, stack
+from lmx.models import heads, norms, stack
 from lmx.models.attention import Context
 from lmx.models.config import Transformer
 from lmx.models.dropout import Dropout
 from lmx.models.experts import Aux
+from lmx.models.linears import linear_specs
 from lmx.models.positions import sinusoids
 from lmx.models.rope import rope_table
 from lmx.parallel.rules import constrain, placed
@@ -62,24 +65,22 @@ class Output:
 def specs(config: Transformer) -> Tree:
     """The parameter table."""
     tree = {
-        "embed": ParamSpec((config.vocab, config.embed), ("vocab", "embed"), init=Normal(config.init_std)),
+        "embed": ParamSpec((config.vocab, config.table_size), ("vocab", "embed"), init=Normal(config.init_std)),
         "layers": stack.specs(config),
     }
-    norm = norms.specs(config.norm, config.embed, "embed", bias=config.bias, offset=config.norm_offset)
-    if config.positions == "learned":
-        rows = config.context + config.first_position
-        tree["positions"] = ParamSpec((rows, config.embed), (None, "embed"), init=Normal(config.init_std))
-    if config.block_positions:
-        tree["block_positions"] = ParamSpec((config.context, config.embed), (None, "embed"), init=Normal(config.init_std))
+    norm = partial(norms.specs, config.norm, axis="embed", bias=config.bias, offset=config.norm_offset)
+    tables = {"positions": config.context + config.first_position} if config.positions == "learned" else {}
+    tables |= {"block_positions": config.context} if config.block_positions else {}
+    tables |= {"token_types": config.token_types} if config.token_types else {}
+    for name, rows in tables.items():
+        tree[name] = ParamSpec((rows, config.table_size), (None, "embed"), init=Normal(config.init_std))
     if config.embed_norm:
-        tree["embed_norm"] = norm
+        tree["embed_norm"] = norm(config.table_size)
+    if config.embed_size is not None:
+        tree["embed_projection"] = linear_specs((config.embed_size,), (config.embed,), (None,), ("embed",), config)
     if config.norm_placement != "post":
-        tree["norm"] = norm
-    if not config.tied:
-        tree["head"] = ParamSpec((config.embed, config.vocab), ("embed", "vocab"), 1, Normal(config.init_std))
-    if config.head_bias:
-        tree["head_bias"] = ParamSpec((config.vocab,), ("vocab",), init=ZEROS)
-    return tree
+        tree["norm"] = norm(config.embed)
+    return tree | heads.specs(config)
 
 
 def empty_cache(config: Transformer, batch: int, slots: int, dtype=jnp.float32, *, unrolled: bool = True) -> Cache:
@@ -107,6 +108,7 @@ def forward(
     segments: Int[Array, "batch length"] | None = None,
     prefix: Int[Array, "batch length"] | None = None,
     block_positions: Int[Array, "batch length"] | None = None,
+    token_types: Int[Array, "batch length"] | None = None,
     cache: Cache | None = None,
     dropout: Dropout | None = None,
     execution: Execution = Execution(),
@@ -120,6 +122,7 @@ def forward(
       prefix: 1 where a token belongs to the beginning of its text that is read in both directions. Of the new tokens alone, where there is a
         cache.
       block_positions: each token's place in the span that it fills (GLM), 0 outside of one; for models that have such positions.
+      token_types: each token's kind, in a model that has kinds; 0 when None.
       cache: keys and values of earlier tokens. New ones are written to its next slots; the caller keeps count of what fits.
       dropout: None, or what is dropped from where.
     """
@@ -129,7 +132,7 @@ def forward(
         positions = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), (batch, length))
     context, cache = _context(config, positions, segments, prefix, cache, dropout, execution)
 
-    x = enter(params, config, tokens, positions, dropout, execution, block_positions)
+    x = enter(params, config, tokens, positions, dropout, execution, block_positions, token_types)
     x, layers, aux, taps = stack.run_layers(x, params["layers"], config, context, execution, None if cache is None else cache.layers)
     hidden = leave(params, config, x, execution)
     return Output(hidden, None if cache is None else cache.replace(layers=layers, used=cache.used + length), aux, taps)
@@ -143,6 +146,7 @@ def enter(
     dropout: Dropout | None,
     execution: Execution,
     block_positions: Array | None = None,
+    token_types: Array | None = None,
 ) -> Float[Array, "batch length embed"]:
     """What the first layer reads."""
     if block_positions is not None and not config.block_positions:
@@ -151,15 +155,20 @@ def enter(
     x = lookup(tokens, params["embed"], dtype, execution.rules)
     if config.embed_scale:
         x = x * jnp.asarray(math.sqrt(config.embed), dtype)
+    if config.token_types:
+        kinds = jnp.zeros_like(tokens) if token_types is None else token_types
+        x = x + lookup(kinds, params["token_types"], dtype, execution.rules, None)
     if config.positions == "learned":
         x = x + lookup(positions + config.first_position, params["positions"], dtype, execution.rules, None)
     elif config.positions == "sinusoidal":
-        x = x + sinusoids(positions, config.embed, wide(dtype)).astype(dtype)
+        x = x + sinusoids(positions, config.table_size, wide(dtype)).astype(dtype)
     if config.block_positions:
         inside = jnp.zeros_like(tokens) if block_positions is None else block_positions
         x = x + lookup(inside, params["block_positions"], dtype, execution.rules, None)
     if config.embed_norm:
         x = norms.norm(x, params["embed_norm"], config.norm, config.norm_epsilon, offset=config.norm_offset)
+    if config.embed_size is not None:
+        x = linear(x, params["embed_projection"]["weight"], params["embed_projection"].get("bias"))
     return drop.apply(constrain(x, ("batch", "sequence", None), execution.rules), dropout, "embed", 0)
 
 
@@ -195,7 +204,8 @@ run_part = stack.run_part
 def _context(config, positions, segments, prefix, cache, dropout, execution) -> tuple[Context, Cache | None]:
     """What the layers share; and the cache with the new tokens' positions and segments written to its slots."""
     if cache is None:
-        mask = Mask(query_positions=positions, key_positions=positions, query_segments=segments, key_segments=segments, key_prefix=prefix)
+        segmented = {"query_segments": segments, "key_segments": segments}
+        mask = Mask(config.causal, query_positions=positions, key_positions=positions, key_prefix=prefix, **segmented)
     else:
         segments = jnp.ones_like(positions) if segments is None else segments
         positions_then, segments_then = (
@@ -204,6 +214,7 @@ def _context(config, positions, segments, prefix, cache, dropout, execution) -> 
         )
         cache = cache.replace(positions=positions_then, segments=segments_then)
         mask = Mask(
+            config.causal,
             order="positions",
             query_positions=positions,
             key_positions=cache.positions,
@@ -227,8 +238,10 @@ def flops_per_token(config: Transformer, length: int) -> float:
     masked halves included; nothing recomputed."""
 
     def active(spec: ParamSpec) -> float:
-        return math.prod(spec.shape) * (config.experts_per_token / config.experts if "experts" in spec.axes else 1)
+        often = config.layers // len(config.pattern) if config.shared_layers and spec.layers else 1
+        return often * math.prod(spec.shape) * (config.experts_per_token / config.experts if "experts" in spec.axes else 1)
 
     leaves = jax.tree.leaves(specs(config), is_leaf=is_spec)
-    weights = sum(active(spec) for spec in leaves if spec.inputs) + (config.vocab * config.embed if config.tied else 0)
+    tied = config.vocab * config.table_size if config.tied and config.vocabulary_head else 0
+    weights = sum(active(spec) for spec in leaves if spec.inputs) + tied
     return 6.0 * weights + 12.0 * config.layers * config.heads * config.head_size * length

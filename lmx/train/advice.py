@@ -162,7 +162,7 @@ def candidates(experiment: Experiment, devices: int, per_host: int) -> Iterator[
     microbatches enough for them, ZeRO over whole hosts or all shards, the batch cut in powers of two.
     """
     model, batch, length = experiment.model, experiment.batch, experiment.data.length
-    repeats = model.layers // len(model.pattern)
+    repeats = 1 if model.shared_layers else model.layers // len(model.pattern)
     tensors = [n for n in divisors(math.gcd(devices, per_host)) if model.heads % n == 0]
     contexts = [n for n in divisors(devices) if n <= 16 and length // n >= 2048] or [1]
     experts = [n for n in divisors(devices) if n == 1 or (model.experts and model.experts % n == 0)]

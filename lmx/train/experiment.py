@@ -19,7 +19,7 @@ from lmx.parallel import layout as layouts
 from lmx.parallel.hosts import Hosts
 from lmx.parallel.layout import Layout
 from lmx.train.checkpoints import Checkpoints
-from lmx.train.objectives import CausalLM
+from lmx.train.objectives import CausalLM, Objective
 from lmx.train.optimizers import AdamW, Optimizer
 
 RESUMABLE = ("layout", "hosts", "microbatches", "steps", "log_every", "evaluation", "samples", "checkpoints", "folder", "start")
@@ -60,7 +60,7 @@ class Experiment:
     """What is read."""
     model: Transformer | RWKV = field(default_factory=Transformer)
     """What is trained."""
-    objective: CausalLM = field(default_factory=CausalLM)
+    objective: Objective = field(default_factory=CausalLM)
     """What is to be predicted."""
     optimizer: Optimizer = field(default_factory=AdamW)
     """How parameters move."""
@@ -124,6 +124,7 @@ def check(experiment: Experiment, devices: int | None = None) -> None:
     if precision.fp8 and model.experts:
         raise ConfigError(f"precision={experiment.precision} is not there for mixtures (model.experts={model.experts}); use bf16")
     model_config.check(dataclasses.replace(model, vocab=model.vocab or 8))
+    _check_objective(experiment)
     if experiment.data.length > model.context:
         raise ConfigError(
             f"data.length={experiment.data.length} is longer than model.context={model.context}; lower the one or raise the other"
@@ -139,6 +140,21 @@ def check(experiment: Experiment, devices: int | None = None) -> None:
     _check_sequence(experiment)
     _check_pipeline(experiment)
     check_data(experiment.data)
+
+
+def _check_objective(experiment: Experiment) -> None:
+    model, objective = experiment.model, experiment.objective
+    if model.causal != objective.causal:
+        wanted = (
+            "MaskedLM, for a model that sees the whole text" if objective.causal else "CausalLM, for a model that sees what came before"
+        )
+        raise ConfigError(f"objective={type(objective).__name__} with model.causal={model.causal}; use {wanted}, or change model.causal")
+    if not model.vocabulary_head:
+        raise ConfigError(
+            f"model.head={model.head} gives no logits of the vocabulary, which {type(objective).__name__} trains; use lm or masked"
+        )
+    if experiment.samples.prompt and not model.causal:
+        raise ConfigError("samples.prompt is continued token by token, which model.causal=False cannot do; leave it empty")
 
 
 def _check_sequence(experiment: Experiment) -> None:
@@ -180,6 +196,11 @@ def _check_sequence(experiment: Experiment) -> None:
 def _check_pipeline(experiment: Experiment) -> None:
     layout, model = experiment.layout, experiment.model
     stages = layout.pipeline * layout.rounds
+    if stages > 1 and model.shared_layers:
+        raise ConfigError(
+            f"model.shared_layers has one set of parameters for all layers, which layout.pipeline={layout.pipeline} has none to divide of; "
+            "set it to 1"
+        )
     if stages > 1 and model.layers % (stages * len(model.pattern)):
         raise ConfigError(
             f"model.layers={model.layers} is not divisible by layout.pipeline={layout.pipeline} x layout.rounds={layout.rounds} x "

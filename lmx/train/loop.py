@@ -15,6 +15,7 @@ import jax
 
 from lmx.core.config import ConfigError, command_line, exits_with_one_line, from_json, refuse_changes
 from lmx.core.tree import Tree
+from lmx.data.denoising import MaskedLM as MaskedText
 from lmx.data.pipeline import iterate, require_supervised
 from lmx.data.recipe import Prepared, make_batches, prepare
 from lmx.infer import generate
@@ -134,6 +135,12 @@ def prepare_run(experiment: Experiment, sources: dict[str, str] | None = None) -
 def _settle(experiment: Experiment) -> Prepared:
     """Refuses what is wrong with an experiment or its folder, and reads its text."""
     check(experiment)
+    masked = isinstance(experiment.data.denoising, MaskedText)
+    if masked == experiment.objective.causal:
+        raise ConfigError(
+            f"objective={type(experiment.objective).__name__} with data.denoising={type(experiment.data.denoising).__name__}: both are MaskedLM "
+            "or neither; only text in which tokens are masked has something to predict in an encoder"
+        )
     processes, devices = jax.process_count(), len(jax.devices())
     if processes > 1 and experiment.layout.devices != devices:
         raise ConfigError(

@@ -5,6 +5,7 @@ An objective has two parts, so that a pipeline can run its stages between them: 
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,9 @@ Batch = dict[str, Array]
 class CausalLM:
     """Predict each next token."""
 
+    causal: ClassVar[bool] = True
+    """Whether it is for models whose tokens see only what came before them."""
+
     z_loss: float = 0.0
     """Weight of log(Z)^2, which keeps logits from drifting (PaLM uses 1e-4)."""
     balance_loss: float = 0.01
@@ -37,7 +41,7 @@ class CausalLM:
 
     def inputs(self, microbatch: Batch) -> dict[str, Array]:
         """Arguments of the model's forward: what of them the batch has."""
-        names = ("tokens", "positions", "segments", "prefix", "block_positions")
+        names = ("tokens", "positions", "segments", "prefix", "block_positions", "token_types")
         return {name: microbatch[name] for name in names if name in microbatch}
 
     def loss(
@@ -58,3 +62,14 @@ class CausalLM:
             return jnp.zeros((), rows.dtype), {}
         loss = self.balance_loss * sums["balance"] + self.router_z_loss * sums["router_z"]
         return loss, {name: jax.lax.stop_gradient(value) / config.mixtures for name, value in sums.items()}
+
+
+@dataclass(frozen=True)
+class MaskedLM(CausalLM):
+    """Predict what stood in the place of each token that was masked or replaced (BERT, Devlin et al., 2019): `tokens` are what the model
+    sees, `targets` the text, and `weights` are above 0 where a token is to be predicted."""
+
+    causal: ClassVar[bool] = False
+
+
+Objective = CausalLM | MaskedLM

@@ -18,7 +18,7 @@ from lmx.models.families import functions
 from lmx.parallel import pipeline
 from lmx.parallel.context import arrange
 from lmx.parallel.offload import joined, stand_ins
-from lmx.train.objectives import Batch, CausalLM
+from lmx.train.objectives import Batch, Objective
 from lmx.train.state import TrainState
 from lmx.train.update import Update
 
@@ -35,7 +35,7 @@ class Task:
     """What is trained, and how its forward runs: a model, an objective, an execution."""
 
     model: Model
-    objective: CausalLM
+    objective: Objective
     execution: Execution
 
     def read(self, batch: Batch) -> Batch:
@@ -62,7 +62,7 @@ class Task:
 
         def enter(outer: Tree, microbatch: Batch, key: Array | None) -> Array:
             read, dropout = inputs(microbatch, key)
-            more = {"block_positions": read["block_positions"]} if "block_positions" in read else {}
+            more = {name: read[name] for name in ("block_positions", "token_types") if name in read}
             return family.enter(outer, model, read["tokens"], read["positions"], dropout, execution, **more)
 
         def stage(layers: Tree, x: Array, microbatch: Batch, key: Array | None, first: Array) -> tuple[Array, Sums]:

@@ -332,6 +332,8 @@ def test_from_json_refuses_by_name(change, line):
 
 def test_from_json_fills_defaults_in_old_records():
     assert from_json(Experiment, {"name": "x"}) == Experiment("x")
+    written_before_there_was_a_choice = {"name": "x", "optimizer": {"learning_rate": 0.5}}
+    assert from_json(Experiment, written_before_there_was_a_choice) == Experiment("x", optimizer=AdamW(learning_rate=0.5))
 
 
 def test_refuse_changes_names_all_of_them():

@@ -1,5 +1,7 @@
 """Continuations of prompts."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -161,3 +163,8 @@ def test_rows_that_pad_the_vocabulary_are_never_drawn():
     new = generate(model, params, [[65]], max_new_tokens=20, temperature=1.0, tokenizer=ByteTokenizer())[0]
     assert max(new) < 257
     assert isinstance(generate(model, params, ["A"], max_new_tokens=20, temperature=1.0, tokenizer=ByteTokenizer())[0], str)
+
+
+def test_an_encoder_continues_nothing(params):
+    with pytest.raises(ValueError, match="causal=False and head=lm continues nothing"):
+        generate(replace(MODEL, causal=False), params, [A], max_new_tokens=2)

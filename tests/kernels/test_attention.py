@@ -30,13 +30,14 @@ class Case:
     prefix: bool = False
     scale: float | None = None
     kv_heads: int = KV_HEADS
+    causal: bool = True
 
     def inputs(self, queries: int) -> dict:
         rng = np.random.default_rng(queries)
         shapes = {"q": (BATCH, queries, HEADS, DIM), "k": (BATCH, KEYS, self.kv_heads, DIM), "v": (BATCH, KEYS, self.kv_heads, DIM)}
         arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
         keys = np.tile(np.arange(KEYS, dtype=np.int32), (BATCH, 1))
-        mask = Mask(window=self.window, order="positions", query_positions=keys[:, KEYS - queries :], key_positions=keys)
+        mask = Mask(self.causal, self.window, order="positions", query_positions=keys[:, KEYS - queries :], key_positions=keys)
         if self.prefix:
             mask = mask.replace(key_prefix=np.array([[1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 0, 0, 0]], np.int32))
         if self.segments:
@@ -53,6 +54,9 @@ CASES = {
     "capped": Case(softcap=0.5),
     "alibi": Case(alibi=True),
     "window": Case(window=3),
+    "both ways": Case(causal=False),
+    "both ways, packed": Case(causal=False, segments=True),
+    "both ways, capped": Case(causal=False, softcap=0.5, segments=True),
     "all but a cap": Case(alibi=True, window=4, segments=True),
     "prefix": Case(prefix=True),
     "prefixes of packed texts": Case(prefix=True, segments=True, alibi=True),
@@ -72,7 +76,7 @@ def loop(q, k, v, mask: Mask, slopes, *, scale=None, softcap=None, keep=None) ->
                 for j in range(k.shape[1]):
                     behind = int(mask.query_positions[b, i]) - int(mask.key_positions[b, j])
                     shown = mask.key_prefix is not None and mask.key_prefix[b, j] == 1
-                    if not shown and (behind < 0 or (mask.window is not None and behind >= mask.window)):
+                    if not shown and ((mask.causal and behind < 0) or (mask.window is not None and behind >= mask.window)):
                         continue
                     if mask.query_segments is not None and not mask.query_segments[b, i] == mask.key_segments[b, j] != 0:
                         continue

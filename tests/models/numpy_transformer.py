@@ -1,10 +1,12 @@
-"""A transformer decoder in float64 NumPy, written from the papers: what lmx's is held against. It shares no code with lmx.
+"""A transformer, decoder or encoder, in float64 NumPy, written from the papers: what lmx's is held against. It shares no code with lmx.
 
 One row after another, one layer, one head at a time. Parameters are a dict of plain arrays:
 
-    embed [vocab, embed], positions [rows, embed], embed_norm_scale, embed_norm_bias, norm_scale, norm_bias, head [embed, vocab],
-    head_bias [vocab],
-    layers: a list of dicts of query, key, value [embed, heads, head_dim], output [heads, head_dim, embed], gate, up [embed, mlp],
+    embed [vocab, embed], positions [rows, embed], token_types [kinds, embed], embed_norm_scale, embed_norm_bias, embed_projection [embed,
+    embed] and its bias, norm_scale, norm_bias, transform [embed, embed] and its bias, transform_norm_scale, transform_norm_bias,
+    head [embed, vocab], head_bias [vocab],
+    layers: a list of dicts (those of one pattern, where all repeats share them) of query, key, value [embed, heads, head_dim],
+    output [heads, head_dim, embed], gate, up [embed, mlp],
     down [mlp, embed]; each with an optional `_bias`; query_norm, key_norm [head_dim] (joint: [heads * head_dim]); and for each norm of the layer
     (attention_norm, feedforward_norm, attention_norm_post, feedforward_norm_post) `_scale` and `_bias`.
 """
@@ -31,10 +33,10 @@ ACTIVATIONS = {
     "gelu": gelu,
     "gelu_quick": lambda x: x / (1 + np.exp(-1.702 * x)),
     "gelu_tanh": gelu_tanh,
+    "tanh": np.tanh,
     "relu": lambda x: np.where(x > 0, x, 0.0),
     "relu_squared": lambda x: np.where(x > 0, x, 0.0) ** 2,
     "silu": lambda x: x / (1 + np.exp(-x)),
-    "tanh": np.tanh,
 }
 
 
@@ -153,7 +155,8 @@ def attention(x, p, config, positions, segments, window):
     scale = config.attention_scale or 1 / math.sqrt(dim)
     mixed = np.zeros((length, heads, dim))
     behind = positions[:, None] - positions[None, :]
-    seen = np.tril(np.ones((length, length), bool)) & (segments[:, None] == segments[None, :]) & (segments[:, None] != 0)
+    order = np.tril(np.ones((length, length), bool)) if config.causal else True
+    seen = order & (segments[:, None] == segments[None, :]) & (segments[:, None] != 0)
     if window is not None:
         seen &= behind < window
     for h in range(heads):
@@ -195,8 +198,14 @@ def layer(x, p, config, positions, segments, window):
     return x + norm(feedforward(norm(x, "feedforward_norm"), p, config), "feedforward_norm_post")
 
 
-def logits(parameters, config, tokens, positions, segments):
-    """Next-token logits [batch, length, vocab] of tokens [batch, length]; `config` is read for its knobs alone."""
+def transform(x, parameters, config):
+    """BERT's masked head (Devlin et al., 2019) before its matrix."""
+    y = ACTIVATIONS[config.head_activation or config.activation](project(x, parameters, "transform"))
+    return normalise(y, parameters, "transform_norm", config)
+
+
+def logits(parameters, config, tokens, positions, segments, token_types):
+    """Logits [batch, length, vocab] of tokens [batch, length]; `config` is read for its knobs alone."""
     rows = []
     config = SimpleNamespace(**vars(config), longest=positions.max() + 1)
     for row in range(len(tokens)):
@@ -205,13 +214,20 @@ def logits(parameters, config, tokens, positions, segments):
             x = x * math.sqrt(config.embed)
         if config.positions == "learned":
             x = x + parameters["positions"][config.first_position + positions[row]]
+        if config.token_types:
+            x = x + parameters["token_types"][token_types[row]]
         if config.positions == "sinusoidal":
-            x = x + np.stack([sinusoid(at, config.embed) for at in positions[row]])
+            x = x + np.stack([sinusoid(at, x.shape[-1]) for at in positions[row]])
         x = normalise(x, parameters, "embed_norm", config)
-        for i, p in enumerate(parameters["layers"]):
+        if config.embed_size:
+            x = project(x, parameters, "embed_projection")
+        for i in range(config.layers):
+            p = parameters["layers"][i % len(parameters["layers"])]
             window = config.window if config.pattern[i % len(config.pattern)] == "local" else None
             x = layer(x, p, config, positions[row], segments[row], window)
         x = normalise(x, parameters, "norm", config)
+        if config.head == "masked":
+            x = transform(x, parameters, config)
         heard = (config.logit_scale or 1.0) * (x @ (parameters["embed"].T if config.tied else parameters["head"]))
         rows.append(cap(heard + parameters.get("head_bias", 0.0), config.logit_softcap))
     return np.stack(rows)

@@ -76,6 +76,13 @@ CASES = {
     "t": ("right", model("lg", kv_heads=1, norm="layernorm", norm_placement="sandwich", rope_interleaved=True, attention_scale=0.2,
                          rope_scaling=RopeScaling("longrope", 3.0, 5, short_factors=(1.0, 1.5, 2.0), long_factors=(1.2, 3.0, 4.0)))),
     "u": ("left", model("g", rope_scaling=RopeScaling("longrope", 3.0, 9, short_factors=(1.0, 1.5, 2.0), long_factors=(1.2, 3.0, 4.0)))),
+    "v": ("packed", model("g", **PLAIN, causal=False, positions="learned", norm_placement="post", activation="gelu_quick", bias=True,
+                          token_types=3, embed_norm=True, head="masked", head_bias=True)),
+    "w": ("right", model("g", causal=False, kv_heads=2, activation="tanh", tied=False, embed_size=10, embed_norm=True, shared_layers=True,
+                         head="masked", head_activation="gelu", attention_softcap=1.5)),
+    "x": ("left", model("lg", layers=4, norm="layernorm", positions="learned", embed_size=10, token_types=2, shared_layers=True,
+                        head_bias=True, tied=False)),
+    "y": ("packed", model("g", causal=False, positions="sinusoidal", norm_placement="post", bias=True, embed_size=10, head="masked")),
 }  # fmt: skip
 
 
@@ -94,7 +101,8 @@ def rows(kind: str) -> dict[str, np.ndarray]:
         segments[0, 6:] = 0
     tokens, targets = rng.integers(0, 19, (2, BATCH, LENGTH))
     weights = rng.uniform(0, 1, (BATCH, LENGTH)) * (segments > 0)
-    return {"tokens": tokens, "positions": positions, "segments": segments, "targets": targets, "weights": weights}
+    batch = {"tokens": tokens, "positions": positions, "segments": segments, "targets": targets, "weights": weights}
+    return batch | {"token_types": rng.integers(0, 2, (BATCH, LENGTH))}
 
 
 def random_parameters(config: Transformer, seed: int):
@@ -111,9 +119,10 @@ def random_parameters(config: Transformer, seed: int):
 
 def for_numpy(params, config: Transformer) -> dict:
     """lmx's parameters under the NumPy transformer's names."""
-    found = {"embed": params["embed"]} | {name: params[name] for name in ("positions", "head", "head_bias") if name in params}
-    found |= {f"{norm}_{name}": value for norm in ("norm", "embed_norm") for name, value in params.get(norm, {}).items()}
-    found["layers"] = [None] * config.layers
+    found = {}
+    for path, value in named_leaves({name: value for name, value in params.items() if name != "layers"}).items():
+        found[path.removesuffix("/weight").replace("/", "_")] = value
+    found["layers"] = [None] * (len(config.pattern) if config.shared_layers else config.layers)
     first = 0
     for group in params["layers"]:
         repeats, places = len(group["0"]["attention"]["query"]["weight"]), len(group)
@@ -136,7 +145,9 @@ def one_layer(tree, repeat: int) -> dict:
 @partial(jax.jit, static_argnums=1, compiler_options={"xla_backend_optimization_level": 0})  # half the time to compile
 def loss_gradient_logits(params, config, batch):
     def loss(params):
-        hidden = forward(params, config, batch["tokens"], positions=batch["positions"], segments=batch["segments"]).hidden
+        hidden = forward(
+            params, config, batch["tokens"], positions=batch["positions"], segments=batch["segments"], token_types=batch["token_types"]
+        ).hidden
         total, sums = cross_entropy(params, config, hidden, batch["targets"], batch["weights"], z_loss=0.01)
         return total, (sums, logits(params, config, hidden))
 
@@ -150,7 +161,9 @@ def ours(config, params, batch):
 
 
 def theirs(config, params, batch):
-    rows = numpy_transformer.logits(for_numpy(params, config), config, batch["tokens"], batch["positions"], batch["segments"])
+    rows = numpy_transformer.logits(
+        for_numpy(params, config), config, batch["tokens"], batch["positions"], batch["segments"], batch["token_types"]
+    )
     return *numpy_transformer.loss(rows, batch["targets"], batch["weights"], z_loss=0.01), rows
 
 

@@ -19,6 +19,7 @@ from lmx.core.params import initial_values
 from lmx.models import stack
 from lmx.models.config import RWKV, Transformer
 from lmx.models.families import functions
+from lmx.models.heads import classes
 from lmx.models.dropout import Dropout
 from lmx.models.losses import cross_entropy, logits
 
@@ -31,6 +32,9 @@ def run(config, *, mode):
     if mode == "training":
         hidden = forward(params, config, tokens, **inputs, dropout=Dropout(jax.random.key(0), ids, 0.1)).hidden
         return cross_entropy(params, config, hidden, tokens, jnp.ones((3, 4)), z_loss=0.1)
+    if mode == "classes":
+        first = jnp.zeros(3, jnp.int32)
+        return classes(params, config, forward(params, config, tokens, **inputs, token_types=tokens).hidden, first)
     params = params | {"layers": stack.unstack(params["layers"])}
     first = forward(params, config, tokens, **inputs, cache=empty_cache(config, 3, 8))
     return logits(params, config, forward(params, config, tokens[:, :1], cache=first.cache).hidden)
@@ -47,6 +51,9 @@ for knobs in (
         jax.eval_shape(lambda: run(Transformer(**SIZES, **knobs), mode=mode))
 for mode in ("training", "decoding"):
     jax.eval_shape(lambda: run(RWKV(vocab=8, layers=2, embed=8, channels=12, rescale_every=1), mode=mode))
+ENCODER = {"causal": False, "embed_size": 4, "token_types": 2, "shared_layers": True, "bias": True, "embed_norm": True}
+for head, labels, mode in (("masked", 0, "training"), ("classifier", 3, "classes"), ("tokens", 3, "classes"), ("detector", 0, "classes")):
+    jax.eval_shape(lambda: run(Transformer(**SIZES, **ENCODER, head=head, labels=labels), mode=mode))
 print("checked")
 """
 

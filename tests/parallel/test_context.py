@@ -94,9 +94,10 @@ def test_32k_tokens_on_eight_devices(exchange, window, monkeypatch):
         np.testing.assert_allclose(out[i], exact_row(a, i, window), atol=2e-5)
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("exchange", ["ring", "alltoall"])
 @pytest.mark.parametrize(("heads", "kv_heads", "devices"), [(6, 3, 2), (8, 2, 8), (8, 1, 4), (4, 4, 2), (12, 4, 6)])
-def test_however_many_query_heads_share_a_key_head(exchange, heads, kv_heads, devices):
+def test_however_many_query_heads_share_a_key_head(exchange, heads, kv_heads, devices, causal):
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(2, 48, h, 4)).astype(np.float32) for h in (heads, kv_heads, kv_heads))
     positions = np.tile(np.arange(48, dtype=np.int32), (2, 1))
@@ -106,12 +107,12 @@ def test_however_many_query_heads_share_a_key_head(exchange, heads, kv_heads, de
     @jax.jit
     def run(q, k, v, positions):
         placed = arrange({"q": q, "k": k, "v": v, "positions": positions}, execution)
-        mask = Mask(query_positions=placed["positions"], key_positions=placed["positions"])
+        mask = Mask(causal, query_positions=placed["positions"], key_positions=placed["positions"])
         return attention(placed["q"], placed["k"], placed["v"], mask, execution), placed["positions"]
 
     with jax.set_mesh(make_mesh(layout)):
         found, order = map(np.asarray, run(q, k, v, positions))
-    expected = np.asarray(kernel(q, k, v, Mask()))
+    expected = np.asarray(kernel(q, k, v, Mask(causal)))
     np.testing.assert_allclose(found, expected[:, order[0]], atol=1e-5)
 
 

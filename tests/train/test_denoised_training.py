@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lmx.data.denoising import BlankInfilling, PrefixLM
+from lmx.data.denoising import BlankInfilling, MaskedLM, PrefixLM
 from lmx.data.recipe import make_batches, prepare
 from lmx.parallel.feed import batch_sharding, local_rows, place
 from lmx.parallel.layout import Layout
+from lmx.train import objectives
 from lmx.train.experiment import resolve
 from lmx.train.loop import prepare_run, run
 from lmx.train.program import build
@@ -51,6 +52,18 @@ def test_a_run_trains_and_evaluates(experiment, tmp_path):
     result = run(prepare_run(replace(made, folder=str(tmp_path))))
     assert np.isfinite(result.validation["loss"])
     assert "nats_per_byte" not in result.validation
+
+
+def test_an_encoder_trains_on_masked_text(experiment, tmp_path):
+    made = experiment(steps=3, layout=Layout(data=2, tensor=2))
+    made = replace(
+        made,
+        model=replace(made.model, vocab=264, causal=False, head="masked", token_types=2),
+        data=replace(made.data, denoising=MaskedLM(mask=259, vocab=256), packing="first_fit"),
+        objective=objectives.MaskedLM(),
+        folder=str(tmp_path),
+    )
+    assert np.isfinite(run(prepare_run(made)).validation["loss"])
 
 
 def test_what_does_not_fit_is_refused(experiment):

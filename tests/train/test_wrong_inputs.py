@@ -37,6 +37,10 @@ WRONG = {
     "an unknown knob": ("--model.layer 4", ["--model.layer is not a knob", "--model.layers"]),
     "an ill-typed value": ("--model.layers four", ["--model.layers", "four", "integer"]),
     "a precision that is none": ("--precision bf61", ["bf61", "fp32, tf32, bf16, bf16_pure", "did you mean bf16"]),
+    "masks that nobody makes": (
+        "--objective MaskedLM --model.causal false",
+        ["objective=MaskedLM with", "both are MaskedLM"],
+    ),
     "a tokenizer that is none": ("--data.tokenizer byte", ["data.tokenizer", "byte", "bytes"]),
     "heads that do not divide": (
         "--model.heads 6 --model.embed 48 --layout.tensor 4",

@@ -1,8 +1,12 @@
 """The families, one table each: a new one is a new file and a line here."""
 
 from lmx.interop.families import (
+    albert,
+    bert,
     bloom,
     cohere,
+    distilbert,
+    electra,
     falcon,
     gemma,
     glm,
@@ -16,6 +20,7 @@ from lmx.interop.families import (
     opt,
     phi3,
     qwen,
+    roberta,
     stablelm,
 )
 from lmx.interop.family import Family
@@ -23,6 +28,7 @@ from lmx.interop.family import Family
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
+        *(albert.ALBERT, bert.BERT, distilbert.DISTILBERT, electra.ELECTRA, roberta.CAMEMBERT, roberta.ROBERTA, roberta.XLM_ROBERTA),
         *(bloom.BLOOM, falcon.FALCON, gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3, glm.GLM, glm.GLM4, gpt2.GPT2, gpt_neox.GPT_NEOX, gptj.GPTJ),
         *(llama.LLAMA, mistral.MISTRAL, mixtral.MIXTRAL, olmo2.OLMO2, opt.OPT, phi3.PHI3, qwen.QWEN2, qwen.QWEN2_MOE, qwen.QWEN3),
         *(stablelm.STABLELM, cohere.COHERE),
