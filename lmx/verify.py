@@ -20,10 +20,11 @@ from jax.sharding import Mesh
 
 from lmx.core.config import command_line, exits_with_one_line
 from lmx.core.tree import Tree, disagreement
-from lmx.models.config import RWKV, Transformer
+from lmx.models.config import RWKV, EncoderDecoder, Model, Transformer
 from lmx.parallel.feed import batch_sharding, local_rows, place
 from lmx.parallel.layout import Layout
 from lmx.train.experiment import Experiment, named
+from lmx.train.objectives import Seq2Seq
 from lmx.train.optimizers import SGD, Schedule
 from lmx.train.program import Program, build
 from lmx.train.state import TrainState
@@ -70,33 +71,37 @@ def verify(experiment: Experiment, steps: int = STEPS) -> Report:
 
 def shrink(experiment: Experiment) -> Experiment:
     """The smallest experiment that takes the same path: its sizes divide as the layout needs."""
-    model, layout = experiment.model, experiment.layout
+    layout = experiment.layout
     between = 2 * layout.context * layout.tensor
     length = min(between * max(1, 32 // between), max(between, experiment.data.length))
-    period = len(model.pattern)
-    stages = layout.pipeline * layout.rounds
     microbatches = experiment.microbatches if experiment.microbatches <= 2 * layout.pipeline else 2 * layout.pipeline
     rows = layout.shards * -(-max(2, layout.ordered) // layout.shards)
+    model = _small(experiment.model, layout, length)
+    if isinstance(model, EncoderDecoder):
+        model = replace(model, encoder=_small(model.encoder, layout, length))
+    return replace(
+        experiment,
+        model=model,
+        data=replace(experiment.data, length=length),
+        optimizer=SGD(learning_rate=0.1, momentum=0.9, clip=0.0, schedule=Schedule(kind="constant", warmup=0)),
+        batch=rows * microbatches,
+        microbatches=microbatches,
+    )
+
+
+def _small(model: Model, layout: Layout, length: int) -> Model:
     sizes = {
         "vocab": 16 * layout.tensor,
-        "layers": period * max(stages, 2),
+        "layers": len(model.pattern) * max(layout.pipeline * layout.rounds, 2),
         "embed": 16 * layout.fsdp,
         "mlp": 16 * layout.tensor,
         "context": length,
         "init_std": 0.1,
     }
     if isinstance(model, RWKV):
-        small = replace(model, channels=24 * layout.tensor, **sizes)
-    else:
-        small = replace(model, window=None if model.window is None else min(model.window, length // 4), **sizes, **_heads(model, layout))
-    return replace(
-        experiment,
-        model=small,
-        data=replace(experiment.data, length=length),
-        optimizer=SGD(learning_rate=0.1, momentum=0.9, clip=0.0, schedule=Schedule(kind="constant", warmup=0)),
-        batch=rows * microbatches,
-        microbatches=microbatches,
-    )
+        return replace(model, channels=24 * layout.tensor, **sizes)
+    window = None if model.window is None else min(model.window, length // 4)
+    return replace(model, window=window, **sizes, **_heads(model, layout))
 
 
 def _heads(model: Transformer, layout: Layout) -> dict[str, int | None]:
@@ -133,23 +138,19 @@ def _moved(state: TrainState, program: Program) -> TrainState:
 
 
 def packed(experiment: Experiment, step: int) -> dict[str, np.ndarray]:
-    """A batch of random tokens: three texts and padding a row, tokens of any weight, and one row of nothing but padding.
+    """A batch of random tokens: three texts and padding a row, tokens of any weight, and one row of nothing but padding; with an encoder, a
+    source for each, longer on the whole.
 
     In every second batch only the first quarter of the next row is supervised: of those two rows, where sequences are split, whole devices
     have no weights at all.
     """
     rng, rows, length = np.random.default_rng(step), experiment.batch, experiment.data.length
     tokens = rng.integers(0, experiment.model.vocab, (rows, length + 1)).astype(np.int32)
-    segments, positions = np.zeros((2, rows, length), np.int32)
-    for row in range(1, rows):
-        start = 0
-        for segment, end in enumerate(np.sort(rng.choice(np.arange(length // 8 + 1, length + 1), 3, replace=False)), 1):
-            segments[row, start:end], positions[row, start:end] = segment, np.arange(end - start)
-            start = end
+    segments, positions = _texts(rng, rows, length)
     supervised = segments > 0
     if step % 2:
         supervised[1:2, max(1, length // 4) :] = False
-    return {
+    batch = {
         "tokens": tokens[:, :-1],
         "targets": tokens[:, 1:],
         "weights": (supervised * rng.uniform(0.5, 1.5, (rows, length))).astype(np.float32),
@@ -157,6 +158,23 @@ def packed(experiment: Experiment, step: int) -> dict[str, np.ndarray]:
         "positions": positions,
         "example_id": (rows * step + np.arange(rows)).astype(np.int32),
     }
+    if not isinstance(experiment.objective, Seq2Seq):
+        return batch
+    batch |= {f"decoder_{name}": batch[name] for name in ("tokens", "segments", "positions")}
+    segments, positions = _texts(rng, rows, length + 8)
+    tokens = rng.integers(0, experiment.model.vocab, (rows, length + 8)).astype(np.int32)
+    return batch | {"tokens": tokens, "segments": segments, "positions": positions}
+
+
+def _texts(rng: np.random.Generator, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Segments and positions of three texts a row, and of none in the first."""
+    segments, positions = np.zeros((2, rows, length), np.int32)
+    for row in range(1, rows):
+        start = 0
+        for segment, end in enumerate(np.sort(rng.choice(np.arange(length // 8 + 1, length + 1), 3, replace=False)), 1):
+            segments[row, start:end], positions[row, start:end] = segment, np.arange(end - start)
+            start = end
+    return segments, positions
 
 
 def differences(found: dict[str, Any], exact: dict[str, Any]) -> dict[str, float]:

@@ -349,7 +349,8 @@ def from_json(cls: type, data: Mapping[str, Any]) -> Any:
 def _decoded(data: Any, annotation: Any, name: str) -> Any:
     classes = _classes(annotation)
     if isinstance(data, Mapping) and classes:
-        body, first = dict(data), next(iter(classes))
+        body = dict(data)
+        first = next(iter(classes))  # what a record from before there were several is
         kind = body.pop("class", first) if len(_members(annotation)) > 1 else first
         if kind not in classes:
             raise _wrong(f"{name}={kind}", str(kind), annotation)

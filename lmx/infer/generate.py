@@ -13,9 +13,10 @@ from lmx.core.tree import Tree
 from lmx.data.tokenizers import Tokenizer
 from lmx.infer.sampling import Sampling, sample
 from lmx.models import stack
-from lmx.models.config import Model
+from lmx.models.config import EncoderDecoder, Model
 from lmx.models.families import functions
 from lmx.models.losses import logits
+from lmx.models.transformer import Source
 
 
 def generate(
@@ -29,17 +30,19 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop_ids: Sequence[int] = (),
+    start_id: int | None = None,
     suppress_ids: Sequence[int] = (),
     tokenizer: Tokenizer | None = None,
     execution: Execution = Execution(),
 ) -> list[list[int]] | list[str]:
-    """Continues each prompt by at most `max_new_tokens`.
+    """Continues each prompt by at most `max_new_tokens`; the encoder of an encoder-decoder reads it, and a text is begun.
 
     Args:
       params: stacked, or with layers as tuples (what it runs on: a caller who generates often converts once, `decoding_params`).
       prompts: lists of token ids, or strings with a tokenizer.
       tokenizer: with one, rows that only pad the model's vocabulary are never drawn.
       stop_ids: tokens that end a continuation; they are not part of it.
+      start_id: the token behind which an encoder-decoder's texts begin.
       suppress_ids: tokens that are never drawn.
       seed: row i's draws depend on (seed, i) alone, not on the rest of the batch.
 
@@ -47,7 +50,8 @@ def generate(
       each prompt's new ids, or its new text when the prompts are strings.
 
     Raises:
-      ValueError: an empty prompt, a token outside the vocabulary, more tokens than the model has positions for.
+      ValueError: an empty prompt, a token outside the vocabulary, more tokens than the model has positions for; an encoder-decoder without
+        start_id, or another model with one.
     """
     model = getattr(model, "config", model)  # of a checkpoint (`lmx.interop.Model`)
     sampling = Sampling(temperature, top_k, top_p)
@@ -58,6 +62,10 @@ def generate(
     if texts and tokenizer is None:
         raise ValueError("prompts are strings, so generate needs a tokenizer")
     ids = [list(tokenizer.encode(p)) if texts else list(p) for p in prompts]
+    if isinstance(model, EncoderDecoder) != (start_id is not None):
+        raise ValueError(
+            f"start_id={start_id} of model={type(model).__name__}: an encoder-decoder begins its texts behind one, others have none"
+        )
     _check(model, ids, max_new_tokens)
     if not ids:
         return []
@@ -65,7 +73,7 @@ def generate(
     tokens, segments = np.zeros((len(ids), length), np.int32), np.zeros((len(ids), length), np.int32)
     for row, prompt in enumerate(ids):
         tokens[row, length - len(prompt) :], segments[row, length - len(prompt) :] = prompt, 1
-    static = (model, limit, max_new_tokens, sampling, tuple(stop_ids), tuple(suppress_ids), execution)
+    static = (model, limit, max_new_tokens, sampling, tuple(stop_ids), tuple(suppress_ids), start_id, execution)
     with jax.default_matmul_precision(execution.precision.products):
         new, counts = jax.device_get(_run(*static, decoding_params(params), tokens, segments, jax.random.key(seed)))
     found = [row[:count].tolist() for row, count in zip(new, counts, strict=True)]
@@ -91,20 +99,37 @@ def _check(model: Model, ids: list[list[int]], max_new_tokens: int) -> None:
             raise ValueError(f"prompt {i} is empty; begin it with at least one token")
         if strange := [token for token in prompt if not 0 <= token < model.vocab]:
             raise ValueError(f"prompt {i} has token {strange[0]}, outside the model's vocabulary of {model.vocab}")
-        if len(prompt) + max_new_tokens > model.context:
+        if isinstance(model, EncoderDecoder):
+            for name, tokens, limit in (
+                (f"prompt {i}", len(prompt), model.encoder.context),
+                ("max_new_tokens", max_new_tokens, model.context),
+            ):
+                if tokens > limit:
+                    raise ValueError(
+                        f"{name} has {tokens} tokens, and model.{'encoder.' if name != 'max_new_tokens' else ''}context={limit}"
+                    )
+        elif len(prompt) + max_new_tokens > model.context:
             raise ValueError(
                 f"prompt {i} has {len(prompt)} tokens and max_new_tokens={max_new_tokens}: longer than model.context={model.context}"
             )
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
-def _run(model, limit, max_new_tokens, sampling, stop_ids, suppress_ids, execution, params, tokens, segments, key) -> tuple[Array, Array]:
+@partial(jax.jit, static_argnums=tuple(range(8)))
+def _run(
+    model, limit, max_new_tokens, sampling, stop_ids, suppress_ids, start_id, execution, params, tokens, segments, key
+) -> tuple[Array, Array]:
     rows, length = tokens.shape
+    padding = length - segments.sum(-1, keepdims=True)
+    positions = jnp.maximum(jnp.arange(length) - padding, 0)
+    read = {}
+    if start_id is not None:
+        read = {"source": Source(tokens, positions, segments)}
+        tokens, length, padding = jnp.full((rows, 1), start_id, jnp.int32), 1, jnp.zeros((rows, 1), jnp.int32)
+        positions, segments = padding, padding + 1
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
     slots = -(-(length + max_new_tokens) // 16) * 16
     forward = functions(model).forward
     cache = functions(model).empty_cache(model, rows, slots, jnp.dtype(execution.precision.compute))
-    padding = length - segments.sum(-1, keepdims=True)
 
     def pick(hidden: Array, count: Array) -> Array:
         draws = jax.vmap(lambda k: jax.random.fold_in(k, count))(keys)
@@ -114,8 +139,7 @@ def _run(model, limit, max_new_tokens, sampling, stop_ids, suppress_ids, executi
     def stopped(token: Array) -> Array:
         return jnp.isin(token, jnp.array(stop_ids, jnp.int32)) if stop_ids else jnp.zeros(rows, bool)
 
-    positions = jnp.maximum(jnp.arange(length) - padding, 0)
-    output = forward(params, model, tokens, positions=positions, segments=segments, cache=cache, execution=execution)
+    output = forward(params, model, tokens, positions=positions, segments=segments, cache=cache, **read, execution=execution)
     first = pick(output.hidden, 0)
     new = jnp.zeros((rows, max_new_tokens), jnp.int32).at[:, 0].set(first)
 

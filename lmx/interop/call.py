@@ -8,8 +8,10 @@ import jax.numpy as jnp
 
 from lmx.core.execution import Execution
 from lmx.core.tree import Tree
+from lmx.interop import pairs
 from lmx.interop.checkpoint import Model
 from lmx.interop.outputs import headed
+from lmx.models.config import EncoderDecoder
 from lmx.models.transformer import forward
 
 TAKEN = ("input_ids", "attention_mask", "position_ids", "labels")
@@ -19,11 +21,14 @@ def call(model: Model, params: Tree, inputs: Mapping[str, Any], *, execution: Ex
     """What the peer's forward gives: `hidden_states` (a tuple: the embeddings, then each layer's output, the last one after the final norm),
     `last_hidden_state`, and what the model's head gives of it (`lmx.interop.outputs`): `logits` and with labels `loss`.
 
-    A token's position is its place among the real ones of its row, wherever the padding is. Differentiable in params.
+    A token's position is its place among the real ones of its row, wherever the padding is. Differentiable in params. Of an encoder-decoder:
+    `lmx.interop.pairs`.
 
     Raises:
       ValueError: an input that the model does not take.
     """
+    if isinstance(model.config, EncoderDecoder):
+        return pairs.call(model, params, inputs, execution=execution)
     config, tokens = model.config, jnp.asarray(inputs["input_ids"])
     taken = (*TAKEN, *(("token_type_ids",) if config.token_types else ()))
     for name in inputs:

@@ -19,7 +19,7 @@ from lmx.core.params import ParamSpec, is_spec
 from lmx.core.tree import Tree, name_of
 from lmx.interop.families import FAMILIES
 from lmx.interop.family import Family, Fused
-from lmx.interop.files import open_tensors, write_tensors
+from lmx.interop.files import has_tensors, open_tensors, write_tensors
 from lmx.models import config as model_config
 from lmx.models import transformer
 from lmx.models.config import Transformer
@@ -65,7 +65,7 @@ def read_config(folder: Path) -> Model:
         raise ValueError(f"{path}: model_type={kind!r} is not one of {', '.join(sorted(FAMILIES))}")
     model = Model(FAMILIES[kind].read(found), kind, json.dumps(found))
     model_config.check(model.config)
-    return model
+    return _untied(model, open_tensors(Path(folder))) if model.config.tied and has_tensors(Path(folder)) else model
 
 
 def load(folder: str | Path, *, dtype=jnp.float32, mesh: Mesh | None = None, layout: Layout = Layout()) -> tuple[Model, Tree]:
@@ -81,8 +81,8 @@ def load(folder: str | Path, *, dtype=jnp.float32, mesh: Mesh | None = None, lay
     folder = Path(folder)
     model = read_config(folder)
     there = open_tensors(folder)
-    named = Names(model).found(there)
-    tensors = {name: there[own] for name, own in named.items()}
+    named, zeros = Names(model).found(there)
+    tensors = {name: there[own] for name, own in named.items()} | zeros
     model = replace(model, renamed=tuple((name, own) for name, own in named.items() if name != own))
     specs = transformer.specs(model.config)
     if mesh is None:
@@ -102,10 +102,23 @@ def load(folder: str | Path, *, dtype=jnp.float32, mesh: Mesh | None = None, lay
     return model, jax.tree_util.tree_map_with_path(leaf, specs, where, is_leaf=is_spec)
 
 
+def _untied(model: Model, there: Mapping[str, np.ndarray]) -> Model:
+    """The model with a head of its own where the file has one that differs from the embeddings: transformers goes by that and not by what
+    config.json says, which it writes wrong for T5 1.1."""
+    places = Names(model).places
+    if "head" not in places:
+        return model
+    table, head = (_own_name(places[name].name, there, model.table) for name in ("embed", "head"))
+    if table is None or head is None or np.array_equal(there[table], there[head]):
+        return model
+    return replace(model, config=replace(model.config, tied=False))
+
+
 def found_tensors(model: Model, folder: str | Path) -> dict[str, np.ndarray]:
     """A folder's tensors by the names that the model's table has, mapped, not read. Raises ValueError for what is missing or too much."""
     there = open_tensors(Path(folder))
-    return {name: there[own] for name, own in Names(model).found(there).items()}
+    named, zeros = Names(model).found(there)
+    return {name: there[own] for name, own in named.items()} | zeros
 
 
 def tensors(model: Model, tree: Tree) -> dict[str, np.ndarray]:
@@ -132,11 +145,13 @@ def save(model: Model, params: Tree, folder: str | Path, *, dtype=None) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where one of our leaves is in a checkpoint: the tensor's name (with `{}` for the layer and `{expert}`), and which part of it."""
+    """Where one of our leaves is in a checkpoint: the tensor's name (with `{}` for the layer and `{expert}`), which part of it, and how many
+    dimensions of one it has before ours."""
 
     name: str
     fused: Fused | None = None
     part: int = 0
+    ones: int = 0
 
 
 SUFFIXES = ((".weight", "/weight"), (".weight", "/scale"), (".weight", ""), (".bias", "/bias"), (".bias", "_bias"))
@@ -158,7 +173,7 @@ class Names:
             for i, part in enumerate(ours.parts if isinstance(ours, Fused) else (ours,)):
                 for suffix, own in (("", ""),) if theirs.endswith((".weight", ".bias")) else SUFFIXES:
                     found.setdefault(part + own, Place(theirs + suffix, ours if isinstance(ours, Fused) else None, i))
-        return found
+        return found | {ours: Place(theirs, ones=ones) for theirs, (ours, ones) in self.model.table.tensors.items()}
 
     def place(self, name: str) -> Place:
         """Of one of our leaves. Raises KeyError where the table lacks it: a defect of the table."""
@@ -180,30 +195,56 @@ class Names:
         """The absolute layers of a stacked leaf; one that does not matter for others."""
         return list(self.specs[name].layers) or [0]
 
-    def found(self, there: Mapping[str, np.ndarray]) -> dict[str, str]:
-        """What a file calls each tensor, by the names that the table has. Raises ValueError for what is missing and what is too much."""
+    def found(self, there: Mapping[str, np.ndarray]) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+        """What a file calls each tensor, by the names that the table has, and those that it may leave out, as zeros. Raises ValueError for
+        what is missing and what is too much."""
         table, wanted = self.model.table, dict.fromkeys(self.all())
         named = {}
         for name in wanted:
-            own = next((n for n in (name, *_variants(name, table)) if n in there), None)
+            own = _own_name(name, there, table)
+            if own is None and name == self.place("embed").name:
+                own = next((n for n in there if any(fnmatchcase(n, p) for p in table.copies)), None)
             if own is not None:
                 named[name] = own
-        missing = [name for name in wanted if name not in named]
+        places = {self.place(name): spec for name, spec in self.specs.items()}
+        zeros = {p.name: np.zeros((1,) * p.ones + spec.shape, np.float32) for p, spec in places.items() if p.name in table.zeros}
+        zeros = {name: array for name, array in zeros.items() if name not in named}
+        missing = [name for name in wanted if name not in named and name not in zeros]
         used = set(named.values())
         rest = [n for n in there if n not in used and not any(fnmatchcase(n, p) for p in table.leftover)]
         heads = [n for n, ours in table.modules_of(self.model.config).items() if ours == "head"]
-        copies = {"lm_head.weight", "embed_out.weight", *(f"{n}.weight" for n in heads)} if self.model.config.tied else set()
-        rest = [n for n in rest if n not in copies]
+        tied = ("lm_head.weight", "embed_out.weight", *(f"{n}.weight" for n in heads)) if self.model.config.tied else ()
+        again = [n for n in rest if n in tied or any(fnmatchcase(n, p) for p in table.copies)]
+        rest = [n for n in rest if n not in again]
         if missing or rest:
             said = [f"lacks {_some(missing)}"] * bool(missing) + [f"has {_some(rest)}, which lmx knows nothing of"] * bool(rest)
             raise ValueError(f"the checkpoint of a {table.model_type} {', and '.join(said)}")
-        return named
+        for name in again:
+            shared = named[self.place("embed").name]
+            if not np.array_equal(there[name], there[shared]):
+                raise ValueError(f"the checkpoint of a {table.model_type} has {name}, which should repeat {shared} and differs from it")
+        return named, zeros
+
+
+def lead(name: str) -> str:
+    """`encoder/layers/0/1` of `encoder/layers/0/1/attention/query/weight`: its stack, group and place; empty for what is no layer's."""
+    words = name.split("/")
+    return "/".join(words[: words.index("layers") + 3]) if "layers" in words else ""
 
 
 def short(name: str) -> str:
-    """`layers/0/1/attention/query/weight` as `layers/attention/query/weight`."""
-    words = name.split("/")
-    return "/".join([words[0], *words[3:]]) if words[0] == "layers" else name
+    """`encoder/layers/0/1/attention/query/weight` as `encoder/layers/attention/query/weight`."""
+    return name.replace(lead(name), lead(name).rsplit("/", 2)[0], 1) if lead(name) else name
+
+
+def sibling(name: str, part: str) -> str:
+    """Of the same layer and kind: `layers/0/1/attention/query/weight`, `layers/attention/key` gives `layers/0/1/attention/key/weight`."""
+    return f"{lead(name)}/{part.removeprefix(lead(name).rsplit('/', 2)[0] + '/')}/{name.rsplit('/', 1)[1]}"
+
+
+def _own_name(name: str, there: Mapping[str, np.ndarray], table: Family) -> str | None:
+    """What a file calls a tensor, or None where it lacks it."""
+    return next((n for n in (name, *_variants(name, table)) if n in there), None)
 
 
 def _variants(name: str, table: Family) -> Iterator[str]:
@@ -222,7 +263,7 @@ def _reader(there: Mapping[str, np.ndarray], name: str, spec: ParamSpec, model: 
     """What reads any part of one of our leaves."""
     names = Names(model)
     place, layers = names.place(name), names.layers(name)
-    stacked = name.startswith("layers/")
+    stacked = bool(lead(name))
     one = replace(spec, shape=spec.shape[1:], axes=spec.axes[1:]) if stacked else spec
 
     def layer(number: int) -> np.ndarray:
@@ -262,12 +303,8 @@ def _ours(tensor: np.ndarray, spec: ParamSpec, place: Place, name: str, names: N
 
 def _part_shapes(fused: Fused, name: str, names: Names) -> list[tuple[int, ...]]:
     """Outputs of each part of a fused tensor, from the parameter table."""
-    lead, leaf = ("/".join(name.split("/")[:3]), name.rsplit("/", 1)[1])
-    found = []
-    for part in fused.parts:
-        spec = names.specs[f"{lead}/{part.removeprefix('layers/')}/{leaf}"]
-        found.append(spec.shape[1 + spec.inputs :])
-    return found
+    specs = [names.specs[sibling(name, part)] for part in fused.parts]
+    return [spec.shape[1 + spec.inputs :] for spec in specs]
 
 
 def _writers(model: Model, tree: Tree) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
@@ -281,13 +318,10 @@ def _writers(model: Model, tree: Tree) -> dict[str, tuple[tuple[int, ...], Calla
         place = names.place(name)
         if place.part:
             continue
-        parts = [name]
-        if place.fused is not None:
-            lead, leaf = "/".join(name.split("/")[:3]), name.rsplit("/", 1)[1]
-            parts = [f"{lead}/{part.removeprefix('layers/')}/{leaf}" for part in place.fused.parts]
+        parts = [name] if place.fused is None else [sibling(name, part) for part in place.fused.parts]
         for repeat, layer in enumerate(names.layers(name)):
             for expert in range(spec.shape[1]) if "{expert}" in place.name else (None,):
-                make = _Writer(leaves, parts, names, place, repeat if name.startswith("layers/") else None, expert)
+                make = _Writer(leaves, parts, names, place, repeat if lead(name) else None, expert)
                 found[place.name.format(layer, expert=expert)] = (make.shape, make)
     return found
 
@@ -316,7 +350,7 @@ class _Writer:
         shapes = [self.names.specs[part].shape[self._lead :] for part in self.parts]
         if not self._linear:
             whole = self.place.fused is None and not self.parts[0].endswith("/bias")
-            return shapes[0] if whole else (sum(int(np.prod(s)) for s in shapes),)
+            return (1,) * self.place.ones + (shapes[0] if whole else (sum(int(np.prod(s)) for s in shapes),))
         inputs = int(np.prod(shapes[0][: self._linear]))
         outputs = sum(int(np.prod(s[self._linear :])) for s in shapes)
         return (outputs, inputs) if self.names.turned(self.parts[0]) else (inputs, outputs)

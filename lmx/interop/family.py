@@ -6,11 +6,12 @@ Whatever the table does not know is refused by name, for a model that is almost 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from operator import attrgetter
 from typing import Any, Literal
 
 import numpy as np
 
-from lmx.models.config import Transformer
+from lmx.models.config import EncoderDecoder, Transformer
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -38,7 +39,8 @@ REQUIRED = object()
 
 @dataclass(frozen=True)
 class Field:
-    """A field of theirs that is one of ours: its names, the value it has when it is left out, and what its values are called here."""
+    """A field of theirs that is one of ours: its names, the value it has when it is left out, and what its values are called here. Fields
+    of an encoder-decoder's encoder are `encoder.heads` and the like; one field of theirs may be several of ours."""
 
     theirs: str
     ours: str
@@ -110,11 +112,15 @@ class Family:
       modules: their module, `{}` for the layer, `{expert}` for an expert, to ours (or `Fused`). A module has a weight (a norm's scale) and,
         where ours has one, a bias; a name that ends in .weight or .bias is of that tensor alone.
       variants: modules that are called so in models of some configs alone.
+      tensors: their tensors of other names than modules have, to our parameter and how many dimensions of one theirs has before it.
       turned: whether linear layers are stored `[outputs, inputs]`.
       prefixes: what published files may leave out before a name, or have before it.
       renamed: ends of names, and what older files have in their place.
       pads_uncounted: whether padding, told by its token, has no position (RoBERTa).
       leftover: patterns of tensors in older files that are no parameters.
+      copies: patterns of tensors in older files that repeat the table of embeddings; one that differs from it is refused.
+      zeros: tensors that a file without a head may lack, and that are then zeros.
+      tokens: ids of special tokens that config.json may leave out.
     """
 
     model_type: str
@@ -125,6 +131,7 @@ class Family:
     expected: Mapping[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     more: tuple[tuple[Callable, Callable], ...] = ()
+    tensors: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     variants: Callable[[Transformer], Mapping[str, str | Fused]] = lambda _: {}
     turned: bool = True
     prefixes: tuple[str, ...] = ("model.", "transformer.")
@@ -132,6 +139,9 @@ class Family:
     architectures: Mapping[str, Architecture] = field(default_factory=dict)
     renamed: tuple[tuple[str, str], ...] = ()
     pads_uncounted: bool = False
+    copies: tuple[str, ...] = ()
+    zeros: tuple[str, ...] = ()
+    tokens: Mapping[str, int] = field(default_factory=dict)
 
     def read(self, config: Mapping[str, Any]) -> Transformer:
         """Our config from theirs. Raises ValueError, with the field, for what the table does not cover."""
@@ -157,13 +167,15 @@ class Family:
         for to_ours, _ in self.more:
             ours |= to_ours(reader, ours)
         reader.finish(self.ignored)
-        return Transformer(**ours)
+        encoder = {name.removeprefix("encoder."): value for name, value in ours.items() if name.startswith("encoder.")}
+        ours = {name: value for name, value in ours.items() if not name.startswith("encoder.")}
+        return EncoderDecoder(**ours, encoder=Transformer(**encoder)) if encoder else Transformer(**ours)
 
     def write(self, config: Transformer) -> dict[str, Any]:
         """Theirs from ours. Raises ValueError for a setting that the family has no field for."""
         theirs: dict[str, Any] = {"model_type": self.model_type, "architectures": [self.named(config)]}
         for one in self.fields:
-            value = getattr(config, one.ours)
+            value = attrgetter(one.ours)(config)
             if one.values is not None:
                 back = {ours: name for name, ours in one.values.items()}
                 if value not in back:

@@ -28,6 +28,11 @@ SHARD = 5 * 10**9
 """Bytes from which a checkpoint is written as several files."""
 
 
+def has_tensors(folder: Path) -> bool:
+    """Whether a folder has a checkpoint of this kind."""
+    return (folder / INDEX).exists() or (folder / SINGLE).exists()
+
+
 def open_tensors(folder: Path) -> dict[str, np.ndarray]:
     """All tensors of a checkpoint, mapped into memory, not read.
 

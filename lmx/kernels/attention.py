@@ -24,6 +24,7 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     slopes: Float[Array, "heads"] | None = None,
+    bias: Float[Array, "#batch heads queries keys"] | None = None,
     keep: Float[Array, "batch heads queries keys"] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "batch queries heads head_dim"]:
@@ -33,6 +34,7 @@ def attention(
       scale: what scores are multiplied by; `head_dim ** -0.5` when None.
       softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
       slopes: ALiBi's slope of each head; a score falls by `slope * distance`.
+      bias: what is added to scores, and learned (T5's relative positions).
       keep: what attention weights are multiplied by (dropout: 0 or 1 / (1 - rate)).
       implementation: one of `IMPLEMENTATIONS`.
 
@@ -52,7 +54,7 @@ def attention(
         elif (
             implementation == "auto"
             and devices.on_nvidia()
-            and cudnn.refusal(q, k, mask, softcap=softcap, slopes=slopes, keep=keep) is None
+            and cudnn.refusal(q, k, mask, softcap=softcap, slopes=slopes, bias=bias, keep=keep) is None
         ):
             implementation = "cudnn"
         else:
@@ -60,17 +62,17 @@ def attention(
     if implementation == "single":
         if q.shape[1] != 1 or keep is not None:
             raise ValueError(f"attention='single' takes one query a row, not {q.shape[1]}, and no dropout; use auto")
-        return single.attention(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes)
+        return single.attention(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes, bias=bias)
     if implementation == "dense":
         if softcap is not None or keep is not None:
             raise ValueError("attention='dense' takes neither a soft cap nor dropout; use auto")
-        return dense.attention(q, k, v, mask, scale=scale, slopes=slopes)
+        return dense.attention(q, k, v, mask, scale=scale, slopes=slopes, bias=bias)
     if implementation == "cudnn":
-        if reason := cudnn.refusal(q, k, mask, softcap=softcap, slopes=slopes, keep=keep):
+        if reason := cudnn.refusal(q, k, mask, softcap=softcap, slopes=slopes, bias=bias, keep=keep):
             raise ValueError(f"attention='cudnn' {reason}; use auto")
         return cudnn.attention(q, k, v, mask, scale=scale)
     if implementation == "chunked":
         if keep is not None:
             raise ValueError("attention='chunked' takes no dropout; use auto")
-        return chunked.attention(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes)
-    return reference.attention(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes, keep=keep)
+        return chunked.attention(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes, bias=bias)
+    return reference.attention(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes, bias=bias, keep=keep)

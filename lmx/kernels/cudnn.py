@@ -18,13 +18,13 @@ LONGEST = 8192
 """Up to this many keys segments are worth an array of queries by keys."""
 
 
-def refusal(q: Array, k: Array, mask: Mask, *, softcap, slopes, keep) -> str | None:
+def refusal(q: Array, k: Array, mask: Mask, *, softcap, slopes, keep, bias=None) -> str | None:
     """What of a call cuDNN cannot do, or None."""
     if q.dtype not in TYPES or k.dtype != q.dtype:
         return f"computes in {' or '.join(TYPES)}, not {q.dtype}"
     if q.shape[-1] % 8 or q.shape[-1] > WIDEST:
         return f"takes head dimensions that are multiples of 8 up to {WIDEST}, not {q.shape[-1]}"
-    for name, value in (("soft cap", softcap), ("ALiBi", slopes), ("dropout", keep)):
+    for name, value in (("soft cap", softcap), ("ALiBi", slopes), ("learned bias", bias), ("dropout", keep)):
         if value is not None:
             return f"takes no {name}"
     if mask.order != "index" or mask.query_index is not None or mask.key_index is not None or q.shape[1] != k.shape[1]:

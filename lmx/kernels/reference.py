@@ -18,6 +18,7 @@ def attention(
     scale: float,
     softcap: float | None = None,
     slopes: Float[Array, "heads"] | None = None,
+    bias: Float[Array, "#batch heads queries keys"] | None = None,
     keep: Float[Array, "batch heads queries keys"] | None = None,
 ) -> Float[Array, "batch queries heads head_dim"]:
     """Scaled dot-product attention with grouped heads; see `lmx.kernels.attention` for the arguments.
@@ -34,6 +35,8 @@ def attention(
     if slopes is not None:
         distance = mask.distances(queries, keys)[:, None, None]
         scores -= slopes.reshape(1, kv_heads, -1, 1, 1) * distance
+    if bias is not None:
+        scores += bias.reshape(-1, *scores.shape[1:])
     allowed = mask.dense(queries, keys)[:, None, None]
     scores = jnp.where(allowed, scores, -jnp.inf)
     largest = jnp.maximum(jax.lax.stop_gradient(scores.max(-1, keepdims=True)), jnp.finfo(jnp.float32).min)

@@ -20,6 +20,7 @@ def attention(
     scale: float,
     softcap: float | None = None,
     slopes: Float[Array, "heads"] | None = None,
+    bias: Float[Array, "#batch heads 1 keys"] | None = None,
 ) -> Float[Array, "batch 1 heads head_dim"]:
     """As `reference.attention`, for one query; no dropout."""
     batch, _, heads, head_dim = q.shape
@@ -31,6 +32,8 @@ def attention(
         scores = softcap * jnp.tanh(scores / softcap)
     if slopes is not None:
         scores -= slopes.reshape(1, kv_heads, -1, 1) * mask.distances(1, keys)[:, :, None]
+    if bias is not None:
+        scores += bias.reshape(-1, *scores.shape[1:])
     scores = jnp.where(mask.dense(1, keys)[:, :, None], scores, -jnp.inf)
     weights = jnp.exp(scores - jnp.maximum(scores.max(-1, keepdims=True), jnp.finfo(jnp.float32).min))
     weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)

@@ -28,6 +28,9 @@ class Context:
 
     Attributes:
       mask, local_mask: the masks of global layers and of layers with the config's window.
+      bias: what is added to every layer's scores, where positions are relative.
+      source, source_mask: what an encoder made of another text, `[batch, keys, embed]`, when the cache has not its keys and values; and
+        the mask of attention to it.
       rope, local_rope: cosines and sines of the positions, for global layers and for local ones, when the config rotates.
       slot: where in the cache the new keys go (int scalar), when there is a cache.
       dropout: None when nothing is dropped.
@@ -39,6 +42,9 @@ class Context:
     local_rope: tuple[Array, Array] | None = None
     slot: Array | None = None
     dropout: Dropout | None = None
+    bias: Array | None = None
+    source: Array | None = None
+    source_mask: Mask | None = None
 
 
 def specs(config: Transformer) -> Tree:
@@ -79,14 +85,7 @@ def attention(
       cache: `{"key", "value"}` of `[batch, kv_heads, slots, head_dim]`.
     """
 
-    def project(name: str) -> Array:
-        return linear(x, params[name]["weight"], params[name].get("bias"))
-
-    query = constrain(project("query"), ("batch", "length", "heads", None), execution.rules)
-    key = constrain(project("key"), ("batch", "length", "kv_heads", None), execution.rules)
-    value = constrain(project("value"), ("batch", "length", "kv_heads", None), execution.rules)
-    if config.qk_norm:
-        query, key = (_normed(a, params[name], config) for a, name in ((query, "query_norm"), (key, "key_norm")))
+    query, key, value = (project(x, params, name, config, execution) for name in ("query", "key", "value"))
     rope = context.local_rope if local else context.rope
     if rope is not None:
         query, key = (rotate(a, rope, interleaved=config.rope_interleaved) for a in (query, key))
@@ -94,7 +93,8 @@ def attention(
     if cache is not None:
         new = {"key": key, "value": value}
         at = (0, 0, context.slot, 0)
-        cache = {n: jax.lax.dynamic_update_slice(cache[n], new[n].swapaxes(1, 2).astype(cache[n].dtype), at) for n in new}
+        new = {n: jax.lax.dynamic_update_slice(cache[n], new[n].swapaxes(1, 2).astype(cache[n].dtype), at) for n in new}
+        cache = cache | new
         key, value = (cache[n].swapaxes(1, 2).astype(x.dtype) for n in ("key", "value"))
     keep = None
     if context.dropout is not None:
@@ -108,10 +108,58 @@ def attention(
         scale=config.attention_scale,
         softcap=config.attention_softcap,
         slopes=_slopes(config, wide(x.dtype)) if config.positions == "alibi" else None,
+        bias=context.bias,
         keep=keep,
     )
+    return _output(mixed, params, execution), cache
+
+
+def cross(
+    x: Float[Array, "batch length embed"],
+    params: Tree,
+    config: Transformer,
+    context: Context,
+    execution: Execution,
+    *,
+    layer: Array | int,
+    cache: Tree | None = None,
+) -> tuple[Float[Array, "batch length embed"], Tree | None]:
+    """Attention of one layer to what an encoder made of another text: to the context's `source`, or where it has none, to the keys and
+    values that the cache has kept of it.
+
+    Args:
+      layer: as of `attention`.
+      cache: with `{"source_key", "source_value"}` of `[batch, kv_heads, keys, head_dim]` from the first time on.
+    """
+    query = project(x, params, "query", config, execution)
+    if context.source is None:
+        key, value = (cache[n].swapaxes(1, 2).astype(x.dtype) for n in ("source_key", "source_value"))
+    else:
+        key, value = (project(context.source, params, name, config, execution) for name in ("key", "value"))
+        if cache is not None:
+            kept = cache["key"].dtype
+            cache = cache | {"source_key": key.swapaxes(1, 2).astype(kept), "source_value": value.swapaxes(1, 2).astype(kept)}
+    query, key, value = (checkpoint_name(a, name) for a, name in ((query, "query"), (key, "key"), (value, "value")))
+    keep = None
+    if context.dropout is not None:
+        keep = drop.keep(context.dropout, "cross/weights", layer, (config.heads, query.shape[1], key.shape[1]))
+    scaled = {"scale": config.attention_scale, "softcap": config.attention_softcap}
+    return _output(attend(query, key, value, context.source_mask, execution, **scaled, keep=keep), params, execution), cache
+
+
+def project(x: Array, params: Tree, name: str, config: Transformer, execution: Execution) -> Float[Array, "batch length some head_dim"]:
+    """Queries, keys or values of x, normalised where the config says so, before they turn."""
+    heads = "heads" if name == "query" else "kv_heads"
+    y = linear(x, params[name]["weight"], params[name].get("bias"))
+    y = constrain(y, ("batch", "length", heads, None), execution.rules)
+    if config.qk_norm and name != "value":
+        y = _normed(y, params[f"{name}_norm"], config)
+    return y
+
+
+def _output(mixed: Array, params: Tree, execution: Execution) -> Array:
     mixed = checkpoint_name(constrain(mixed, ("batch", "length", "heads", None), execution.rules), "mixed")
-    return linear(mixed, params["output"]["weight"], params["output"].get("bias"), inputs=2), cache
+    return linear(mixed, params["output"]["weight"], params["output"].get("bias"), inputs=2)
 
 
 def _normed(heads: Float[Array, "batch length heads head_dim"], params: Tree, config: Transformer) -> Array:

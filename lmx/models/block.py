@@ -1,4 +1,4 @@
-"""One layer: norms, attention and feed-forward, in the order that the config says."""
+"""One layer: norms, attention, attention to an encoder's output, and feed-forward, in the order that the config says."""
 
 from jax import Array
 from jaxtyping import Float
@@ -8,7 +8,7 @@ from lmx.core.tree import Tree
 from lmx.core.weights import narrowed
 from lmx.models import attention, dropout, experts, feedforward, norms
 from lmx.models.attention import Context
-from lmx.models.config import LayerKind, Transformer, is_local, is_mixture
+from lmx.models.config import EncoderDecoder, LayerKind, Transformer, is_local, is_mixture
 from lmx.models.experts import Aux
 from lmx.parallel.rules import constrain, move, placed
 
@@ -22,6 +22,9 @@ def specs(config: Transformer, kind: LayerKind) -> Tree:
         names = ["attention_norm_post", "feedforward_norm_post"]
     elif config.norm_placement == "sandwich":
         names += ["attention_norm_post", "feedforward_norm_post"]
+    if isinstance(config, EncoderDecoder):
+        tree["cross"] = attention.specs(config)
+        names += [name.replace("attention", "cross") for name in names if name.startswith("attention")]
     return tree | {name: norms.specs(config.norm, config.embed, "embed", bias=config.bias, offset=config.norm_offset) for name in names}
 
 
@@ -40,7 +43,7 @@ def block(
 
     params = placed(params, specs(config, kind), execution)
     if execution.precision.fp8:
-        params |= {name: narrowed(params[name]) for name in ("attention", "feedforward") if name in params}
+        params |= {name: narrowed(params[name]) for name in ("attention", "cross", "feedforward") if name in params}
     mixture = is_mixture(config, kind)
 
     def normed(y: Array, name: str) -> Array:
@@ -49,6 +52,10 @@ def block(
     def attend(y: Array) -> tuple[Array, Tree | None]:
         y, new = attention.attention(y, params["attention"], config, context, execution, local=is_local(kind), layer=layer, cache=cache)
         return dropout.apply(y, context.dropout, "attention", layer), new
+
+    def across(y: Array, kept: Tree | None) -> tuple[Array, Tree | None]:
+        y, new = attention.cross(y, params["cross"], config, context, execution, layer=layer, cache=kept)
+        return dropout.apply(y, context.dropout, "cross", layer), new
 
     def feed(y: Array) -> tuple[Array, Aux]:
         aux = {}
@@ -70,6 +77,9 @@ def block(
     if config.norm_placement == "post":
         y, new = attend(gathered(x))
         x = settle(normed(x + y, "attention_norm_post"))
+        if "cross" in params:
+            y, new = across(gathered(x), new)
+            x = settle(normed(x + y, "cross_norm_post"))
         y, aux = feed(read_by_feed(x))
         return settle(normed(x + y, "feedforward_norm_post")), new, aux
     read = gathered(normed(x, "attention_norm"))
@@ -79,5 +89,8 @@ def block(
         fed, aux = feed(read_by_feed(normed(x, "feedforward_norm")) if config.parallel_norms else read)
         return settle(x + y + normed(fed, "feedforward_norm_post")), new, aux
     x = settle(x + y)
+    if "cross" in params:
+        y, new = across(gathered(normed(x, "cross_norm")), new)
+        x = settle(x + normed(y, "cross_norm_post"))
     y, aux = feed(read_by_feed(normed(x, "feedforward_norm")))
     return settle(x + normed(y, "feedforward_norm_post")), new, aux

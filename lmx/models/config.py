@@ -8,7 +8,7 @@ from lmx.models.rope import RopeScaling, check_scaling
 Activation = Literal["gelu", "gelu_tanh", "gelu_quick", "relu", "relu_squared", "silu", "tanh"]
 Norm = Literal["layernorm", "rmsnorm"]
 Placement = Literal["pre", "post", "sandwich", "output"]
-Positions = Literal["rope", "alibi", "learned", "sinusoidal", "none"]
+Positions = Literal["rope", "alibi", "learned", "sinusoidal", "relative", "none"]
 LayerKind = Literal["global", "local", "global_dense", "local_dense"]
 Head = Literal["lm", "masked", "none", "pooler", "classifier", "tokens", "spans", "detector"]
 
@@ -41,6 +41,10 @@ class Transformer:
     """Whether ALiBi is added to products of queries and keys before they are multiplied by attention_scale (Falcon), not after."""
     first_position: int = 0
     """The row of a table of learned positions that position 0 has; the table has as many more (OPT, RoBERTa)."""
+    relative_buckets: int = 32
+    """Into how many buckets distances between tokens fall, each with a score of its own in every head (T5)."""
+    relative_distance: int = 128
+    """From this distance on all fall into the last bucket."""
     block_positions: bool = False
     """Whether there is a second table of learned positions, for a token's place inside the span that it fills (GLM)."""
     token_types: int = 0
@@ -180,6 +184,19 @@ class Transformer:
 
 
 @dataclass(frozen=True)
+class EncoderDecoder(Transformer):
+    """A decoder that also attends to what an encoder makes of another text (Vaswani et al., 2017): all fields but one are the decoder's.
+    Both read the same table of embeddings."""
+
+    encoder: Transformer = Transformer(causal=False)
+    """What reads the other text. It has no head."""
+
+    @property
+    def mixtures(self) -> int:
+        return super().mixtures + self.encoder.mixtures
+
+
+@dataclass(frozen=True)
 class RWKV:
     """A decoder whose layers carry a state of constant size from token to token: RWKV-4 (Peng et al., 2023, arXiv 2305.13048).
 
@@ -254,6 +271,8 @@ def check(config: Model) -> None:
             raise ValueError(f"model.{knob}={getattr(config, knob)} must be at least 1")
     if not 0 <= config.dropout < 1:
         raise ValueError(f"model.dropout={config.dropout} must be at least 0 and below 1")
+    if isinstance(config, EncoderDecoder):
+        _check_pair(config)
     (_check_rwkv if isinstance(config, RWKV) else _check_transformer)(config)
 
 
@@ -270,6 +289,10 @@ def divided(config: Model, tensor: int) -> dict[str, dict[str, int]]:
     if config.experts:
         sizes["expert"] = {"model.experts": config.experts}
         sizes["tensor"]["the experts' width (model.expert_mlp)"] = config.expert_hidden
+    if isinstance(config, EncoderDecoder):
+        for axis, named in divided(config.encoder, tensor).items():
+            own = {name.replace("model.", "model.encoder."): size for name, size in named.items()}
+            sizes[axis] = sizes.get(axis, {}) | own
     return sizes
 
 
@@ -296,6 +319,13 @@ def _check_transformer(config: Transformer) -> None:
         )
     if config.rope_scaling is not None:
         check_scaling(config.rope_scaling, config.rope_size)
+    if config.positions == "relative":
+        exact = config.relative_buckets // (2 if config.causal else 4)
+        if exact < 1 or config.relative_distance <= exact:
+            raise ValueError(
+                f"model.relative_buckets={config.relative_buckets} with model.relative_distance={config.relative_distance}: half of the "
+                f"buckets of a side ({exact}) are for one distance each and the rest for those up to relative_distance; both must be more"
+            )
     if config.first_position < 0:
         raise ValueError(f"model.first_position={config.first_position} must be at least 0")
     if config.norm_offset and config.norm != "rmsnorm":
@@ -314,6 +344,8 @@ def _check_transformer(config: Transformer) -> None:
         raise ValueError(
             f"model.window={config.window} with model.pattern={config.pattern}: the window is of local layers, so set both or neither"
         )
+    if config.window is not None and not config.causal:
+        raise ValueError(f"model.window={config.window} counts back from a token, so it needs model.causal")
     if config.window is not None and config.window < 1:
         raise ValueError(f"model.window={config.window} must be at least 1 (a token sees itself)")
     if config.parallel and config.norm_placement == "post":
@@ -348,6 +380,27 @@ def _check_encoder(config: Transformer) -> None:
         raise ValueError(
             f"model.layers={config.layers} is no multiple of the {len(config.pattern)} of model.pattern, which model.shared_layers repeats"
         )
+
+
+def _check_pair(config: EncoderDecoder) -> None:
+    encoder = config.encoder
+    for knob in ("vocab", "embed"):
+        if getattr(encoder, knob) != getattr(config, knob):
+            raise ValueError(
+                f"model.encoder.{knob}={getattr(encoder, knob)} is not model.{knob}={getattr(config, knob)}, and both read one embedding"
+            )
+    if encoder.dropout != config.dropout:
+        raise ValueError(f"model.encoder.dropout={encoder.dropout} is not model.dropout={config.dropout}; set both to one rate")
+    if isinstance(encoder, EncoderDecoder):
+        raise ValueError("model.encoder has an encoder itself; give it a Transformer")
+    if not encoder.tied or encoder.head_bias:
+        raise ValueError("model.encoder has no head: leave its tied and head_bias as they are")
+    if config.parallel:
+        raise ValueError("model.parallel is of layers with two sublayers; one that attends to an encoder has three")
+    try:
+        check(encoder)
+    except ValueError as error:
+        raise ValueError(str(error).replace("model.", "model.encoder.")) from error
 
 
 def _check_experts(config: Transformer) -> None:

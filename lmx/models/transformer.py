@@ -1,6 +1,8 @@
-"""The transformer, decoder or encoder, as pure functions: a parameter table and one forward."""
+"""The transformer as pure functions: a parameter table and one forward, of a decoder, an encoder, or a decoder with an encoder."""
 
 import math
+import zlib
+from dataclasses import replace
 from functools import partial
 
 import flax.struct
@@ -12,17 +14,17 @@ from jaxtyping import Float, Int
 from lmx.core.execution import Execution
 from lmx.core.params import Normal, ParamSpec, is_spec
 from lmx.core.tree import Tree
-from lmx.core.weights import linear
+from lmx.core.weights import linear, whole
 from lmx.kernels.masks import Mask
 from lmx.kernels.wide import wide
 from lmx.models import dropout as drop
 from lmx.models import heads, norms, stack
 from lmx.models.attention import Context
-from lmx.models.config import Transformer
+from lmx.models.config import EncoderDecoder, Transformer
 from lmx.models.dropout import Dropout
 from lmx.models.experts import Aux
 from lmx.models.linears import linear_specs
-from lmx.models.positions import sinusoids
+from lmx.models.positions import bucket_bias, buckets, sinusoids
 from lmx.models.rope import rope_table
 from lmx.parallel.rules import constrain, placed
 from lmx.parallel.tensor import lookup
@@ -33,16 +35,28 @@ class Cache:
     """Keys and values of the tokens so far, in a fixed number of slots shared by all rows.
 
     Attributes:
-      layers: for each group of the stack, in the form of its parameters, `{"key", "value"}` of `[batch, kv_heads, slots, head_dim]`.
+      layers: for each group of the stack, in the form of its parameters, `{"key", "value"}` of `[batch, kv_heads, slots, head_dim]`; and of
+        an encoder's output, once it has been read, `{"source_key", "source_value"}`.
       positions: each slot's position in its own text, `[batch, slots]`.
       segments: 1 where a slot is used and 0 where it is empty or holds padding, `[batch, slots]`.
       used: the next free slot.
+      source_segments: of the text that the encoder read.
     """
 
     layers: Tree
     positions: Int[Array, "batch slots"]
     segments: Int[Array, "batch slots"]
     used: Int[Array, ""]
+    source_segments: Int[Array, "batch source"] | None = None
+
+
+@flax.struct.dataclass
+class Source:
+    """The text that an encoder reads, as `forward` takes one."""
+
+    tokens: Int[Array, "batch source"]
+    positions: Int[Array, "batch source"] | None = None
+    segments: Int[Array, "batch source"] | None = None
 
 
 @flax.struct.dataclass
@@ -53,13 +67,15 @@ class Output:
       hidden: hidden states after the final norm, in the compute type.
       cache: the cache, if there was one, of whatever kind the model's is.
       aux: auxiliary values, a number a row, summed over layers (`lmx.models.experts.Aux`).
-      taps: what `Execution.taps` asks for, by name (`lmx.models.stack`).
+      taps: what `Execution.taps` asks for, by name (`lmx.models.stack`); the encoder's are `encoder/layers/...`.
+      encoded: hidden states of the encoder, where it has just read a source.
     """
 
     hidden: Float[Array, "batch length embed"]
     cache: Tree | None = None
     aux: Aux = flax.struct.field(default_factory=dict)
     taps: dict[str, Array] = flax.struct.field(default_factory=dict)
+    encoded: Float[Array, "batch source embed"] | None = None
 
 
 def specs(config: Transformer) -> Tree:
@@ -74,13 +90,18 @@ def specs(config: Transformer) -> Tree:
     tables |= {"token_types": config.token_types} if config.token_types else {}
     for name, rows in tables.items():
         tree[name] = ParamSpec((rows, config.table_size), (None, "embed"), init=Normal(config.init_std))
+    if config.positions == "relative":
+        tree["relative"] = ParamSpec((config.relative_buckets, config.heads), (None, "heads"), init=Normal(config.init_std))
     if config.embed_norm:
         tree["embed_norm"] = norm(config.table_size)
     if config.embed_size is not None:
         tree["embed_projection"] = linear_specs((config.embed_size,), (config.embed,), (None,), ("embed",), config)
     if config.norm_placement != "post":
         tree["norm"] = norm(config.embed)
-    return tree | heads.specs(config)
+    tree |= heads.specs(config)
+    if isinstance(config, EncoderDecoder):
+        tree["encoder"] = {name: spec for name, spec in specs(config.encoder).items() if name != "embed"}
+    return tree
 
 
 def empty_cache(config: Transformer, batch: int, slots: int, dtype=jnp.float32, *, unrolled: bool = True) -> Cache:
@@ -110,6 +131,7 @@ def forward(
     block_positions: Int[Array, "batch length"] | None = None,
     token_types: Int[Array, "batch length"] | None = None,
     cache: Cache | None = None,
+    source: Source | None = None,
     dropout: Dropout | None = None,
     execution: Execution = Execution(),
 ) -> Output:
@@ -124,18 +146,54 @@ def forward(
       block_positions: each token's place in the span that it fills (GLM), 0 outside of one; for models that have such positions.
       token_types: each token's kind, in a model that has kinds; 0 when None.
       cache: keys and values of earlier tokens. New ones are written to its next slots; the caller keeps count of what fits.
+      source: what the encoder of an encoder-decoder reads; a token attends to what is of its own segment there. With a cache it is given
+        the first time alone: each layer's keys and values of it are kept.
       dropout: None, or what is dropped from where.
+
+    Raises:
+      ValueError: a source that is missing, or that nothing reads.
     """
     batch, length = tokens.shape
     if positions is None:
         start = 0 if cache is None else cache.used
         positions = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), (batch, length))
     context, cache = _context(config, positions, segments, prefix, cache, dropout, execution)
+    context = context.replace(bias=_bias(params, config, context.mask, length, execution))
+    read = None
+    if isinstance(config, EncoderDecoder):
+        if source is not None:
+            read = _encode(params, config, source, dropout, execution)
+            context = context.replace(source=read.hidden)
+            seen = jnp.ones_like(source.tokens) if source.segments is None else source.segments
+            cache = None if cache is None else cache.replace(source_segments=seen)
+        elif cache is None or cache.source_segments is None:
+            raise ValueError("an encoder-decoder reads a source: give one, or a cache that has read one")
+        else:
+            seen = cache.source_segments
+        own = jnp.ones_like(tokens) if segments is None else segments
+        context = context.replace(source_mask=Mask(causal=False, query_segments=own, key_segments=seen))
+    elif source is not None:
+        raise ValueError("the model has no encoder to read a source; leave it out")
 
     x = enter(params, config, tokens, positions, dropout, execution, block_positions, token_types)
-    x, layers, aux, taps = stack.run_layers(x, params["layers"], config, context, execution, None if cache is None else cache.layers)
+    x, layers, aux, tapped = stack.run_layers(x, params["layers"], config, context, execution, None if cache is None else cache.layers)
     hidden = leave(params, config, x, execution)
-    return Output(hidden, None if cache is None else cache.replace(layers=layers, used=cache.used + length), aux, taps)
+    after = None if cache is None else cache.replace(layers=layers, used=cache.used + length)
+    if read is None:
+        return Output(hidden, after, aux, tapped)
+    return Output(hidden, after, stack.added(read.aux, aux), read.taps | tapped, read.hidden)
+
+
+def _encode(params: Tree, config: EncoderDecoder, source: Source, dropout: Dropout | None, execution: Execution) -> Output:
+    """What the encoder makes of a source: the same forward, with the decoder's embeddings, and sites of dropout and taps of its own."""
+    if dropout is not None:
+        dropout = dropout.replace(key=jax.random.fold_in(dropout.key, zlib.crc32(b"encoder")))
+    taps = tuple(name.removeprefix("encoder/") for name in execution.taps if name.startswith("encoder/"))
+    own, execution = params["encoder"] | {"embed": params["embed"]}, replace(execution, taps=taps)
+    output = forward(
+        own, config.encoder, source.tokens, positions=source.positions, segments=source.segments, dropout=dropout, execution=execution
+    )
+    return output.replace(taps={f"encoder/{name}": value for name, value in output.taps.items()})
 
 
 def enter(
@@ -181,7 +239,7 @@ def leave(params: Tree, config: Transformer, x: Array, execution: Execution) -> 
 
 def _own(params: Tree, config: Transformer, execution: Execution) -> Tree:
     """The parameters outside the stack."""
-    own = {name: value for name, value in params.items() if name != "layers"}
+    own = {name: value for name, value in params.items() if name not in ("layers", "encoder")}
     return placed(own, {name: spec for name, spec in specs(config).items() if name in own}, execution)
 
 
@@ -204,8 +262,14 @@ run_part = stack.run_part
 def _context(config, positions, segments, prefix, cache, dropout, execution) -> tuple[Context, Cache | None]:
     """What the layers share; and the cache with the new tokens' positions and segments written to its slots."""
     if cache is None:
-        segmented = {"query_segments": segments, "key_segments": segments}
-        mask = Mask(config.causal, query_positions=positions, key_positions=positions, key_prefix=prefix, **segmented)
+        mask = Mask(
+            causal=config.causal,
+            query_positions=positions,
+            key_positions=positions,
+            query_segments=segments,
+            key_segments=segments,
+            key_prefix=prefix,
+        )
     else:
         segments = jnp.ones_like(positions) if segments is None else segments
         positions_then, segments_then = (
@@ -214,7 +278,7 @@ def _context(config, positions, segments, prefix, cache, dropout, execution) -> 
         )
         cache = cache.replace(positions=positions_then, segments=segments_then)
         mask = Mask(
-            config.causal,
+            causal=config.causal,
             order="positions",
             query_positions=positions,
             key_positions=cache.positions,
@@ -228,14 +292,24 @@ def _context(config, positions, segments, prefix, cache, dropout, execution) -> 
         rope = local_rope = rope_table(positions, config.rope_size, config.rope_theta, dtype, config.rope_scaling)
         if config.local_rope_theta is not None:
             local_rope = rope_table(positions, config.rope_size, config.local_rope_theta, dtype)
-    local = mask.replace(window=config.window)
+    local = mask if config.window is None else mask.replace(window=config.window)
     return Context(mask, local, rope, local_rope, None if cache is None else cache.used, dropout), cache
+
+
+def _bias(params: Tree, config: Transformer, mask: Mask, queries: int, execution: Execution) -> Array | None:
+    """What relative positions add to the scores of every layer: one array, as all layers share one table."""
+    if config.positions != "relative":
+        return None
+    keys = mask.key_positions.shape[1]
+    which = buckets(mask.distances(queries, keys), config.relative_buckets, config.relative_distance, causal=config.causal)
+    bias = bucket_bias(whole(_own(params, config, execution)["relative"]), which)
+    return constrain(bias, ("batch", "heads", None, None), execution.rules)
 
 
 def flops_per_token(config: Transformer, length: int) -> float:
     """FLOPs of training on one token, forward and backward, as MFU counts them (PaLM, appendix B): 6 for each weight that multiplies it
     (of experts, the share that a token passes through), and 12 x layers x heads x head_dim x length for attention's scores and sums,
-    masked halves included; nothing recomputed."""
+    masked halves included; nothing recomputed. Of an encoder-decoder: on a token of a target, with a source of the same length."""
 
     def active(spec: ParamSpec) -> float:
         often = config.layers // len(config.pattern) if config.shared_layers and spec.layers else 1
@@ -244,4 +318,5 @@ def flops_per_token(config: Transformer, length: int) -> float:
     leaves = jax.tree.leaves(specs(config), is_leaf=is_spec)
     tied = config.vocab * config.table_size if config.tied and config.vocabulary_head else 0
     weights = sum(active(spec) for spec in leaves if spec.inputs) + tied
-    return 6.0 * weights + 12.0 * config.layers * config.heads * config.head_size * length
+    scored = [(config, 1)] if not isinstance(config, EncoderDecoder) else [(config, 2), (config.encoder, 1)]
+    return 6.0 * weights + sum(12.0 * times * one.layers * one.heads * one.head_size * length for one, times in scored)

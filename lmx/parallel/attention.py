@@ -23,24 +23,27 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     slopes: Array | None = None,
+    bias: Array | None = None,
     keep: Array | None = None,
 ) -> Array:
     """As `lmx.kernels.attention.attention`, for arrays that the execution's rules place on the surrounding mesh.
 
     Raises:
-      ValueError: a split sequence with dropout of attention weights, with a cache, or of a length that does not divide.
+      ValueError: a split sequence with dropout of attention weights or a learned bias, with a cache, or of a length that does not divide.
     """
     sizes = axes()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     run = partial(kernel, scale=scale, softcap=softcap, implementation=execution.attention)
     if execution.rules is None or not sizes:
-        return run(q, k, v, mask, slopes=slopes, keep=keep)
+        return run(q, k, v, mask, slopes=slopes, bias=bias, keep=keep)
     place = partial(partition, rules=execution.rules, sizes=sizes)
     of_q, of_k = (place(("batch", "length", h, None), a.shape) for h, a in (("heads", q), ("kv_heads", k)))
     split = sizes.get("context", 1) > 1
     if split:
         if keep is not None:
             raise ValueError("dropout of attention weights is not there for sequences split by layout.context; set model.dropout to 0")
+        if bias is not None:
+            raise ValueError("a learned bias of scores is not there for sequences split by layout.context; set it to 1")
         if of_q[1] != "context" or of_k[1] != "context" or q.shape[1] != k.shape[1]:
             raise ValueError(f"{q.shape[1]} queries and {k.shape[1]} keys cannot be split by layout.context={sizes['context']}")
     # Fewer key heads than tensor devices: all are everywhere, and each device takes the one its query heads share.
@@ -50,20 +53,21 @@ def attention(
         return None if a is None else place(axes_, a.shape)
 
     of_mask = jax.tree.map(lambda a: rows(a, "batch", "length"), mask)
-    in_specs = (of_q, of_k, of_k, of_mask, rows(slopes, "heads"), rows(keep, "batch", "heads", None, None))
+    of_scores = [rows(a, "batch", "heads", None, None) for a in (bias, keep)]
+    in_specs = (of_q, of_k, of_k, of_mask, rows(slopes, "heads"), *of_scores)
 
-    def local(q, k, v, mask, slopes, keep):
+    def local(q, k, v, mask, slopes, bias, keep):
         if choose:
             share = q.shape[2] * sizes["tensor"] // k.shape[2]
             mine = jax.lax.axis_index("tensor") * q.shape[2] // share
             k, v = (jax.lax.dynamic_slice_in_dim(a, mine, max(1, q.shape[2] // share), 2) for a in (k, v))
         if not split:
-            return run(q, k, v, mask, slopes=slopes, keep=keep)
+            return run(q, k, v, mask, slopes=slopes, bias=bias, keep=keep)
         if execution.exchange == "alltoall":
             return context.alltoall(run, q, k, v, mask, slopes)
         return context.ring(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes)
 
     used = set(names(of_q)) | set(names(of_k))
     if not used:  # a mesh of one device, or rows that do not divide
-        return run(q, k, v, mask, slopes=slopes, keep=keep)
-    return manual(local, in_specs, of_q)(q, k, v, mask, slopes, keep)
+        return run(q, k, v, mask, slopes=slopes, bias=bias, keep=keep)
+    return manual(local, in_specs, of_q)(q, k, v, mask, slopes, bias, keep)

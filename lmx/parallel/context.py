@@ -92,7 +92,7 @@ def _backward(static, saved, g):
 
     def hop(dq, keys, h):
         k, v, about = keys
-        more, dk, dv = chunked.backward(static, q, k, v, _at(mask, about, h), slopes, lse, delta, g)
+        more, dk, dv, _ = chunked.backward(static, q, k, v, _at(mask, about, h), slopes, lse, delta, g)
         return dq + more, (dk, dv)
 
     # The gradients of keys and values travel with them, one hop behind, and come home with one more.

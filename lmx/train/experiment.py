@@ -14,7 +14,7 @@ from lmx.core.precision import PrecisionName, policy
 from lmx.data.recipe import Data, Prepared
 from lmx.data.recipe import check as check_data
 from lmx.models import config as model_config
-from lmx.models.config import RWKV, Transformer
+from lmx.models.config import RWKV, EncoderDecoder, Model, Transformer
 from lmx.parallel import layout as layouts
 from lmx.parallel.hosts import Hosts
 from lmx.parallel.layout import Layout
@@ -58,7 +58,7 @@ class Experiment:
     """The run's name: it lives in folder/name."""
     data: Data
     """What is read."""
-    model: Transformer | RWKV = field(default_factory=Transformer)
+    model: Transformer | EncoderDecoder | RWKV = field(default_factory=Transformer)
     """What is trained."""
     objective: Objective = field(default_factory=CausalLM)
     """What is to be predicted."""
@@ -123,7 +123,7 @@ def check(experiment: Experiment, devices: int | None = None) -> None:
     precision, model = policy(experiment.precision), experiment.model
     if precision.fp8 and model.experts:
         raise ConfigError(f"precision={experiment.precision} is not there for mixtures (model.experts={model.experts}); use bf16")
-    model_config.check(dataclasses.replace(model, vocab=model.vocab or 8))
+    model_config.check(with_vocab(model, model.vocab or 8))
     _check_objective(experiment)
     if experiment.data.length > model.context:
         raise ConfigError(
@@ -167,6 +167,10 @@ def _check_sequence(experiment: Experiment) -> None:
         )
     if layout.context == 1:
         return
+    if isinstance(model, EncoderDecoder) or getattr(model, "positions", None) == "relative":
+        raise ConfigError(
+            f"layout.context={layout.context} splits sequences, which is not there for an encoder-decoder or relative positions; set it to 1"
+        )
     if isinstance(model, RWKV):
         raise ConfigError(
             f"layout.context={layout.context} splits sequences, along which an RWKV goes from token to token; set it to 1, and split the batch "
@@ -201,6 +205,11 @@ def _check_pipeline(experiment: Experiment) -> None:
             f"model.shared_layers has one set of parameters for all layers, which layout.pipeline={layout.pipeline} has none to divide of; "
             "set it to 1"
         )
+    if stages > 1 and (isinstance(model, EncoderDecoder) or getattr(model, "positions", None) == "relative"):
+        raise ConfigError(
+            f"layout.pipeline={layout.pipeline} cuts one stack whose layers need nothing but each other's output; an encoder-decoder has two, "
+            "and relative positions are one table for all layers; set it to 1"
+        )
     if stages > 1 and model.layers % (stages * len(model.pattern)):
         raise ConfigError(
             f"model.layers={model.layers} is not divisible by layout.pipeline={layout.pipeline} x layout.rounds={layout.rounds} x "
@@ -218,4 +227,11 @@ def resolve(experiment: Experiment, prepared: Prepared) -> Experiment:
         raise ConfigError(
             f"model.vocab={vocab} is not divisible by layout.tensor={experiment.layout.tensor}; set model.vocab to a multiple of it"
         )
-    return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, vocab=vocab))
+    return dataclasses.replace(experiment, model=with_vocab(experiment.model, vocab))
+
+
+def with_vocab(model: Model, vocab: int) -> Model:
+    """The model with so many rows in its table of embeddings, which an encoder reads too."""
+    if isinstance(model, EncoderDecoder) and model.encoder.vocab == model.vocab:
+        model = dataclasses.replace(model, encoder=dataclasses.replace(model.encoder, vocab=vocab))
+    return dataclasses.replace(model, vocab=vocab)

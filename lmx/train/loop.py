@@ -29,6 +29,7 @@ from lmx.train.advice import shortage
 from lmx.train.checkpoints import Manager
 from lmx.train.experiment import RESUMABLE, Experiment, check, resolve
 from lmx.train.logging import RECORD, Logger, Silence, draw_curve, read_record, write_record
+from lmx.train.objectives import Seq2Seq
 from lmx.train.program import Program, build, mean_over
 from lmx.train.state import TrainState
 
@@ -134,6 +135,10 @@ def prepare_run(experiment: Experiment, sources: dict[str, str] | None = None) -
 
 def _settle(experiment: Experiment) -> Prepared:
     """Refuses what is wrong with an experiment or its folder, and reads its text."""
+    if isinstance(experiment.objective, Seq2Seq):
+        raise ConfigError(
+            "objective=Seq2Seq reads pairs of texts, which no recipe of data makes yet; feed lmx.train.program.build yourself"
+        )
     check(experiment)
     masked = isinstance(experiment.data.denoising, MaskedText)
     if masked == experiment.objective.causal:

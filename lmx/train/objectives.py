@@ -17,6 +17,7 @@ from lmx.core.tree import Tree
 from lmx.models.config import Model
 from lmx.models.experts import Aux
 from lmx.models.losses import cross_entropy
+from lmx.models.transformer import Source
 
 Batch = dict[str, Array]
 
@@ -72,4 +73,18 @@ class MaskedLM(CausalLM):
     causal: ClassVar[bool] = False
 
 
-Objective = CausalLM | MaskedLM
+class Seq2Seq(CausalLM):
+    """Predict each next token of a target, given a source that an encoder reads.
+
+    A batch has `tokens`, `positions` and `segments` of sources, and `decoder_tokens`, `decoder_positions`, `decoder_segments`, `targets` and
+    `weights` of targets. A target sees the source whose segment in the same row has its number, so pairs may be packed.
+    """
+
+    def inputs(self, microbatch: Batch) -> dict[str, Array | Source]:
+        """Arguments of `transformer.forward`."""
+        names = ("tokens", "positions", "segments")
+        target = {name: microbatch.get(f"decoder_{name}") for name in names}
+        return target | {"source": Source(**{name: microbatch.get(name) for name in names})}
+
+
+Objective = CausalLM | MaskedLM | Seq2Seq

@@ -19,7 +19,7 @@ from lmx.kernels import cudnn
 from lmx.kernels.attention import LONG
 from lmx.kernels.masks import Mask
 from lmx.models import experts, stack
-from lmx.models.config import RWKV, Model, is_local
+from lmx.models.config import RWKV, EncoderDecoder, Model, is_local
 from lmx.models.families import functions
 from lmx.parallel import absent, chips, cost, hlo, roofline
 from lmx.parallel.chips import Chip
@@ -121,6 +121,12 @@ def settled(experiment: Experiment) -> Experiment:
         )
     if layout.ordered:
         raise ConfigError(f"layout.ordered={layout.ordered} is for debugging and cannot be planned; plan with it at 0")
+    if isinstance(model, EncoderDecoder):
+        raise ConfigError("model=EncoderDecoder cannot be planned yet; python -m lmx.verify takes it")
+    if model.positions == "relative":
+        raise ConfigError(
+            "model.positions=relative cannot be planned yet: what it adds to scores is not counted; python -m lmx.verify takes it"
+        )
     if experiment.precision == "fp64":
         raise ConfigError("precision=fp64 cannot be planned: no chip trains in it; plan with fp32")
     if not model.vocab:

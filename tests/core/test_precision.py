@@ -22,10 +22,11 @@ def numbers(state) -> tuple[float, int, int]:
 def test_policies_hold_what_their_names_say():
     assert {
         "fp32": Precision("float32", "float32", False),
+        "tf32": Precision("float32", "float32", False, "tensorfloat32"),
         "bf16": Precision("float32", "bfloat16", False),
         "bf16_pure": Precision("bfloat16", "bfloat16", False),
         "fp16": Precision("float32", "float16", True),
-        "fp8": Precision("float32", "bfloat16", False, True),
+        "fp8": Precision("float32", "bfloat16", False, fp8=True),
         "fp64": Precision("float64", "float64", False),
     } == POLICIES
 

@@ -8,7 +8,9 @@ One row after another, one layer, one head at a time. Parameters are a dict of p
     layers: a list of dicts (those of one pattern, where all repeats share them) of query, key, value [embed, heads, head_dim],
     output [heads, head_dim, embed], gate, up [embed, mlp],
     down [mlp, embed]; each with an optional `_bias`; query_norm, key_norm [head_dim] (joint: [heads * head_dim]); and for each norm of the layer
-    (attention_norm, feedforward_norm, attention_norm_post, feedforward_norm_post) `_scale` and `_bias`.
+    (attention_norm, feedforward_norm, attention_norm_post, feedforward_norm_post) `_scale` and `_bias`;
+    relative [buckets, heads]. Of an encoder-decoder: encoder, another such dict, and in the decoder's layers what attends to it, `cross_`
+    before each name.
 """
 
 import math
@@ -138,34 +140,54 @@ def sinusoid(position, size):
     )
 
 
+def bucket(behind, config):
+    """T5's bucket of a distance (Raffel et al., 2020, section 2.1, and their code), in whole numbers: past `exact` the n-th boundary is where
+    (distance / exact)^m reaches (furthest / exact)^n, of m buckets."""
+    side = config.relative_buckets if config.causal else config.relative_buckets // 2
+    exact, first = side // 2, side if behind < 0 and not config.causal else 0
+    distance, m, furthest = abs(behind) if not config.causal else max(behind, 0), side - side // 2, config.relative_distance
+    if distance < exact:
+        return first + distance
+    passed = [n for n in range(m) if distance**m * exact**n >= furthest**n * exact**m]
+    return first + exact + passed[-1]
+
+
 def project(x, parameters, name):
     """x [length, in] times a weight [in, ...], with its bias where there is one."""
     y = np.tensordot(x, parameters[name], 1)
     return y + parameters[f"{name}_bias"] if f"{name}_bias" in parameters else y
 
 
-def attention(x, p, config, positions, segments, window):
-    """Attention of one row x [length, embed]; a token of segment 0 sees nothing and gets the output bias alone."""
+def attention(x, p, config, positions, segments, window, relative=None, source=None):
+    """Attention of one row x [length, embed], to itself or to a source, an encoder's output and its segments; a token of segment 0 sees
+    nothing and gets the output bias alone."""
     length, heads = len(x), config.heads
     share = heads // (config.kv_heads or heads)
-    query, key, value = (project(x, p, name) for name in ("query", "key", "value"))
+    if source is None:
+        order, read, own = config.positions, x, segments
+        behind = positions[:, None] - positions[None, :]
+        seen = behind == behind if not config.causal else np.tril(np.ones((length, length), bool))
+    else:
+        order, (read, own) = "none", source
+        seen = np.ones((length, len(read)), bool)
+    query, key, value = project(x, p, "query"), project(read, p, "key"), project(read, p, "value")
     if config.qk_norm:
         query, key = qk_normalised(query, p["query_norm"], config), qk_normalised(key, p["key_norm"], config)
     dim = query.shape[-1]
     scale = config.attention_scale or 1 / math.sqrt(dim)
     mixed = np.zeros((length, heads, dim))
-    behind = positions[:, None] - positions[None, :]
-    order = np.tril(np.ones((length, length), bool)) if config.causal else True
-    seen = order & (segments[:, None] == segments[None, :]) & (segments[:, None] != 0)
+    seen = seen & (segments[:, None] == own[None, :]) & (segments[:, None] != 0)
     if window is not None:
         seen &= behind < window
     for h in range(heads):
         q, k, v = query[:, h], key[:, h // share], value[:, h // share]
-        if config.positions == "rope":
+        if order == "rope":
             q, k = (turned(a, positions, config, window is not None) for a in (q, k))
         scores = cap(scale * (q @ k.T), config.attention_softcap)
-        if config.positions == "alibi":
+        if order == "alibi":
             scores = scores - (scale if config.alibi_scaled else 1.0) * slope(h, heads) * behind
+        if order == "relative":
+            scores = scores + np.array([[relative[bucket(int(d), config), h] for d in row] for row in behind])
         weights = np.where(seen, np.exp(scores), 0.0)
         mixed[:, h] = weights @ v / np.maximum(weights.sum(1, keepdims=True), 1e-300)
     y = np.tensordot(mixed, p["output"], 2)
@@ -180,21 +202,27 @@ def feedforward(x, p, config):
     return project(activation(project(x, p, "up")), p, "down")
 
 
-def layer(x, p, config, positions, segments, window):
+def layer(x, p, config, positions, segments, window, relative=None, source=None):
     """One layer of one row, its norms where the config has them."""
+    of_cross = {name.removeprefix("cross_"): value for name, value in p.items() if name.startswith("cross_")}
 
     def norm(y, name):
         return normalise(y, p, name, config)
 
     if config.norm_placement == "post":
-        x = norm(x + attention(x, p, config, positions, segments, window), "attention_norm_post")
+        x = norm(x + attention(x, p, config, positions, segments, window, relative), "attention_norm_post")
+        if source is not None:
+            x = norm(x + attention(x, of_cross, config, positions, segments, None, source=source), "cross_norm_post")
         return norm(x + feedforward(x, p, config), "feedforward_norm_post")
     read = norm(x, "attention_norm")
-    attended = norm(attention(read, p, config, positions, segments, window), "attention_norm_post")
+    attended = norm(attention(read, p, config, positions, segments, window, relative), "attention_norm_post")
     if config.parallel:
         other = norm(x, "feedforward_norm") if config.parallel_norms else read
         return x + attended + norm(feedforward(other, p, config), "feedforward_norm_post")
     x = x + attended
+    if source is not None:
+        crossed = attention(norm(x, "cross_norm"), of_cross, config, positions, segments, None, source=source)
+        x = x + norm(crossed, "cross_norm_post")
     return x + norm(feedforward(norm(x, "feedforward_norm"), p, config), "feedforward_norm_post")
 
 
@@ -204,9 +232,21 @@ def transform(x, parameters, config):
     return normalise(y, parameters, "transform_norm", config)
 
 
-def logits(parameters, config, tokens, positions, segments, token_types):
-    """Logits [batch, length, vocab] of tokens [batch, length]; `config` is read for its knobs alone."""
+def logits(parameters, config, tokens, positions, segments, source=None, token_types=None, blocks=None):
+    """Logits [batch, length, vocab] of tokens [batch, length]; `config` is read for its knobs alone. `source`: tokens, positions and segments
+    that an encoder reads."""
+    hidden = states(parameters, config, tokens, positions, segments, source, token_types, blocks)
+    if config.head == "masked":
+        hidden = np.stack([transform(x, parameters, config) for x in hidden])
+    heard = (config.logit_scale or 1.0) * (hidden @ (parameters["embed"].T if config.tied else parameters["head"]))
+    return cap(heard + parameters.get("head_bias", 0.0), config.logit_softcap)
+
+
+def states(parameters, config, tokens, positions, segments, source=None, token_types=None, blocks=None):
+    """What the last layer gives, normalised, [batch, length, embed]."""
     rows = []
+    if source is not None:
+        encoded = states(parameters["encoder"], config.encoder, *source)
     config = SimpleNamespace(**vars(config), longest=positions.max() + 1)
     for row in range(len(tokens)):
         x = parameters["embed"][tokens[row]]
@@ -218,18 +258,17 @@ def logits(parameters, config, tokens, positions, segments, token_types):
             x = x + parameters["token_types"][token_types[row]]
         if config.positions == "sinusoidal":
             x = x + np.stack([sinusoid(at, x.shape[-1]) for at in positions[row]])
+        if config.block_positions:
+            x = x + parameters["block_positions"][blocks[row]]
         x = normalise(x, parameters, "embed_norm", config)
         if config.embed_size:
             x = project(x, parameters, "embed_projection")
         for i in range(config.layers):
             p = parameters["layers"][i % len(parameters["layers"])]
             window = config.window if config.pattern[i % len(config.pattern)] == "local" else None
-            x = layer(x, p, config, positions[row], segments[row], window)
-        x = normalise(x, parameters, "norm", config)
-        if config.head == "masked":
-            x = transform(x, parameters, config)
-        heard = (config.logit_scale or 1.0) * (x @ (parameters["embed"].T if config.tied else parameters["head"]))
-        rows.append(cap(heard + parameters.get("head_bias", 0.0), config.logit_softcap))
+            across = source and (encoded[row], source[2][row])
+            x = layer(x, p, config, positions[row], segments[row], window, parameters.get("relative"), across)
+        rows.append(normalise(x, parameters, "norm", config))
     return np.stack(rows)
 
 

@@ -1,6 +1,6 @@
 """The transformer against a float64 NumPy one written from the papers: logits, loss, and the gradient of every parameter."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import get_args, get_type_hints
 
@@ -13,14 +13,19 @@ import pytest
 from lmx.core.params import is_spec
 from lmx.core.tree import map_named, named_leaves
 from lmx.models import config as model_config
-from lmx.models.config import Transformer
+from lmx.models.config import EncoderDecoder, Transformer
 from lmx.models.losses import cross_entropy, logits
 from lmx.models.rope import RopeScaling
-from lmx.models.transformer import forward, specs
+from lmx.models.transformer import Source, forward, specs
 
 BATCH, LENGTH = 2, 8
+PARTS = ("tokens", "positions", "segments")
 LAYERS = {"g": (("global",), 2), "lg": (("local", "global"), 5), "llg": (("local", "local", "global"), 4)}
 """Patterns and depths, two of which the pattern does not divide."""
+
+
+def pair(encoder: Transformer, decoder: Transformer) -> EncoderDecoder:
+    return EncoderDecoder(**vars(decoder), encoder=replace(encoder, causal=False))
 
 
 def model(pattern: str, **knobs) -> Transformer:
@@ -75,7 +80,8 @@ CASES = {
                          norm_placement="output", qk_norm=True, qk_norm_joint=True, norm_offset=True)),
     "t": ("right", model("lg", kv_heads=1, norm="layernorm", norm_placement="sandwich", rope_interleaved=True, attention_scale=0.2,
                          rope_scaling=RopeScaling("longrope", 3.0, 5, short_factors=(1.0, 1.5, 2.0), long_factors=(1.2, 3.0, 4.0)))),
-    "u": ("left", model("g", rope_scaling=RopeScaling("longrope", 3.0, 9, short_factors=(1.0, 1.5, 2.0), long_factors=(1.2, 3.0, 4.0)))),
+    "u": ("left", model("g", block_positions=True,
+                        rope_scaling=RopeScaling("longrope", 3.0, 9, short_factors=(1.0, 1.5, 2.0), long_factors=(1.2, 3.0, 4.0)))),
     "v": ("packed", model("g", **PLAIN, causal=False, positions="learned", norm_placement="post", activation="gelu_quick", bias=True,
                           token_types=3, embed_norm=True, head="masked", head_bias=True)),
     "w": ("right", model("g", causal=False, kv_heads=2, activation="tanh", tied=False, embed_size=10, embed_norm=True, shared_layers=True,
@@ -83,6 +89,13 @@ CASES = {
     "x": ("left", model("lg", layers=4, norm="layernorm", positions="learned", embed_size=10, token_types=2, shared_layers=True,
                         head_bias=True, tied=False)),
     "y": ("packed", model("g", causal=False, positions="sinusoidal", norm_placement="post", bias=True, embed_size=10, head="masked")),
+    "z": ("packed", model("g", kv_heads=2, positions="relative", relative_buckets=6, relative_distance=5, attention_softcap=1.5)),
+    "A": ("right", model("g", **PLAIN, positions="relative", relative_buckets=8, relative_distance=5, causal=False, bias=True)),
+    "B": ("packed", pair(model("g", positions="relative", relative_buckets=8, relative_distance=5, kv_heads=1, norm_placement="sandwich"),
+                         model("lg", positions="relative", relative_buckets=6, relative_distance=5, kv_heads=2, norm_placement="sandwich",
+                               qk_norm=True, tied=False))),
+    "C": ("left", pair(model("g", **PLAIN, positions="learned", activation="gelu", norm_placement="post", bias=True),
+                       model("g", **PLAIN, positions="rope", activation="gelu", norm_placement="post", bias=True, logit_softcap=3.0))),
 }  # fmt: skip
 
 
@@ -101,8 +114,12 @@ def rows(kind: str) -> dict[str, np.ndarray]:
         segments[0, 6:] = 0
     tokens, targets = rng.integers(0, 19, (2, BATCH, LENGTH))
     weights = rng.uniform(0, 1, (BATCH, LENGTH)) * (segments > 0)
+    # A source that is longer, with as many texts of other lengths.
+    source = {name: np.concatenate([a[:, :1], a[:, :1], a[:, :1], a], 1) for name, a in (("tokens", targets), ("segments", segments))}
+    source["positions"] = np.concatenate([np.tile(np.arange(3), (BATCH, 1)), np.where(segments == segments[:, :1], 3, 0) + positions], 1)
     batch = {"tokens": tokens, "positions": positions, "segments": segments, "targets": targets, "weights": weights}
-    return batch | {"token_types": rng.integers(0, 2, (BATCH, LENGTH))}
+    batch |= {"token_types": rng.integers(0, 2, (BATCH, LENGTH)), "block_positions": rng.integers(0, 4, (BATCH, LENGTH))}
+    return batch | {f"source_{name}": a for name, a in source.items()}
 
 
 def random_parameters(config: Transformer, seed: int):
@@ -120,8 +137,11 @@ def random_parameters(config: Transformer, seed: int):
 def for_numpy(params, config: Transformer) -> dict:
     """lmx's parameters under the NumPy transformer's names."""
     found = {}
-    for path, value in named_leaves({name: value for name, value in params.items() if name != "layers"}).items():
+    outer = {name: value for name, value in params.items() if name not in ("layers", "encoder")}
+    for path, value in named_leaves(outer).items():
         found[path.removesuffix("/weight").replace("/", "_")] = value
+    if "encoder" in params:
+        found["encoder"] = for_numpy(params["encoder"] | {"embed": params["embed"]}, config.encoder)
     found["layers"] = [None] * (len(config.pattern) if config.shared_layers else config.layers)
     first = 0
     for group in params["layers"]:
@@ -136,18 +156,19 @@ def for_numpy(params, config: Transformer) -> dict:
 def one_layer(tree, repeat: int) -> dict:
     flat = {}
     for path, value in named_leaves(tree).items():
-        *_, layer, leaf = path.split("/")
+        *before, layer, leaf = path.split("/")
         name = layer if leaf == "weight" or layer in ("query_norm", "key_norm") else f"{layer}_{leaf}"
-        flat[name] = value[repeat]
+        flat[f"cross_{name}" if before[-1:] == ["cross"] else name] = value[repeat]
     return flat
 
 
 @partial(jax.jit, static_argnums=1, compiler_options={"xla_backend_optimization_level": 0})  # half the time to compile
 def loss_gradient_logits(params, config, batch):
     def loss(params):
-        hidden = forward(
-            params, config, batch["tokens"], positions=batch["positions"], segments=batch["segments"], token_types=batch["token_types"]
-        ).hidden
+        source = Source(*(batch[f"source_{n}"] for n in PARTS)) if isinstance(config, EncoderDecoder) else None
+        more = {"block_positions": batch["block_positions"]} if config.block_positions else {}
+        more |= {"token_types": batch["token_types"], "source": source}
+        hidden = forward(params, config, batch["tokens"], positions=batch["positions"], segments=batch["segments"], **more).hidden
         total, sums = cross_entropy(params, config, hidden, batch["targets"], batch["weights"], z_loss=0.01)
         return total, (sums, logits(params, config, hidden))
 
@@ -161,9 +182,9 @@ def ours(config, params, batch):
 
 
 def theirs(config, params, batch):
-    rows = numpy_transformer.logits(
-        for_numpy(params, config), config, batch["tokens"], batch["positions"], batch["segments"], batch["token_types"]
-    )
+    source = tuple(batch[f"source_{n}"] for n in PARTS) if isinstance(config, EncoderDecoder) else None
+    kinds = batch["token_types"], batch["block_positions"]
+    rows = numpy_transformer.logits(for_numpy(params, config), config, *(batch[n] for n in PARTS), source, *kinds)
     return *numpy_transformer.loss(rows, batch["targets"], batch["weights"], z_loss=0.01), rows
 
 

@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 from lmx.core.params import initial_values
 from lmx.models import stack
-from lmx.models.config import RWKV, Transformer
+from lmx.models.config import RWKV, EncoderDecoder, Transformer
 from lmx.models.families import functions
 from lmx.models.heads import classes
 from lmx.models.dropout import Dropout
 from lmx.models.losses import cross_entropy, logits
+from lmx.models.transformer import Source
 
 
 def run(config, *, mode):
@@ -29,6 +30,8 @@ def run(config, *, mode):
     params = initial_values(jax.random.key(0), specs(config))
     tokens, ids = jnp.zeros((3, 4), jnp.int32), jnp.arange(3, dtype=jnp.int32)
     inputs = {"positions": tokens, "segments": tokens + 1}
+    if isinstance(config, EncoderDecoder):
+        inputs["source"] = Source(jnp.zeros((3, 5), jnp.int32))
     if mode == "training":
         hidden = forward(params, config, tokens, **inputs, dropout=Dropout(jax.random.key(0), ids, 0.1)).hidden
         return cross_entropy(params, config, hidden, tokens, jnp.ones((3, 4)), z_loss=0.1)
@@ -40,15 +43,22 @@ def run(config, *, mode):
     return logits(params, config, forward(params, config, tokens[:, :1], cache=first.cache).hidden)
 
 
+def model(encoder=False, **knobs):
+    if encoder:
+        return EncoderDecoder(**SIZES, **knobs, encoder=Transformer(**SIZES, **knobs, causal=False))
+    return Transformer(**SIZES, **knobs)
+
+
 SIZES = {"vocab": 8, "layers": 2, "embed": 8, "heads": 2, "mlp": 8, "context": 8}
 for knobs in (
     {"kv_heads": 1, "qk_norm": True, "window": 2, "pattern": ("local", "global")},
     {"positions": "alibi", "gated": False, "norm": "layernorm", "bias": True, "norm_placement": "post"},
     {"positions": "learned", "parallel": True, "tied": False},
     {"positions": "sinusoidal", "norm_placement": "sandwich"},
+    {"positions": "relative", "relative_buckets": 8, "relative_distance": 9, "encoder": True},
 ):
     for mode in ("training", "decoding"):
-        jax.eval_shape(lambda: run(Transformer(**SIZES, **knobs), mode=mode))
+        jax.eval_shape(lambda: run(model(**knobs), mode=mode))
 for mode in ("training", "decoding"):
     jax.eval_shape(lambda: run(RWKV(vocab=8, layers=2, embed=8, channels=12, rescale_every=1), mode=mode))
 ENCODER = {"causal": False, "embed_size": 4, "token_types": 2, "shared_layers": True, "bias": True, "embed_norm": True}

@@ -2,6 +2,7 @@
 
 from lmx.interop.families import (
     albert,
+    bart,
     bert,
     bloom,
     cohere,
@@ -22,6 +23,7 @@ from lmx.interop.families import (
     qwen,
     roberta,
     stablelm,
+    t5,
 )
 from lmx.interop.family import Family
 
@@ -32,6 +34,7 @@ FAMILIES: dict[str, Family] = {
         *(bloom.BLOOM, falcon.FALCON, gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3, glm.GLM, glm.GLM4, gpt2.GPT2, gpt_neox.GPT_NEOX, gptj.GPTJ),
         *(llama.LLAMA, mistral.MISTRAL, mixtral.MIXTRAL, olmo2.OLMO2, opt.OPT, phi3.PHI3, qwen.QWEN2, qwen.QWEN2_MOE, qwen.QWEN3),
         *(stablelm.STABLELM, cohere.COHERE),
+        *(bart.BART, t5.T5, t5.MT5),
     )
 }
 """By `model_type`."""

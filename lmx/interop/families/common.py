@@ -1,8 +1,9 @@
 """What config.json of several families says in more than one field: RoPE, kinds of layers."""
 
+from dataclasses import replace
 from typing import Any
 
-from lmx.interop.family import Fused, Reader
+from lmx.interop.family import Field, Fused, Reader
 from lmx.models.config import Transformer, is_local
 from lmx.models.rope import RopeScaling
 
@@ -163,3 +164,13 @@ WINDOW = (_window_to_ours, _window_to_theirs)
 def without(modules: dict, *parts: str) -> dict:
     """A table of names less those that have one of these parts."""
     return {name: ours for name, ours in modules.items() if not any(part in name for part in parts)}
+
+
+def both(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a decoder that are its encoder's too."""
+    return settings | {f"encoder.{name}": value for name, value in settings.items()}
+
+
+def both_sides(*fields: Field) -> tuple[Field, ...]:
+    """Fields of a decoder that are its encoder's too."""
+    return (*fields, *(replace(one, ours=f"encoder.{one.ours}") for one in fields))

@@ -1,0 +1,80 @@
+"""An encoder-decoder called as its peer is."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lmx.core.execution import Execution
+from lmx.core.tree import Tree
+from lmx.interop.checkpoint import Model
+from lmx.models.losses import cross_entropy, logits
+from lmx.models.transformer import Source, forward
+
+TAKEN = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels")
+IGNORED = -100
+"""The label of what is not to be predicted."""
+
+
+def call(model: Model, params: Tree, inputs: Mapping[str, Any], *, execution: Execution = Execution()) -> dict[str, Any]:
+    """What the peer's forward gives: `logits` (of the decoder), `encoder_last_hidden_state`, `encoder_hidden_states` and
+    `decoder_hidden_states` (tuples: the embeddings, then each layer's output, the last one after the final norm), and with labels `loss`,
+    a mean over those that are not -100.
+
+    Without `decoder_input_ids` the decoder reads the labels, shifted right. Positions as in `lmx.interop.call`. Differentiable in params.
+
+    Raises:
+      ValueError: an input that the model does not take, or nothing for the decoder to read.
+    """
+    for name in inputs:
+        if name not in TAKEN:
+            raise ValueError(f"a {model.family} takes {', '.join(TAKEN)}, not {name}")
+    given = {name: jnp.asarray(value) for name, value in inputs.items() if value is not None}
+    config, labels = model.config, given.get("labels")
+    tokens = given.get("decoder_input_ids")
+    if tokens is None:
+        if labels is None:
+            raise ValueError(f"a {model.family} needs decoder_input_ids, or labels to make them of")
+        tokens = shifted(model, labels)
+    (positions, segments), mask = _places(given.get("attention_mask")), given.get("decoder_attention_mask")
+    source = Source(given["input_ids"], positions, segments)
+    positions, segments = _places(mask)
+    taps = (*execution.taps, "layers/*/input", "encoder/layers/*/input")
+    with jax.default_matmul_precision(execution.precision.products):
+        output = forward(
+            params, config, tokens, positions=positions, segments=segments, source=source, execution=replace(execution, taps=taps)
+        )
+        found: dict[str, Any] = {
+            "logits": logits(params, config, output.hidden),
+            "encoder_last_hidden_state": output.encoded,
+            "encoder_hidden_states": (*(output.taps[f"encoder/layers/{i}/input"] for i in range(config.encoder.layers)), output.encoded),
+            "decoder_hidden_states": (*(output.taps[f"layers/{i}/input"] for i in range(config.layers)), output.hidden),
+        }
+        if labels is not None:
+            weights = (labels != IGNORED).astype(jnp.float32)
+            total, _ = cross_entropy(params, config, output.hidden, jnp.maximum(labels, 0), weights, execution=execution)
+            found["loss"] = total / weights.sum()
+    return found
+
+
+def shifted(model: Model, labels: Array) -> Array:
+    """What the decoder reads to predict labels `[batch, length]`: those before each, the first behind `decoder_start_token_id`, padding for
+    -100. Raises ValueError where neither config.json nor the family says which tokens those are."""
+    about, ids = model.hub, {}
+    for name in ("decoder_start_token_id", "pad_token_id"):
+        ids[name] = about[name] if about.get(name) is not None else model.table.tokens.get(name)
+        if ids[name] is None:
+            raise ValueError(f"config.json of the {model.family} lacks {name}, so labels alone do not say what the decoder reads")
+    before = jnp.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=ids["decoder_start_token_id"])
+    return jnp.where(before == IGNORED, ids["pad_token_id"], before)
+
+
+def _places(mask: Array | None) -> tuple[Array | None, Array | None]:
+    """Positions and segments of tokens, padding on either side."""
+    if mask is None:
+        return None, None
+    mask = mask.astype(jnp.int32)
+    return jnp.maximum(jnp.cumsum(mask, -1) - 1, 0), mask
