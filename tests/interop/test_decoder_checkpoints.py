@@ -1,7 +1,6 @@
 """Checkpoints written by transformers, and what it computes with them (see the reference cases' README, and make_cases.py)."""
 
 import json
-from functools import cached_property
 from pathlib import Path
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from checkpoints import CLOSE, Case, apart, compiled
 from lmx import interop
 from lmx.infer.generate import generate
 from lmx.interop.files import mapped
@@ -19,39 +19,6 @@ DECODERS = (
 )
 OWN = sorted(path.parent.name for path in (Path(__file__).parent.parent / "data_files" / "interop").glob("*/golden.safetensors"))
 """Cases that lie with the tests."""
-CLOSE = 2e-5
-"""max|a - b| / max|b|, over real tokens."""
-
-
-def apart(found, expected, real=None) -> float:
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    if real is not None:
-        found, expected = found[real], expected[real]
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
-
-
-def compiled(function):
-    """Cheaply: each case runs once."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
-class Case:
-    def __init__(self, folder):
-        self.folder = folder
-        self.golden = mapped(folder / "golden.safetensors")
-        self.model, self.params = interop.load(folder)
-
-    @cached_property
-    def outputs(self) -> tuple[dict, dict]:
-        """What `call` gives, and the gradient of its loss."""
-        inputs = {name: self.golden[f"input.{name}"] for name in ("input_ids", "attention_mask", "labels")}
-
-        def loss(params):
-            found = interop.call(self.model, params, inputs)
-            return found["loss"], found
-
-        gradient, found = compiled(jax.grad(loss, has_aux=True))(self.params)
-        return found, gradient
 
 
 @pytest.fixture(scope="module", params=(*DECODERS, *(f"own/{name}" for name in OWN)))

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_goldens import CLOSE, Case, apart
 
+from checkpoints import CLOSE, Case, apart
 from lmx import interop
 from lmx.infer import generate
 from lmx.infer.generate import decoding_params
