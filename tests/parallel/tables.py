@@ -1,6 +1,7 @@
 """Rewrites the README's generated tables: `python tests/parallel/tables.py`."""
 
 import re
+import sys
 from pathlib import Path
 
 README = Path(__file__).parents[2] / "README.md"
@@ -20,8 +21,12 @@ def main() -> None:
 
     import composition
 
+    sys.path.insert(0, str(Path(__file__).parents[1] / "interop"))
+    import test_families
+
     text = README.read_text()
     tables = {
+        "families": test_families.table(),
         "planted bugs": test_planted.table(),
         "composition": composition.table(composition.cover()),
         "zero memory": test_zero_memory.table(test_zero_memory.measured()),

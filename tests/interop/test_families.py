@@ -1,0 +1,36 @@
+"""The README's table of families is what the code has."""
+
+from lmx.data.denoising import OBJECTIVES
+from lmx.interop.families import FAMILIES
+from lmx.models.config import EncoderDecoder, Transformer
+
+
+def kind(config: Transformer) -> str:
+    if isinstance(config, EncoderDecoder):
+        return "encoder-decoder"
+    return "decoder" if config.causal else "encoder"
+
+
+def features(config: Transformer) -> str:
+    """What tells a family from others, in models that leave every setting at its default."""
+    said = [config.positions, config.norm, f"{config.norm_placement}-norm", config.activation + (", gated" if config.gated else "")]
+    said += [name for name in ("parallel", "qk_norm", "shared_layers", "embed_norm", "norm_offset") if getattr(config, name)]
+    said += ["local layers"] * (config.window is not None) + [f"{config.experts} experts"] * (config.experts > 0)
+    return ", ".join(said)
+
+
+def table() -> str:
+    """One line a family, from its table in `lmx/interop/families`."""
+    lines = ["| `model_type` | kind | by default | classes of transformers |", "| --- | --- | --- | --- |"]
+    for name, family in sorted(FAMILIES.items()):
+        config = family.read({"model_type": name})
+        classes = ", ".join(family.architectures) if family.architectures else family.architecture
+        lines.append(f"| {name} | {kind(config)} | {features(config)} | {classes} |")
+    return "\n".join(lines)
+
+
+def test_the_readme_has_every_family(root):
+    readme = (root / "README.md").read_text()
+    assert table() in readme, "run python tests/parallel/tables.py"
+    for objective in OBJECTIVES:
+        assert f"`{objective}`" in readme
