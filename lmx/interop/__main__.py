@@ -24,7 +24,7 @@ from lmx.core.tree import named_leaves, size
 from lmx.interop.checkpoint import Model, Names, found_tensors, read_config, save
 from lmx.interop.compare import compare
 from lmx.interop.families import FAMILIES
-from lmx.models import transformer
+from lmx.models.families import functions
 from lmx.parallel.layout import AXES, Layout
 from lmx.parallel.rules import rules, shardings
 from lmx.train.checkpoints import load_params
@@ -93,7 +93,7 @@ def inspect(path: Path, layout: Layout) -> None:
     names, there = Names(model), found_tensors(model, path)
     degrees = tuple(getattr(layout, axis) for axis in AXES)
     mesh = AbstractMesh(degrees, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    specs = transformer.specs(model.config)
+    specs = functions(model.config).specs(model.config)
     where = named_leaves(shardings(specs, mesh, rules(layout, split=layout.zero >= 3)))
     console = Console()
     settings = Table(title=f"{path}: a {model.family}")
@@ -129,7 +129,7 @@ def export(run: Path, path: Path, family: str) -> None:
         raise ConfigError(f"--family {family} is not one of {', '.join(sorted(FAMILIES))}")
     experiment = from_json(Experiment, read_record(run)["config"])
     model = Model(experiment.model, family)
-    specs = transformer.specs(experiment.model)
+    specs = functions(experiment.model).specs(experiment.model)
     abstract = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, "float32"), specs, is_leaf=is_spec)
     save(model, load_params(run / "checkpoints", abstract), path)
     print(f"{path}: a {family} that transformers loads, {_bytes(4 * size(abstract))}")

@@ -8,9 +8,9 @@ from flax import nnx
 from lmx.core.execution import Execution
 from lmx.core.params import is_spec
 from lmx.core.tree import Tree
-from lmx.models.config import Transformer
+from lmx.models.config import Model
+from lmx.models.families import functions
 from lmx.models.losses import logits
-from lmx.models.transformer import forward, specs
 
 
 class Module(nnx.Module):
@@ -20,19 +20,21 @@ class Module(nnx.Module):
     of each dimension. So `nnx.state`, `nnx.split`, `nnx.grad` and `nnx.Optimizer` treat it as any other module.
     """
 
-    def __init__(self, config: Transformer, params: Tree, execution: Execution = Execution()):
+    def __init__(self, config: Model, params: Tree, execution: Execution = Execution()):
         """Args: the config, and parameters as its table says (an `lmx.interop.Model`'s config and what `load` gives)."""
         self.config, self.execution = config, execution
         # Eager sharding would take logical names for those of mesh axes.
         with nnx.use_eager_sharding(False):
             self.params = nnx.data(
-                jax.tree.map(lambda spec, value: nnx.Param(value, out_sharding=spec.axes), specs(config), params, is_leaf=is_spec)
+                jax.tree.map(
+                    lambda spec, value: nnx.Param(value, out_sharding=spec.axes), functions(config).specs(config), params, is_leaf=is_spec
+                )
             )
 
     def __call__(self, tokens: jax.Array, **inputs: Any) -> jax.Array:
-        """Logits `[batch, length, vocab]`; inputs as of `lmx.models.transformer.forward`."""
+        """Logits `[batch, length, vocab]`; inputs as of its forward."""
         params = parameters(self)
-        output = forward(params, self.config, tokens, execution=self.execution, **inputs)
+        output = functions(self.config).forward(params, self.config, tokens, execution=self.execution, **inputs)
         return logits(params, self.config, output.hidden)
 
 

@@ -11,14 +11,15 @@ from lmx.core.tree import Tree
 from lmx.interop import pairs
 from lmx.interop.checkpoint import Model
 from lmx.interop.outputs import headed
-from lmx.models.config import EncoderDecoder
-from lmx.models.transformer import forward
+from lmx.models.config import RWKV, EncoderDecoder
+from lmx.models.families import functions
 
 TAKEN = ("input_ids", "attention_mask", "position_ids", "labels")
 
 
 def call(model: Model, params: Tree, inputs: Mapping[str, Any], *, execution: Execution = Execution()) -> dict[str, Any]:
-    """What the peer's forward gives: `hidden_states` (a tuple: the embeddings, then each layer's output, the last one after the final norm),
+    """What the peer's forward gives: `hidden_states` (a tuple: the embeddings, then each layer's output, the last one after the final norm; of
+    an RWKV each layer's output, then that of the final norm),
     `last_hidden_state`, and what the model's head gives of it (`lmx.interop.outputs`): `logits` and with labels `loss`.
 
     A token's position is its place among the real ones of its row, wherever the padding is. Differentiable in params. Of an encoder-decoder:
@@ -44,13 +45,13 @@ def call(model: Model, params: Tree, inputs: Mapping[str, Any], *, execution: Ex
         positions = jnp.where(counted, jnp.cumsum(counted, -1), 0) - 1
     elif positions is None and mask is not None:
         positions = jnp.maximum(jnp.cumsum(mask, -1) - 1, 0)
-    tapped = Execution(**vars(execution) | {"taps": (*execution.taps, "layers/*/input")})
+    site = "output" if isinstance(config, RWKV) else "input"
+    tapped = Execution(**vars(execution) | {"taps": (*execution.taps, f"layers/*/{site}")})
+    more = {"token_types": inputs["token_type_ids"]} if "token_type_ids" in inputs else {}
     with jax.default_matmul_precision(execution.precision.products):
-        output = forward(
-            params, config, tokens, positions=positions, segments=mask, token_types=inputs.get("token_type_ids"), execution=tapped
-        )
+        output = functions(config).forward(params, config, tokens, positions=positions, segments=mask, execution=tapped, **more)
         found: dict[str, Any] = {
             "last_hidden_state": output.hidden,
-            "hidden_states": (*(output.taps[f"layers/{i}/input"] for i in range(config.layers)), output.hidden),
+            "hidden_states": (*(output.taps[f"layers/{i}/{site}"] for i in range(config.layers)), output.hidden),
         }
         return found | headed(model, params, output.hidden, mask, inputs, execution)

@@ -21,8 +21,8 @@ from lmx.interop.families import FAMILIES
 from lmx.interop.family import Family, Fused
 from lmx.interop.files import has_tensors, open_tensors, write_tensors
 from lmx.models import config as model_config
-from lmx.models import transformer
 from lmx.models.config import Transformer
+from lmx.models.families import functions
 from lmx.parallel.layout import Layout
 from lmx.parallel.rules import rules, shardings
 
@@ -84,7 +84,7 @@ def load(folder: str | Path, *, dtype=jnp.float32, mesh: Mesh | None = None, lay
     named, zeros = Names(model).found(there)
     tensors = {name: there[own] for name, own in named.items()} | zeros
     model = replace(model, renamed=tuple((name, own) for name, own in named.items() if name != own))
-    specs = transformer.specs(model.config)
+    specs = functions(model.config).specs(model.config)
     if mesh is None:
         where = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), specs, is_leaf=is_spec)
     else:
@@ -163,7 +163,9 @@ class Names:
 
     def __init__(self, model: Model):
         self.model = model
-        self.specs = {name_of(p): s for p, s in jax.tree_util.tree_leaves_with_path(transformer.specs(model.config), is_leaf=is_spec)}
+        self.specs = {
+            name_of(p): s for p, s in jax.tree_util.tree_leaves_with_path(functions(model.config).specs(model.config), is_leaf=is_spec)
+        }
 
     @cached_property
     def places(self) -> dict[str, Place]:

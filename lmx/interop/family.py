@@ -116,6 +116,7 @@ class Family:
       turned: whether linear layers are stored `[outputs, inputs]`.
       prefixes: what published files may leave out before a name, or have before it.
       renamed: ends of names, and what older files have in their place.
+      kind: the type of our config, of one stack.
       pads_uncounted: whether padding, told by its token, has no position (RoBERTa).
       leftover: patterns of tensors in older files that are no parameters.
       copies: patterns of tensors in older files that repeat the table of embeddings; one that differs from it is refused.
@@ -139,6 +140,7 @@ class Family:
     architectures: Mapping[str, Architecture] = field(default_factory=dict)
     renamed: tuple[tuple[str, str], ...] = ()
     pads_uncounted: bool = False
+    kind: type = Transformer
     copies: tuple[str, ...] = ()
     zeros: tuple[str, ...] = ()
     tokens: Mapping[str, int] = field(default_factory=dict)
@@ -169,7 +171,7 @@ class Family:
         reader.finish(self.ignored)
         encoder = {name.removeprefix("encoder."): value for name, value in ours.items() if name.startswith("encoder.")}
         ours = {name: value for name, value in ours.items() if not name.startswith("encoder.")}
-        return EncoderDecoder(**ours, encoder=Transformer(**encoder)) if encoder else Transformer(**ours)
+        return EncoderDecoder(**ours, encoder=Transformer(**encoder)) if encoder else self.kind(**ours)
 
     def write(self, config: Transformer) -> dict[str, Any]:
         """Theirs from ours. Raises ValueError for a setting that the family has no field for."""

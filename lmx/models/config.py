@@ -240,6 +240,7 @@ class RWKV:
     vocabulary_head: ClassVar[bool] = True
     causal: ClassVar[bool] = True
     shared_layers: ClassVar[bool] = False
+    token_types: ClassVar[int] = 0
 
     @property
     def width(self) -> int:

@@ -9,12 +9,11 @@ A group's parameters (and its cache) are held in one of two forms, which `unstac
 Where all repeats share their parameters (ALBERT), either form holds those of one.
 
 What a layer has inside comes back by its name where `Execution.taps` has a pattern for it: `layers/3/input` is the residual stream as layer 3
-reads it, `layers/*/input` that of all layers.
+reads it, `layers/*/output` what each layer leaves.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from jaxtyping import Float
 
 from lmx.core.execution import Execution
 from lmx.core.params import stacked
-from lmx.core.tree import Tree
+from lmx.core.tree import Tree, matches
 from lmx.core.weights import PRODUCT
 from lmx.models import block
 from lmx.models.config import Model
@@ -131,16 +130,13 @@ def _unrolled(x, layers, cache, group, config, context, execution, run):
         repeat, place = divmod(i, len(group.pattern))
         kept = None if cache is None else cache[i]
         kind, layer = group.pattern[place], group.layer(repeat, place)
-        if _wanted(layer, "input", execution):
-            tapped[f"layers/{layer}/input"] = x
-        x, after, more = run(x, params, config, context, execution, kind=kind, layer=layer, cache=kept)
+        y, after, more = run(x, params, config, context, execution, kind=kind, layer=layer, cache=kept)
+        inside = {f"layers/{layer}/input": x, f"layers/{layer}/output": y}
+        tapped |= {name: value for name, value in inside.items() if matches(name, execution.taps)}
+        x = y
         new.append(after)
         aux = added(aux, more)
     return x, None if cache is None else tuple(new), aux, tapped
-
-
-def _wanted(layer: int, site: str, execution: Execution) -> bool:
-    return any(fnmatchcase(f"layers/{layer}/{site}", pattern) for pattern in execution.taps)
 
 
 def _scan(x, layers, cache, group, config, context, execution, run):
@@ -150,21 +146,24 @@ def _scan(x, layers, cache, group, config, context, execution, run):
         x, params = checkpoint_name(x, INPUT), fetched(params)
         new, aux, inside = {}, {}, {}
         for p, kind in enumerate(group.pattern):
-            if p in tapped:
-                inside[p] = x
+            if (p, "input") in tapped:
+                inside[p, "input"] = x
             before = None if kept is None else kept[str(p)]
             at = group.layer(index, p)
             x, new[str(p)], more = run(x, params[str(p)], config, context, execution, kind=kind, layer=at, cache=before)
+            if (p, "output") in tapped:
+                inside[p, "output"] = x
             aux = added(aux, more)
         return x, (None if kept is None else new, aux, inside)
 
-    names = {p: {r: group.layer(r, p) for r in range(group.repeats)} for p in range(len(group.pattern))}
-    tapped = {p: {r: layer for r, layer in of.items() if _wanted(layer, "input", execution)} for p, of in names.items()}
-    tapped = {p: of for p, of in tapped.items() if of}
+    places = range(len(group.pattern))
+    names = {(p, s): {r: f"layers/{group.layer(r, p)}/{s}" for r in range(group.repeats)} for p in places for s in ("input", "output")}
+    tapped = {at: {r: name for r, name in of.items() if matches(name, execution.taps)} for at, of in names.items()}
+    tapped = {at: of for at, of in tapped.items() if of}
     shared = jax.tree.map(lambda a: a[0], layers) if config.shared_layers else None
     inputs = (jnp.arange(group.repeats), None if config.shared_layers else layers, cache)
     x, (new, aux, inside) = jax.lax.scan(_remat(repeat, execution), x, inputs, unroll=execution.unroll)
-    found = {f"layers/{layer}/input": inside[p][r] for p, of in tapped.items() for r, layer in of.items()}
+    found = {name: inside[at][r] for at, of in tapped.items() for r, name in of.items()}
     return x, new, jax.tree.map(lambda a: a.sum(0), aux), found
 
 

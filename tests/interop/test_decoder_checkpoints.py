@@ -15,7 +15,7 @@ from lmx.interop.files import mapped
 
 DECODERS = (
     *("gpt2", "gpt2_hub", "llama", "llama3", "llama_v4", "mistral", "mistral_bf16", "gemma", "gemma2", "glm", "mixtral", "opt", "bloom"),
-    "bloom_pow2",
+    *("bloom_pow2", "rwkv"),
 )
 OWN = sorted(path.parent.name for path in (Path(__file__).parent.parent / "data_files" / "interop").glob("*/golden.safetensors"))
 """Cases that lie with the tests."""

@@ -2,17 +2,21 @@
 
 from lmx.data.denoising import OBJECTIVES
 from lmx.interop.families import FAMILIES
-from lmx.models.config import EncoderDecoder, Transformer
+from lmx.models.config import RWKV, EncoderDecoder, Transformer
 
 
 def kind(config: Transformer) -> str:
     if isinstance(config, EncoderDecoder):
         return "encoder-decoder"
+    if isinstance(config, RWKV):
+        return "recurrent decoder"
     return "decoder" if config.causal else "encoder"
 
 
 def features(config: Transformer) -> str:
     """What tells a family from others, in models that leave every setting at its default."""
+    if isinstance(config, RWKV):
+        return "a state of constant size"
     said = [config.positions, config.norm, f"{config.norm_placement}-norm", config.activation + (", gated" if config.gated else "")]
     said += [name for name in ("parallel", "qk_norm", "shared_layers", "embed_norm", "norm_offset") if getattr(config, name)]
     said += ["local layers"] * (config.window is not None) + [f"{config.experts} experts"] * (config.experts > 0)
