@@ -94,6 +94,8 @@ def _check(model: Model, ids: list[list[int]], max_new_tokens: int) -> None:
         )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    scaling = getattr(model, "rope_scaling", None)
+    longest = model.context if scaling is None or scaling.kind != "dynamic" else int(model.context * scaling.factor)
     for i, prompt in enumerate(ids):
         if not prompt:
             raise ValueError(f"prompt {i} is empty; begin it with at least one token")
@@ -108,7 +110,7 @@ def _check(model: Model, ids: list[list[int]], max_new_tokens: int) -> None:
                     raise ValueError(
                         f"{name} has {tokens} tokens, and model.{'encoder.' if name != 'max_new_tokens' else ''}context={limit}"
                     )
-        elif len(prompt) + max_new_tokens > model.context:
+        elif len(prompt) + max_new_tokens > longest:
             raise ValueError(
                 f"prompt {i} has {len(prompt)} tokens and max_new_tokens={max_new_tokens}: longer than model.context={model.context}"
             )

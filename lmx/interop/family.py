@@ -207,7 +207,9 @@ class Family:
     def modules_of(self, config: Transformer) -> dict[str, str | Fused]:
         """The modules of a model's class, those first that matter first: an untied head's matrix and bias, or what a tied one has beside."""
         one = self.architectures.get(self.named(config), Architecture({}))
-        found = {name.removeprefix(one.bare): ours for name, ours in (self.modules | self.variants(config)).items()}
+        variants = self.variants(config)
+        names = variants | {name: ours for name, ours in self.modules.items() if name not in variants}
+        found = {name.removeprefix(one.bare): ours for name, ours in names.items()}
         found |= one.modules
         return dict(sorted(found.items(), key=lambda pair: (pair[1] == "head") == config.tied))
 
