@@ -194,17 +194,15 @@ def kept(work: Work, *, mixture: bool = False, cpu: bool = False) -> dict[str, i
         hidden = (work.routed * here.expert_mlp + tokens * here.shared) * work.compute * (2 if work.gated else 1)
     activated = 0 if cpu else tokens * (here.shared if mixture else here.mlp) * work.compute
     returned = 4 * work.routed * work.embed  # what experts give, fp32, by which the gradients of the router's weights are formed
-    # A norm's input at a layer's beginning, or, where nothing but a gather reads it, the whole of it.
-    entering = work.whole if work.post else work.between
     if remat == "full":
-        return {"layer inputs": entering}
+        return {"layer inputs": work.between}
     if remat == "sites":
         sites = {"query": queries, "key": keys, "value": keys, "mixed": queries, "hidden": 0 if mixture else hidden}
-        return {"layer inputs": entering, "sites": sum(sites[site] for site in set(work.layout.sites))}
+        return {"layer inputs": work.between, "sites": sum(sites[site] for site in set(work.layout.sites))}
     if remat == "dots":
         outputs = work.between * (work.reads - 1 + work.after)
         routed = work.routed * work.embed * work.compute if mixture else 0
-        return {"layer inputs": entering, "products": outputs + queries + 2 * keys + hidden + routed}
+        return {"layer inputs": work.between, "products": outputs + queries + 2 * keys + hidden + routed}
     found = {
         "inputs of norms": work.norms * work.between,
         "inputs of projections": (work.reads - mixture) * work.whole + queries,

@@ -159,8 +159,6 @@ def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
     if not work.layout.sequence:
         return [*found, Traffic("all-reduce", axes, size, sums + mixed, "residual stream")]
     kept = work.reads if remat != "none" else 0
-    if work.post and remat != "none":
-        kept = 1  # a layer's input is kept whole, since attention reads it without a norm
     gathers = (work.reads * work.forwards + 2 + kept) * times + (work.forwards + 1 + (remat != "none")) * shared
     if work.written_out and remat != "full":  # a gradient is gathered for the input's and for the weight's apart
         gathers += times if cpu else times + dense

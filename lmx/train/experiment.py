@@ -19,7 +19,7 @@ from lmx.parallel import layout as layouts
 from lmx.parallel.hosts import Hosts
 from lmx.parallel.layout import Layout
 from lmx.train.checkpoints import Checkpoints
-from lmx.train.objectives import CausalLM, Objective
+from lmx.train.objectives import CausalLM, Objective, Seq2Seq
 from lmx.train.optimizers import AdamW, Optimizer
 
 RESUMABLE = ("layout", "hosts", "microbatches", "steps", "log_every", "evaluation", "samples", "checkpoints", "folder", "start")
@@ -144,6 +144,8 @@ def check(experiment: Experiment, devices: int | None = None) -> None:
 
 def _check_objective(experiment: Experiment) -> None:
     model, objective = experiment.model, experiment.objective
+    if isinstance(model, EncoderDecoder) != isinstance(objective, Seq2Seq):
+        raise ConfigError(f"objective={type(objective).__name__} is not for model={type(model).__name__}: Seq2Seq trains an EncoderDecoder")
     if model.causal != objective.causal:
         wanted = (
             "MaskedLM, for a model that sees the whole text" if objective.causal else "CausalLM, for a model that sees what came before"

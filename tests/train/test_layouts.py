@@ -73,7 +73,8 @@ def test_losses_of_twenty_steps_and_every_gradient_equal_one_devices(name, exper
     losses, gradient, state = train(experiment(layout=LAYOUTS[name], optimizer=DESCENT))
     expected, reference, _ = one_device(experiment)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    assert max(disagreement(gradient, reference).values()) < 2e-5
+    # How far a parameter moved tells its gradient to the last place of the parameter: of a norm's scale near 1, 5e-7 of a gradient of 0.016.
+    assert max(disagreement(gradient, reference).values()) < 5e-5
     assert expected[-1] < expected[0] - 0.5, "twenty steps must learn, or equality means little"
     chex.assert_tree_all_finite(state.params)
 
