@@ -1,6 +1,7 @@
 """A model called as its peer is: inputs and outputs by the peer's names."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -35,18 +36,17 @@ def call(model: Model, params: Tree, inputs: Mapping[str, Any], *, execution: Ex
     for name in inputs:
         if name not in taken:
             raise ValueError(f"a {model.family} takes {', '.join(taken)}, not {name}")
-    mask = inputs.get("attention_mask")
-    mask = None if mask is None else jnp.asarray(mask).astype(jnp.int32)
-    positions = inputs.get("position_ids")
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    among, mask = pairs.places(None if mask is None else jnp.asarray(mask))
     if positions is not None and model.table.pads_uncounted:  # whose positions are rows of the table
         positions = jnp.asarray(positions) - config.first_position
     elif positions is None and model.table.pads_uncounted:
         counted = tokens != config.first_position - 1
         positions = jnp.where(counted, jnp.cumsum(counted, -1), 0) - 1
-    elif positions is None and mask is not None:
-        positions = jnp.maximum(jnp.cumsum(mask, -1) - 1, 0)
+    elif positions is None:
+        positions = among
     site = "output" if isinstance(config, RWKV) else "input"
-    tapped = Execution(**vars(execution) | {"taps": (*execution.taps, f"layers/*/{site}")})
+    tapped = replace(execution, taps=(*execution.taps, f"layers/*/{site}"))
     more = {"token_types": inputs["token_type_ids"]} if "token_type_ids" in inputs else {}
     with jax.default_matmul_precision(execution.precision.products):
         output = functions(config).forward(params, config, tokens, positions=positions, segments=mask, execution=tapped, **more)

@@ -1,7 +1,6 @@
 """Checkpoints of Hugging Face's layout in and out, tensor by tensor."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -16,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lmx.core.params import ParamSpec, is_spec
-from lmx.core.tree import Tree, name_of
+from lmx.core.tree import Tree, name_of, named_leaves
 from lmx.interop.families import FAMILIES
 from lmx.interop.family import Family, Fused
 from lmx.interop.files import has_tensors, open_tensors, write_tensors
@@ -80,8 +79,8 @@ def load(folder: str | Path, *, dtype=jnp.float32, mesh: Mesh | None = None, lay
     """
     folder = Path(folder)
     model = read_config(folder)
-    there = open_tensors(folder)
-    named, zeros = Names(model).found(there)
+    there, names = open_tensors(folder), Names(model)
+    named, zeros = names.found(there)
     tensors = {name: there[own] for name, own in named.items()} | zeros
     model = replace(model, renamed=tuple((name, own) for name, own in named.items() if name != own))
     specs = functions(model.config).specs(model.config)
@@ -91,7 +90,7 @@ def load(folder: str | Path, *, dtype=jnp.float32, mesh: Mesh | None = None, lay
         where = shardings(specs, mesh, rules(layout, split=layout.zero == 3))
 
     def leaf(path: tuple, spec: ParamSpec, sharding) -> jax.Array:
-        read = _reader(tensors, name_of(path), spec, model)
+        read = _reader(tensors, name_of(path), spec, names)
         parts, at, part = [], None, None
         for device, index in sharding.addressable_devices_indices_map(spec.shape).items():  # one part at a time is in the host's memory
             if index != at:
@@ -163,9 +162,7 @@ class Names:
 
     def __init__(self, model: Model):
         self.model = model
-        self.specs = {
-            name_of(p): s for p, s in jax.tree_util.tree_leaves_with_path(functions(model.config).specs(model.config), is_leaf=is_spec)
-        }
+        self.specs = named_leaves(functions(model.config).specs(model.config), is_leaf=is_spec)
 
     @cached_property
     def places(self) -> dict[str, Place]:
@@ -261,9 +258,8 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _reader(there: Mapping[str, np.ndarray], name: str, spec: ParamSpec, model: Model) -> Callable[[tuple[slice, ...]], np.ndarray]:
+def _reader(there: Mapping[str, np.ndarray], name: str, spec: ParamSpec, names: Names) -> Callable[[tuple[slice, ...]], np.ndarray]:
     """What reads any part of one of our leaves."""
-    names = Names(model)
     place, layers = names.place(name), names.layers(name)
     stacked = bool(lead(name))
     one = replace(spec, shape=spec.shape[1:], axes=spec.axes[1:]) if stacked else spec
@@ -312,7 +308,7 @@ def _part_shapes(fused: Fused, name: str, names: Names) -> list[tuple[int, ...]]
 def _writers(model: Model, tree: Tree) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
     """For every tensor of a checkpoint its shape and what makes it."""
     names = Names(model)
-    leaves = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    leaves = named_leaves(tree)
     if set(leaves) != set(names.specs):
         raise ValueError(f"the tree is not of this model's parameters: {_some(sorted(set(leaves) ^ set(names.specs)))} differ")
     found: dict[str, tuple[tuple[int, ...], Callable]] = {}
@@ -366,15 +362,3 @@ class _Writer:
             return joined.reshape(self.shape)
         matrix = joined.reshape(int(np.prod(joined.shape[:lead])), -1)
         return matrix.T if self.names.turned(self.parts[0]) else matrix
-
-
-def copy_besides(source: Path, target: Path) -> None:
-    """Copies what a checkpoint's folder has beside the model: its tokenizer, its generation settings."""
-    for path in Path(source).iterdir():
-        if (
-            path.is_file()
-            and path.suffix in (".json", ".model", ".txt", ".jinja")
-            and "safetensors" not in path.name
-            and path.name != "config.json"
-        ):
-            shutil.copy2(path, target / path.name)

@@ -53,6 +53,11 @@ def headed(
 def _of_vocabulary(config, params: Tree, hidden: Array, labels: Array, execution: Execution) -> Array:
     if config.causal:
         hidden, labels = hidden[:, :-1], labels[:, 1:]
+    return entropy_of(config, params, hidden, labels, execution)
+
+
+def entropy_of(config, params: Tree, hidden: Array, labels: Array, execution: Execution) -> Array:
+    """The mean over labels `[batch, length]` that are not -100, each of the hidden state in its own place."""
     weights = (labels != IGNORED).astype(jnp.float32)
     total, _ = cross_entropy(params, config, hidden, jnp.maximum(labels, 0), weights, execution=execution)
     return total / weights.sum()

@@ -11,12 +11,11 @@ from jax import Array
 from lmx.core.execution import Execution
 from lmx.core.tree import Tree
 from lmx.interop.checkpoint import Model
-from lmx.models.losses import cross_entropy, logits
+from lmx.interop.outputs import IGNORED, entropy_of
+from lmx.models.losses import logits
 from lmx.models.transformer import Source, forward
 
 TAKEN = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels")
-IGNORED = -100
-"""The label of what is not to be predicted."""
 
 
 def call(model: Model, params: Tree, inputs: Mapping[str, Any], *, execution: Execution = Execution()) -> dict[str, Any]:
@@ -39,9 +38,9 @@ def call(model: Model, params: Tree, inputs: Mapping[str, Any], *, execution: Ex
         if labels is None:
             raise ValueError(f"a {model.family} needs decoder_input_ids, or labels to make them of")
         tokens = shifted(model, labels)
-    (positions, segments), mask = _places(given.get("attention_mask")), given.get("decoder_attention_mask")
+    (positions, segments), mask = places(given.get("attention_mask")), given.get("decoder_attention_mask")
     source = Source(given["input_ids"], positions, segments)
-    positions, segments = _places(mask)
+    positions, segments = places(mask)
     taps = (*execution.taps, "layers/*/input", "encoder/layers/*/input")
     with jax.default_matmul_precision(execution.precision.products):
         output = forward(
@@ -54,9 +53,7 @@ def call(model: Model, params: Tree, inputs: Mapping[str, Any], *, execution: Ex
             "decoder_hidden_states": (*(output.taps[f"layers/{i}/input"] for i in range(config.layers)), output.hidden),
         }
         if labels is not None:
-            weights = (labels != IGNORED).astype(jnp.float32)
-            total, _ = cross_entropy(params, config, output.hidden, jnp.maximum(labels, 0), weights, execution=execution)
-            found["loss"] = total / weights.sum()
+            found["loss"] = entropy_of(config, params, output.hidden, labels, execution)
     return found
 
 
@@ -72,7 +69,7 @@ def shifted(model: Model, labels: Array) -> Array:
     return jnp.where(before == IGNORED, ids["pad_token_id"], before)
 
 
-def _places(mask: Array | None) -> tuple[Array | None, Array | None]:
+def places(mask: Array | None) -> tuple[Array | None, Array | None]:
     """Positions and segments of tokens, padding on either side."""
     if mask is None:
         return None, None
