@@ -4,19 +4,15 @@
 name under `runs/`.
 """
 
-import io
-import sys
 from collections.abc import Sequence
-from contextlib import redirect_stderr
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import tyro
 from tyro.conf import Positional
 
-from lmx.core.config import ConfigError, diff, exits_with_one_line, flatten
+from lmx.core.config import ConfigError, diff, exits_with_one_line, flatten, subcommand
 from lmx.train.logging import RECORD, read_metrics, read_record
 
 RUNS = Path("runs")
@@ -150,16 +146,7 @@ def show_run(run: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The door. A wrong command or an unreadable run is one line on stderr and exit code 2."""
     with exits_with_one_line():
-        try:
-            with redirect_stderr(io.StringIO()):  # tyro tells of a wrong command in a box
-                command = tyro.cli(Diff | List | Show, args=argv, prog="python -m lmx.runs", description=__doc__)
-        except SystemExit as stop:
-            if stop.code:
-                raise ConfigError(
-                    f"{' '.join(sys.argv[1:] if argv is None else argv) or 'no command'}: not understood; usage: {USAGE}"
-                ) from None
-            raise
-        match command:
+        match subcommand(Diff | List | Show, argv, prog="python -m lmx.runs", description=__doc__, usage=USAGE):
             case Diff(a, b):
                 show_diff(a, b)
             case List(folder):

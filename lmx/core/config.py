@@ -448,6 +448,24 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def subcommand(commands: Any, argv: Sequence[str] | None, *, prog: str, description: str | None, usage: str) -> Any:
+    """The one of a union of dataclasses that a command line means, filled in.
+
+    Raises:
+      ConfigError: one line with the usage, where it means none (tyro would tell so in a box).
+    """
+    import tyro
+
+    try:
+        with redirect_stderr(io.StringIO()):
+            return tyro.cli(commands, args=argv, prog=prog, description=description)
+    except SystemExit as stop:
+        if stop.code:
+            said = " ".join(sys.argv[1:] if argv is None else argv) or "no command"
+            raise ConfigError(f"{said}: not understood; usage: {usage}") from None
+        raise
+
+
 @contextmanager
 def exits_with_one_line() -> Iterator[None]:
     """Turns a ValueError (ConfigError too) or FileNotFoundError into one red line on stderr and exit code 2.

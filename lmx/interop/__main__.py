@@ -3,22 +3,18 @@
 `python -m lmx.interop inspect PATH`, `compare A B`, `export RUN PATH --family llama`.
 """
 
-import io
 import math
-import sys
 from collections.abc import Sequence
-from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import tyro
 from jax.sharding import AbstractMesh, AxisType
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
-from lmx.core.config import ConfigError, exits_with_one_line, flatten, from_json
+from lmx.core.config import ConfigError, exits_with_one_line, flatten, from_json, subcommand
 from lmx.core.params import is_spec
 from lmx.core.tree import named_leaves, size
 from lmx.interop.checkpoint import Model, Names, found_tensors, read_config, save
@@ -70,15 +66,7 @@ class Export:
 def main(argv: Sequence[str] | None = None) -> None:
     """The door. A wrong command or an unreadable folder is one line on stderr and exit code 2."""
     with exits_with_one_line():
-        try:
-            with redirect_stderr(io.StringIO()):  # tyro tells of a wrong command in a box
-                command = tyro.cli(Inspect | Compare | Export, args=argv, prog="python -m lmx.interop", description=__doc__)
-        except SystemExit as stop:
-            if stop.code:
-                said = " ".join(sys.argv[1:] if argv is None else argv) or "no command"
-                raise ConfigError(f"{said}: not understood; usage: {USAGE}") from None
-            raise
-        match command:
+        match subcommand(Inspect | Compare | Export, argv, prog="python -m lmx.interop", description=__doc__, usage=USAGE):
             case Inspect(path, layout):
                 inspect(path, layout)
             case Compare(a, b):

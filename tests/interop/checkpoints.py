@@ -29,11 +29,12 @@ class Case:
         self.folder = folder
         self.golden = mapped(folder / "golden.safetensors")
         self.model, self.params = interop.load(folder)
+        self.inputs = {name.removeprefix("input."): a for name, a in self.golden.items() if name.startswith("input.")}
 
     @cached_property
     def outputs(self) -> tuple[dict, dict]:
         """What `call` gives, and the gradient of its loss."""
-        inputs = {name: self.golden[f"input.{name}"] for name in ("input_ids", "attention_mask", "labels")}
+        inputs = {name: self.inputs[name] for name in ("input_ids", "attention_mask", "labels")}
 
         def loss(params):
             found = interop.call(self.model, params, inputs)

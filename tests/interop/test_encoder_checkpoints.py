@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from checkpoints import Case, apart
 from lmx import interop
 from lmx.interop.files import mapped, write_tensors
 from lmx.parallel.layout import Layout, make_mesh
@@ -19,23 +20,10 @@ SHARED = ("bert", "bert_hub", "bert_pooled", "bert_classifier", "distilbert", "a
 OLD = {"gamma": "weight", "beta": "bias"}
 
 
-def apart(found, expected) -> float:
-    """max|a - b| / max|b|."""
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
-
-
 def now(name: str) -> str:
     """A tensor's name without what old files have otherwise."""
     *lead, last = name.removeprefix("bert.").split(".")
     return ".".join([*lead, OLD.get(last, last)])
-
-
-class Case:
-    def __init__(self, folder: Path):
-        self.folder, self.golden = folder, mapped(folder / "golden.safetensors")
-        self.model, self.params = interop.load(folder)
-        self.inputs = {name.removeprefix("input."): a for name, a in self.golden.items() if name.startswith("input.")}
 
 
 @pytest.fixture(scope="module", params=[*SHARED, *sorted(path.name for path in HERE.iterdir())])
