@@ -31,6 +31,15 @@ def cheaply_compiled():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(scope="module")
+def compiled_here():
+    """For tests that run programs of their own on several devices: `lmx.parallel.host.compiled_here` says why."""
+    from lmx.parallel import host
+
+    with host.compiled_here(jax.make_mesh((8,), ("data",))):
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared(root: Path) -> Path:
     """Reference cases beside the repository; tests that need them skip where they are absent."""

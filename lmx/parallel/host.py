@@ -3,9 +3,12 @@
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+from jax.sharding import AbstractMesh, Mesh
 
 
 def keep_pages() -> None:
@@ -27,3 +30,27 @@ def keep_pages() -> None:
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def on_cpus(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether the mesh is of CPU devices that are here."""
+    return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
+
+
+@contextmanager
+def compiled_here(mesh: Mesh | AbstractMesh) -> Iterator[None]:
+    """What is compiled inside for several CPU devices is not written to the compilation cache, so that it is never read from there.
+
+    XLA:CPU runs what does not depend on each other at once, but collectives in their order. A program that it has read from the cache
+    has lost that order; and since all collectives inside `shard_map` share one channel, two that run at once take each other's data: wrong
+    numbers, NaN, or an abort ("Id can't be larger than the number of participating threads"). Seen in jaxlib 0.12.0.
+    """
+    if mesh.size == 1 or not on_cpus(mesh):
+        yield
+        return
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
+    try:
+        yield
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)

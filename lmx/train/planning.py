@@ -25,6 +25,7 @@ from lmx.parallel import absent, chips, cost, hlo, roofline
 from lmx.parallel.chips import Chip
 from lmx.parallel.cost import Work
 from lmx.parallel.feed import batch_sharding
+from lmx.parallel.host import compiled_here
 from lmx.parallel.layout import AXES, Layout, make_mesh
 from lmx.parallel.roofline import Time
 from lmx.parallel.traffic import Traffic, traffic
@@ -296,7 +297,7 @@ def compile_step(experiment: Experiment, chip: str | None = None) -> hlo.Compile
     program = build(experiment, mesh.abstract_mesh if chip and experiment.layout.offload else mesh)
     batch = batch_structs(experiment, batch_sharding(program.mesh, microbatches=True))
     if program.mesh is mesh:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), compiled_here(mesh):
             made = program.step.jitted.lower(program.abstract, batch).compile()
     else:
         made = absent.compiled(program.step.jitted, mesh, program.abstract, batch)

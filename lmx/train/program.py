@@ -13,7 +13,7 @@ from lmx.core.tree import Tree
 from lmx.models.families import functions
 from lmx.parallel import overlap, pipeline
 from lmx.parallel.feed import batch_sharding
-from lmx.parallel.host import keep_pages
+from lmx.parallel.host import compiled_here, keep_pages, on_cpus
 from lmx.parallel.layout import make_mesh
 from lmx.parallel.ordered import ordered
 from lmx.parallel.rules import rules
@@ -69,7 +69,7 @@ def build(experiment: Experiment, mesh: Mesh | AbstractMesh | None = None) -> Pr
     mesh, specs = mesh or make_mesh(layout), pipeline.arranged(functions(model).specs(model), layout)
     recipe = partial(optimizers.build, experiment.optimizer, experiment.steps)
     transform, rate = recipe(specs)
-    on_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
+    on_cpu = on_cpus(mesh)
     depth = SHALLOW if on_cpu else DEEP if mesh.size == 1 else 0
     unroll = model.layers if model.layers <= depth and not layout.ordered else 1
     plain = layout.ordered > 0
@@ -131,7 +131,7 @@ def _on(mesh: Mesh, precision: Precision, function: Callable) -> Callable:
 
     @wraps(function)
     def entered(*args):
-        with jax.set_mesh(mesh), jax.default_matmul_precision(precision.products):
+        with jax.set_mesh(mesh), compiled_here(mesh), jax.default_matmul_precision(precision.products):
             return function(*args)
 
     entered.jitted = function

@@ -256,6 +256,7 @@ def test_rules_without_a_mesh_do_nothing(windows):
     assert jaxpr(Execution(rules=RULES)) == jaxpr(Execution())
 
 
+@pytest.mark.usefixtures("compiled_here")
 def test_a_mesh_changes_neither_loss_gradients_nor_dropout():
     config = Transformer(**SIZES, layers=2, kv_heads=2)
     params, batch = parameters(config), batch_of(4)

@@ -19,6 +19,8 @@ from lmx.parallel.context import arrange
 from lmx.parallel.layout import Layout, make_mesh
 from lmx.parallel.rules import rules
 
+pytestmark = pytest.mark.usefixtures("compiled_here")
+
 LENGTH, HEADS, KV_HEADS, DIM = 32768, 8, 2, 32
 
 

@@ -15,6 +15,8 @@ from lmx.parallel.layout import Layout, make_mesh
 from lmx.train.experiment import check
 from runs import experiment, train
 
+pytestmark = pytest.mark.usefixtures("compiled_here")
+
 LAYOUTS = {
     "zero-3 and tensor": (Layout(fsdp=2, tensor=2, data=2, remat="full"), 1),
     "ring": (Layout(fsdp=2, context=2, zero=2), 1),

@@ -18,6 +18,8 @@ from lmx.parallel.rules import rules
 from lmx.train.objectives import CausalLM
 from lmx.train.step import Task, accumulate
 
+pytestmark = pytest.mark.usefixtures("compiled_here")
+
 RULES = rules(Layout())
 MODEL = Transformer(vocab=40, layers=2, embed=16, heads=2, mlp=32, context=32, init_std=0.2)
 LENGTH, TEXTS = 16, 8
