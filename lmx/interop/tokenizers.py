@@ -9,13 +9,14 @@ from typing import Any
 
 from lmx.data import chat
 from lmx.data.chat import Message
+from lmx.interop import plain_vocabularies
+from lmx.interop.plain_vocabularies import WORDPIECE_CLASSES
 from lmx.interop.tokenizer_files import ROLES, ROLES_OF_CLASS, USUAL, Added, Files, read_files
 from lmx.interop.vocabularies import FAIRSEQ, KINDS, Json, Kind, Pieces, Vocabulary
 
 PIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 CONFIG_FILE = "tokenizer_config.json"
 
-BERT_LIKE = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")
 # What cleaning up does to decoded text, in order.
 CLEANED = (
     (" .", "."),
@@ -195,7 +196,8 @@ class CheckpointTokenizer:
 
 
 def load_tokenizer(path: str | Path) -> CheckpointTokenizer:
-    """The tokenizer in a checkpoint's folder: `tokenizer.json`, else a SentencePiece model, and the small files beside it.
+    """The tokenizer in a checkpoint's folder: `tokenizer.json`, else a SentencePiece model, else `vocab.txt` or `vocab.json` with
+    `merges.txt`, and the small files beside it.
 
     Raises:
       FileNotFoundError: no such folder.
@@ -208,15 +210,14 @@ def load_tokenizer(path: str | Path) -> CheckpointTokenizer:
     files = read_files(folder)
     models = [name for name in PIECE_FILES if (folder / name).exists()]
     if (folder / "tokenizer.json").exists():
-        vocabulary, roles = _json(files)
+        vocabulary, roles = _json(files, (folder / "tokenizer.json").read_bytes())
     elif len(models) == 1:
         vocabulary, roles = _pieces(files, models[0])
+    elif not models and plain_vocabularies.found(folder):
+        vocabulary, roles = _json(files, plain_vocabularies.as_json(files))
     else:
-        found = f"has {' and '.join(models)}" if models else f"has none of tokenizer.json, {', '.join(PIECE_FILES)}"
-        raise ValueError(
-            f"{folder} {found}; expected exactly one vocabulary. vocab.json with merges.txt, or vocab.txt, become a tokenizer.json by "
-            "loading them once with transformers and save_pretrained"
-        )
+        none = f"has none of tokenizer.json, {', '.join(PIECE_FILES)}, vocab.txt, vocab.json with merges.txt"
+        raise ValueError(f"{folder} {f'has {" and ".join(models)}' if models else none}; expected exactly one vocabulary")
     eos = vocabulary.id(roles["eos"]) if "eos" in roles else None
     return CheckpointTokenizer(
         vocabulary=vocabulary,
@@ -228,12 +229,11 @@ def load_tokenizer(path: str | Path) -> CheckpointTokenizer:
     )
 
 
-def _json(files: Files) -> tuple[Json, dict[str, str]]:
-    file = files.folder / "tokenizer.json"
+def _json(files: Files, data: bytes) -> tuple[Json, dict[str, str]]:
     try:
-        vocabulary = Json(file.read_bytes())
+        vocabulary = Json(data)
     except Exception as error:  # the library raises a bare Exception
-        raise ValueError(f"{file} is not a tokenizer.json ({str(error).splitlines()[0][:120]})") from error
+        raise ValueError(f"{files.folder / 'tokenizer.json'} is not a tokenizer.json ({str(error).splitlines()[0][:120]})") from error
     for id, token in sorted(files.added.items()):
         if token.content not in vocabulary.added() and vocabulary.id(token.content) in (id, None) and id <= vocabulary.size:
             vocabulary.add([token])
@@ -250,7 +250,7 @@ def _json(files: Files) -> tuple[Json, dict[str, str]]:
         if token.content not in special:
             vocabulary.add([replace(token, special=True)])
     _check_frame(vocabulary, roles, files)
-    if files.kind in BERT_LIKE and {"cls", "sep"} <= set(roles):
+    if files.kind in WORDPIECE_CLASSES and {"cls", "sep"} <= set(roles):
         vocabulary.frame_pairs(roles["cls"], roles["sep"])
     return vocabulary, roles
 
