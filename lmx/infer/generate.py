@@ -69,14 +69,25 @@ def generate(
     _check(model, ids, max_new_tokens)
     if not ids:
         return []
-    length = -(-max(map(len, ids)) // 16) * 16
-    tokens, segments = np.zeros((len(ids), length), np.int32), np.zeros((len(ids), length), np.int32)
-    for row, prompt in enumerate(ids):
-        tokens[row, length - len(prompt) :], segments[row, length - len(prompt) :] = prompt, 1
-    static = (model, limit, max_new_tokens, sampling, tuple(stop_ids), tuple(suppress_ids), start_id, execution)
-    with jax.default_matmul_precision(execution.precision.products):
-        new, counts = jax.device_get(_run(*static, decoding_params(params), tokens, segments, jax.random.key(seed)))
-    found = [row[:count].tolist() for row, count in zip(new, counts, strict=True)]
+    static = (model, limit, sampling, tuple(stop_ids), tuple(suppress_ids), start_id, execution)
+    params, key = decoding_params(params), jax.random.key(seed)
+
+    def run(texts: list[list[int]], rows: list[int], first: int, count: int) -> list[list[int]]:
+        """Tokens first … first + count - 1 behind these texts, which are rows of the batch."""
+        length = -(-max(map(len, texts)) // 16) * 16
+        tokens, segments = np.zeros((len(texts), length), np.int32), np.zeros((len(texts), length), np.int32)
+        for row, text in enumerate(texts):
+            tokens[row, length - len(text) :], segments[row, length - len(text) :] = text, 1
+        with jax.default_matmul_precision(execution.precision.products):
+            keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(np.array(rows))
+            new, counts = jax.device_get(_run(*static, count, params, tokens, segments, keys, np.int32(first)))
+        return [row[:count].tolist() for row, count in zip(new, counts, strict=True)]
+
+    before = _before_turning(model, ids, max_new_tokens)
+    found = run(ids, list(range(len(ids))), 0, before)
+    if before < max_new_tokens and (rest := [i for i, new in enumerate(found) if len(new) == before]):
+        for i, new in zip(rest, run([ids[i] + found[i] for i in rest], rest, before, max_new_tokens - before), strict=True):
+            found[i] += new
     return [tokenizer.decode(row) for row in found] if texts else found
 
 
@@ -85,6 +96,16 @@ def decoding_params(params: Tree) -> Tree:
     if any(isinstance(group, dict) for group in params["layers"]):
         return jax.jit(lambda p: p | {"layers": stack.unstack(p["layers"])})(params)
     return params
+
+
+def _before_turning(model: Model, ids: list[list[int]], max_new_tokens: int) -> int:
+    """How many tokens are drawn before the batch's longest text outgrows the context of training and LongRoPE turns otherwise: what a
+    cache holds is of no use then, so it is made anew."""
+    scaling = getattr(model, "rope_scaling", None)
+    if scaling is None or scaling.kind != "longrope":
+        return max_new_tokens
+    within = scaling.original_context + 1 - max(map(len, ids))
+    return min(within, max_new_tokens) if within > 0 else max_new_tokens
 
 
 def _check(model: Model, ids: list[list[int]], max_new_tokens: int) -> None:
@@ -118,7 +139,7 @@ def _check(model: Model, ids: list[list[int]], max_new_tokens: int) -> None:
 
 @partial(jax.jit, static_argnums=tuple(range(8)))
 def _run(
-    model, limit, max_new_tokens, sampling, stop_ids, suppress_ids, start_id, execution, params, tokens, segments, key
+    model, limit, sampling, stop_ids, suppress_ids, start_id, execution, max_new_tokens, params, tokens, segments, keys, drawn
 ) -> tuple[Array, Array]:
     rows, length = tokens.shape
     padding = length - segments.sum(-1, keepdims=True)
@@ -128,13 +149,12 @@ def _run(
         read = {"source": Source(tokens, positions, segments)}
         tokens, length, padding = jnp.full((rows, 1), start_id, jnp.int32), 1, jnp.zeros((rows, 1), jnp.int32)
         positions, segments = padding, padding + 1
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
     slots = -(-(length + max_new_tokens) // 16) * 16
     forward = functions(model).forward
     cache = functions(model).empty_cache(model, rows, slots, jnp.dtype(execution.precision.compute))
 
     def pick(hidden: Array, count: Array) -> Array:
-        draws = jax.vmap(lambda k: jax.random.fold_in(k, count))(keys)
+        draws = jax.vmap(lambda k: jax.random.fold_in(k, drawn + count))(keys)
         scores = logits(params, model, hidden[:, -1:])[:, 0, :limit]
         return sample(scores.at[:, list(suppress_ids)].set(-jnp.inf) if suppress_ids else scores, sampling, draws)
 

@@ -55,7 +55,7 @@ def rope_table(
     """Cosines and sines, `[batch, length, 1, dims / 2]`, of angles `position * theta^(-2i / dims)`, wavelengths stretched as `scaling` says.
 
     Kinds that depend on the length at hand (dynamic, longrope) take it to be the largest position and one, over the batch. What a cache has
-    keeps the wavelengths of the length at which it came.
+    keeps the wavelengths of the length at which it came (`lmx.infer.generate` makes it anew where longrope turns otherwise).
     """
     length = None if scaling is None or scaling.kind not in ("dynamic", "longrope") else positions.max() + 1
     frequencies, factor = _frequencies(dims, theta, dtype, scaling, length)
