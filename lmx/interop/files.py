@@ -1,4 +1,4 @@
-"""Folders of safetensors: tensors by name, each where it lies on disk until it is read; and written back."""
+"""Folders of tensors by name, each where it lies on disk until it is read; and written back as safetensors."""
 
 import json
 import struct
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+
+from lmx.interop.pickles import unpickled
 
 TYPES = {
     "F64": np.float64,
@@ -24,13 +26,14 @@ TYPES = {
 }
 NAMES = {np.dtype(kind): name for name, kind in TYPES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SHARD = 5 * 10**9
 """Bytes from which a checkpoint is written as several files."""
 
 
 def has_tensors(folder: Path) -> bool:
     """Whether a folder has a checkpoint of this kind."""
-    return (folder / INDEX).exists() or (folder / SINGLE).exists()
+    return any((folder / name).exists() for name in (INDEX, SINGLE, PICKLED_INDEX, PICKLED))
 
 
 def open_tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -39,25 +42,18 @@ def open_tensors(folder: Path) -> dict[str, np.ndarray]:
     Raises:
       ValueError: there is no checkpoint of this kind, or its files contradict each other.
     """
-    index, single = folder / INDEX, folder / SINGLE
-    if index.exists():
-        places: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        shards = {name: mapped(folder / name) for name in sorted(set(places.values()))}
-        for tensor, name in places.items():
-            if tensor not in shards[name]:
-                raise ValueError(f"{index} says that {name} has {tensor}, but it has not")
-        return {tensor: shards[name][tensor] for tensor, name in places.items()}
-    if single.exists():
-        return mapped(single)
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    if pickled:
-        raise ValueError(
-            f"{folder} has {pickled[0]}, a pickle, which may run code when it is read; convert it to safetensors "
-            "(in transformers: model.save_pretrained(path))"
-        )
-    raise ValueError(
-        f"{folder} has neither {SINGLE} nor {INDEX}; it has {', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}"
-    )
+    for index, single, read in ((folder / INDEX, folder / SINGLE, mapped), (folder / PICKLED_INDEX, folder / PICKLED, unpickled)):
+        if index.exists():
+            places: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            shards = {name: read(folder / name) for name in sorted(set(places.values()))}
+            for tensor, name in places.items():
+                if tensor not in shards[name]:
+                    raise ValueError(f"{index} says that {name} has {tensor}, but it has not")
+            return {tensor: shards[name][tensor] for tensor, name in places.items()}
+        if single.exists():
+            return read(single)
+    there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+    raise ValueError(f"{folder} has none of {SINGLE}, {INDEX}, {PICKLED}, {PICKLED_INDEX}; it has {there}")
 
 
 def mapped(path: Path) -> dict[str, np.ndarray]:

@@ -84,5 +84,5 @@ def test_tensors_that_do_not_fit_are_refused_by_name(shared, tmp_path):
     with pytest.raises(ValueError, match="was it downloaded whole"):
         interop.load(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="a pickle, which may run code"):
+    with pytest.raises(ValueError, match=r"no archive of PyTorch 1\.6 or later"):
         interop.load(tmp_path)
