@@ -19,6 +19,8 @@ class Execution:
         to constrain nothing.
       split: which mesh axes shard the gradient of each weight (ZeRO splits it further than `rules` does); None to leave that open.
       exchange: how attention sees the whole of a sequence that `rules` split: `"ring"` or `"alltoall"` (`lmx.parallel.context`).
+      collective_matmul: whether products with what tensor devices split along the sequence gather and sum it a part at a time, each part
+        on its way while another is multiplied (`lmx.parallel.collective`).
       precision: types of parameters and activations.
       attention: the attention implementation; `"auto"` picks (`lmx.kernels.attention`).
       remat: what the backward pass recomputes rather than keeps: `"none"` keeps all, `"dots"` keeps only products with
@@ -33,6 +35,7 @@ class Execution:
     rules: Rules | None = None
     split: Rules | None = None
     exchange: Literal["ring", "alltoall"] = "ring"
+    collective_matmul: bool = False
     precision: Precision = Precision()
     attention: str = "auto"
     remat: Remat = "none"
