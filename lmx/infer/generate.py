@@ -16,6 +16,7 @@ from lmx.models import stack
 from lmx.models.config import EncoderDecoder, Model
 from lmx.models.families import functions
 from lmx.models.losses import logits
+from lmx.models.sites import Edits
 from lmx.models.transformer import Source
 
 
@@ -33,6 +34,7 @@ def generate(
     start_id: int | None = None,
     suppress_ids: Sequence[int] = (),
     tokenizer: Tokenizer | None = None,
+    edits: Edits | None = None,
     execution: Execution = Execution(),
 ) -> list[list[int]] | list[str]:
     """Continues each prompt by at most `max_new_tokens`; the encoder of an encoder-decoder reads it, and a text is begun.
@@ -44,6 +46,7 @@ def generate(
       stop_ids: tokens that end a continuation; they are not part of it.
       start_id: the token behind which an encoder-decoder's texts begin.
       suppress_ids: tokens that are never drawn.
+      edits: what is changed inside (`lmx.models.sites`), in every forward: of the prompts, and of each token.
       seed: row i's draws depend on (seed, i) alone, not on the rest of the batch.
 
     Returns:
@@ -75,7 +78,7 @@ def generate(
         tokens[row, length - len(prompt) :], segments[row, length - len(prompt) :] = prompt, 1
     static = (model, limit, max_new_tokens, sampling, tuple(stop_ids), tuple(suppress_ids), start_id, execution)
     with jax.default_matmul_precision(execution.precision.products):
-        new, counts = jax.device_get(_run(*static, decoding_params(params), tokens, segments, jax.random.key(seed)))
+        new, counts = jax.device_get(_run(*static, decoding_params(params), tokens, segments, edits, jax.random.key(seed)))
     found = [row[:count].tolist() for row, count in zip(new, counts, strict=True)]
     return [tokenizer.decode(row) for row in found] if texts else found
 
@@ -118,7 +121,7 @@ def _check(model: Model, ids: list[list[int]], max_new_tokens: int) -> None:
 
 @partial(jax.jit, static_argnums=tuple(range(8)))
 def _run(
-    model, limit, max_new_tokens, sampling, stop_ids, suppress_ids, start_id, execution, params, tokens, segments, key
+    model, limit, max_new_tokens, sampling, stop_ids, suppress_ids, start_id, execution, params, tokens, segments, edits, key
 ) -> tuple[Array, Array]:
     rows, length = tokens.shape
     padding = length - segments.sum(-1, keepdims=True)
@@ -141,7 +144,7 @@ def _run(
     def stopped(token: Array) -> Array:
         return jnp.isin(token, jnp.array(stop_ids, jnp.int32)) if stop_ids else jnp.zeros(rows, bool)
 
-    output = forward(params, model, tokens, positions=positions, segments=segments, cache=cache, **read, execution=execution)
+    output = forward(params, model, tokens, positions=positions, segments=segments, cache=cache, **read, edits=edits, execution=execution)
     first = pick(output.hidden, 0)
     new = jnp.zeros((rows, max_new_tokens), jnp.int32).at[:, 0].set(first)
 
@@ -153,7 +156,7 @@ def _run(
         cache, new, done, lengths, count = carry
         token = jax.lax.dynamic_slice_in_dim(new, count - 1, 1, axis=1)
         position = length - padding + count - 1
-        output = forward(params, model, token, positions=position, cache=cache, execution=execution)
+        output = forward(params, model, token, positions=position, cache=cache, edits=edits, execution=execution)
         token = pick(output.hidden, count)
         new = jax.lax.dynamic_update_slice_in_dim(new, token[:, None], count, axis=1)
         now = done | stopped(token)
