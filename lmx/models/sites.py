@@ -35,7 +35,6 @@ from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
@@ -66,9 +65,8 @@ class Edit:
 
     def made(self, name: str, value: Array, on: Array | None) -> Array:
         """The site's value with the edit, where `on` (None: yes) says so."""
-        for part, given in (("value", self.value), ("at", self.at)):
-            shape = jnp.shape(given)
-            if given is not None and (len(shape) > value.ndim or np.broadcast_shapes(shape, value.shape) != value.shape):
+        for part, shape in (("value", jnp.shape(self.value)), ("at", () if self.at is None else jnp.shape(self.at))):
+            if len(shape) > value.ndim or any(n not in (1, m) for n, m in zip(shape[::-1], value.shape[::-1], strict=False)):
                 raise ValueError(f"edits[{name!r}].{part} has shape {shape}, and the site {value.shape}, to which it does not broadcast")
         new = jnp.asarray(self.value).astype(value.dtype)
         new = value + new if self.added else jnp.broadcast_to(new, value.shape)

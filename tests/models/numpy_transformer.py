@@ -218,10 +218,7 @@ def attention(x, p, config, positions, segments, window, relative=None, source=N
 def feedforward(x, p, config, site=plain):
     """Plain, or gated (Shazeer, 2020)."""
     activation = ACTIVATIONS[config.activation]
-    if config.gated:
-        hidden = activation(project(x, p, "gate")) * project(x, p, "up")
-    else:
-        hidden = activation(project(x, p, "up"))
+    hidden = activation(project(x, p, "gate" if config.gated else "up")) * (project(x, p, "up") if config.gated else 1.0)
     return project(site("feedforward/hidden", hidden), p, "down")
 
 
