@@ -183,7 +183,7 @@ def forward(
     context = _context(tokens.shape, segments, cache, dropout)
     x = sites("embeddings", enter(params, config, tokens, positions, dropout, execution))
     before = None if cache is None else cache.layers
-    x, layers, aux, taps = stack.run_layers(x, params["layers"], config, context, execution, before, edits, block)
+    x, layers, aux, taps = stack.run_layers(x, params["layers"], config, context, execution, before, block, edits)
     hidden = sites("final", leave(params, config, x, execution))
     taps |= sites.found
     if cache is None:

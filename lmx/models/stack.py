@@ -94,8 +94,8 @@ def run_layers(
     context: Tree,
     execution: Execution,
     cache: Tree | None = None,
-    edits: Edits | None = None,
     layer: Callable = block.block,
+    edits: Edits | None = None,
 ) -> tuple[Float[Array, "batch length embed"], Tree | None, Aux, dict[str, Array]]:
     """Runs every layer, whichever form each group is in; gives the output, the cache in the form it came in, auxiliary values summed
     over layers, and what is tapped, by its name. `context` is what layers share, with the `sites` of each; `layer` is one layer,

@@ -184,7 +184,7 @@ def forward(
 
     x = sites("embeddings", enter(params, config, tokens, positions, dropout, execution, block_positions, token_types))
     before = None if cache is None else cache.layers
-    x, layers, aux, tapped = stack.run_layers(x, params["layers"], config, context, execution, before, edits)
+    x, layers, aux, tapped = stack.run_layers(x, params["layers"], config, context, execution, before, edits=edits)
     hidden = sites("final", leave(params, config, x, execution))
     tapped |= sites.found
     after = None if cache is None else cache.replace(layers=layers, used=cache.used + length)
