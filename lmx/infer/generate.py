@@ -16,6 +16,7 @@ from lmx.models import stack
 from lmx.models.config import EncoderDecoder, Model
 from lmx.models.families import functions
 from lmx.models.losses import logits
+from lmx.models.sites import Edits
 from lmx.models.transformer import Source
 
 
@@ -33,6 +34,7 @@ def generate(
     start_id: int | None = None,
     suppress_ids: Sequence[int] = (),
     tokenizer: Tokenizer | None = None,
+    edits: Edits | None = None,
     execution: Execution = Execution(),
 ) -> list[list[int]] | list[str]:
     """Continues each prompt by at most `max_new_tokens`; the encoder of an encoder-decoder reads it, and a text is begun.
@@ -44,6 +46,7 @@ def generate(
       stop_ids: tokens that end a continuation; they are not part of it.
       start_id: the token behind which an encoder-decoder's texts begin.
       suppress_ids: tokens that are never drawn.
+      edits: what is changed inside (`lmx.models.sites`), in every forward: of the prompts, and of each token.
       seed: row i's draws depend on (seed, i) alone, not on the rest of the batch.
 
     Returns:
@@ -72,22 +75,22 @@ def generate(
     static = (model, limit, sampling, tuple(stop_ids), tuple(suppress_ids), start_id, execution)
     params, key = decoding_params(params), jax.random.key(seed)
 
-    def run(texts: list[list[int]], rows: list[int], first: int, count: int) -> list[list[int]]:
-        """Tokens first … first + count - 1 behind these texts, which are rows of the batch."""
+    def run(texts: list[list[int]], first: int, count: int) -> list[list[int]]:
+        """Each row's tokens first … first + count - 1, behind its text so far."""
         length = -(-max(map(len, texts)) // 16) * 16
         tokens, segments = np.zeros((len(texts), length), np.int32), np.zeros((len(texts), length), np.int32)
         for row, text in enumerate(texts):
             tokens[row, length - len(text) :], segments[row, length - len(text) :] = text, 1
         with jax.default_matmul_precision(execution.precision.products):
-            keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(np.array(rows))
-            new, counts = jax.device_get(_run(*static, count, params, tokens, segments, keys, np.int32(first)))
+            keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(texts)))
+            new, counts = jax.device_get(_run(*static, count, params, tokens, segments, keys, np.int32(first), edits))
         return [row[:count].tolist() for row, count in zip(new, counts, strict=True)]
 
     before = _before_turning(model, ids, max_new_tokens)
-    found = run(ids, list(range(len(ids))), 0, before)
-    if before < max_new_tokens and (rest := [i for i, new in enumerate(found) if len(new) == before]):
-        for i, new in zip(rest, run([ids[i] + found[i] for i in rest], rest, before, max_new_tokens - before), strict=True):
-            found[i] += new
+    found = run(ids, 0, before)
+    if before < max_new_tokens and any(len(new) == before for new in found):
+        rest = run([prompt + new for prompt, new in zip(ids, found, strict=True)], before, max_new_tokens - before)
+        found = [new + more if len(new) == before else new for new, more in zip(found, rest, strict=True)]
     return [tokenizer.decode(row) for row in found] if texts else found
 
 
@@ -139,7 +142,7 @@ def _check(model: Model, ids: list[list[int]], max_new_tokens: int) -> None:
 
 @partial(jax.jit, static_argnums=tuple(range(8)))
 def _run(
-    model, limit, sampling, stop_ids, suppress_ids, start_id, execution, max_new_tokens, params, tokens, segments, keys, drawn
+    model, limit, sampling, stop_ids, suppress_ids, start_id, execution, max_new_tokens, params, tokens, segments, keys, drawn, edits
 ) -> tuple[Array, Array]:
     rows, length = tokens.shape
     padding = length - segments.sum(-1, keepdims=True)
@@ -161,7 +164,7 @@ def _run(
     def stopped(token: Array) -> Array:
         return jnp.isin(token, jnp.array(stop_ids, jnp.int32)) if stop_ids else jnp.zeros(rows, bool)
 
-    output = forward(params, model, tokens, positions=positions, segments=segments, cache=cache, **read, execution=execution)
+    output = forward(params, model, tokens, positions=positions, segments=segments, cache=cache, **read, edits=edits, execution=execution)
     first = pick(output.hidden, 0)
     new = jnp.zeros((rows, max_new_tokens), jnp.int32).at[:, 0].set(first)
 
@@ -173,7 +176,7 @@ def _run(
         cache, new, done, lengths, count = carry
         token = jax.lax.dynamic_slice_in_dim(new, count - 1, 1, axis=1)
         position = length - padding + count - 1
-        output = forward(params, model, token, positions=position, cache=cache, execution=execution)
+        output = forward(params, model, token, positions=position, cache=cache, edits=edits, execution=execution)
         token = pick(output.hidden, count)
         new = jax.lax.dynamic_update_slice_in_dim(new, token[:, None], count, axis=1)
         now = done | stopped(token)

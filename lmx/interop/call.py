@@ -11,26 +11,30 @@ from lmx.core.execution import Execution
 from lmx.core.tree import Tree
 from lmx.interop import pairs
 from lmx.interop.checkpoint import Model
-from lmx.interop.outputs import headed
+from lmx.interop.outputs import headed, of_layers
 from lmx.models.config import RWKV, EncoderDecoder
 from lmx.models.families import functions
 
 TAKEN = ("input_ids", "attention_mask", "position_ids", "labels")
 
 
-def call(model: Model, params: Tree, inputs: Mapping[str, Any], *, execution: Execution = Execution()) -> dict[str, Any]:
+def call(
+    model: Model, params: Tree, inputs: Mapping[str, Any], *, output_attentions: bool = False, execution: Execution = Execution()
+) -> dict[str, Any]:
     """What the peer's forward gives: `hidden_states` (a tuple: the embeddings, then each layer's output, the last one after the final norm; of
     an RWKV each layer's output, then that of the final norm),
     `last_hidden_state`, and what the model's head gives of it (`lmx.interop.outputs`): `logits` and with labels `loss`.
+    With `output_attentions` also `attentions`, each layer's weights, fp32 at least `[batch, heads, queries, keys]` (a query that may see nothing
+    has zeros), for which attention is computed as `lmx.models.sites` says.
 
     A token's position is its place among the real ones of its row, wherever the padding is. Differentiable in params. Of an encoder-decoder:
     `lmx.interop.pairs`.
 
     Raises:
-      ValueError: an input that the model does not take.
+      ValueError: an input that the model does not take, or attentions of a model without.
     """
     if isinstance(model.config, EncoderDecoder):
-        return pairs.call(model, params, inputs, execution=execution)
+        return pairs.call(model, params, inputs, output_attentions=output_attentions, execution=execution)
     config, tokens = model.config, jnp.asarray(inputs["input_ids"])
     taken = (*TAKEN, *(("token_type_ids",) if config.token_types else ()))
     for name in inputs:
@@ -46,12 +50,17 @@ def call(model: Model, params: Tree, inputs: Mapping[str, Any], *, execution: Ex
     elif positions is None:
         positions = among
     site = "output" if isinstance(config, RWKV) else "input"
-    tapped = replace(execution, taps=(*execution.taps, f"layers/*/{site}"))
+    if output_attentions and isinstance(config, RWKV):
+        raise ValueError(f"a {model.family} has no attention weights; leave output_attentions out")
+    weights = ("layers/*/attention/weights",) if output_attentions else ()
+    tapped = replace(execution, taps=(*execution.taps, f"layers/*/{site}", *weights))
     more = {"token_types": inputs["token_type_ids"]} if "token_type_ids" in inputs else {}
     with jax.default_matmul_precision(execution.precision.products):
         output = functions(config).forward(params, config, tokens, positions=positions, segments=mask, execution=tapped, **more)
         found: dict[str, Any] = {
             "last_hidden_state": output.hidden,
-            "hidden_states": (*(output.taps[f"layers/{i}/{site}"] for i in range(config.layers)), output.hidden),
+            "hidden_states": (*of_layers(output, site, config.layers), output.hidden),
         }
+        if output_attentions:
+            found["attentions"] = of_layers(output, "attention/weights", config.layers)
         return found | headed(model, params, output.hidden, mask, inputs, execution)

@@ -13,9 +13,15 @@ from lmx.core.tree import Tree
 from lmx.interop.checkpoint import Model
 from lmx.models import heads
 from lmx.models.losses import cross_entropy, logits
+from lmx.models.transformer import Output
 
 IGNORED = -100
 """The label of what is not to be predicted."""
+
+
+def of_layers(output: Output, site: str, layers: int, side: str = "") -> tuple[Array, ...]:
+    """What was read at a site of each layer; of an encoder's with `side` encoder/."""
+    return tuple(output.taps[f"{side}layers/{i}/{site}"] for i in range(layers))
 
 
 def headed(

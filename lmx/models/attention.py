@@ -18,6 +18,7 @@ from lmx.models.dropout import Dropout
 from lmx.models.linears import linear_specs
 from lmx.models.positions import alibi_slopes
 from lmx.models.rope import rotate
+from lmx.models.sites import NONE, Sites
 from lmx.parallel.attention import attention as attend
 from lmx.parallel.rules import constrain
 
@@ -34,6 +35,7 @@ class Context:
       rope, local_rope: cosines and sines of the positions, for global layers and for local ones, when the config rotates.
       slot: where in the cache the new keys go (int scalar), when there is a cache.
       dropout: None when nothing is dropped.
+      sites: of the layer at hand.
     """
 
     mask: Mask
@@ -45,6 +47,7 @@ class Context:
     bias: Array | None = None
     source: Array | None = None
     source_mask: Mask | None = None
+    sites: Sites = flax.struct.field(pytree_node=False, default=NONE)
 
 
 def specs(config: Transformer) -> Tree:
@@ -89,7 +92,8 @@ def attention(
     rope = context.local_rope if local else context.rope
     if rope is not None:
         query, key = (rotate(a, rope, interleaved=config.rope_interleaved) for a in (query, key))
-    query, key, value = (checkpoint_name(a, name) for a, name in ((query, "query"), (key, "key"), (value, "value")))
+    sites = context.sites
+    query, key, value = (_site(sites, "attention", name, a) for name, a in (("query", query), ("key", key), ("value", value)))
     if cache is not None:
         new = {"key": key, "value": value}
         at = (0, 0, context.slot, 0)
@@ -110,8 +114,9 @@ def attention(
         slopes=_slopes(config, wide(x.dtype)) if config.positions == "alibi" else None,
         bias=context.bias,
         keep=keep,
+        site=sites.formed("attention"),
     )
-    return _output(mixed, params, execution), cache
+    return _output(mixed, "attention", sites, params, execution), cache
 
 
 def cross(
@@ -131,20 +136,21 @@ def cross(
       layer: as of `attention`.
       cache: with `{"source_key", "source_value"}` of `[batch, kv_heads, keys, head_dim]` from the first time on.
     """
-    query = project(x, params, "query", config, execution)
+    sites = context.sites
+    query = _site(sites, "cross", "query", project(x, params, "query", config, execution))
     if context.source is None:
         key, value = (cache[n].swapaxes(1, 2).astype(x.dtype) for n in ("source_key", "source_value"))
     else:
-        key, value = (project(context.source, params, name, config, execution) for name in ("key", "value"))
+        key, value = (_site(sites, "cross", name, project(context.source, params, name, config, execution)) for name in ("key", "value"))
         if cache is not None:
             kept = cache["key"].dtype
             cache = cache | {"source_key": key.swapaxes(1, 2).astype(kept), "source_value": value.swapaxes(1, 2).astype(kept)}
-    query, key, value = (checkpoint_name(a, name) for a, name in ((query, "query"), (key, "key"), (value, "value")))
     keep = None
     if context.dropout is not None:
         keep = drop.keep(context.dropout, "cross/weights", layer, (config.heads, query.shape[1], key.shape[1]))
     scaled = {"scale": config.attention_scale, "softcap": config.attention_softcap}
-    return _output(attend(query, key, value, context.source_mask, execution, **scaled, keep=keep), params, execution), cache
+    mixed = attend(query, key, value, context.source_mask, execution, **scaled, keep=keep, site=sites.formed("cross"))
+    return _output(mixed, "cross", sites, params, execution), cache
 
 
 def project(x: Array, params: Tree, name: str, config: Transformer, execution: Execution) -> Float[Array, "batch length some head_dim"]:
@@ -157,8 +163,13 @@ def project(x: Array, params: Tree, name: str, config: Transformer, execution: E
     return y
 
 
-def _output(mixed: Array, params: Tree, execution: Execution) -> Array:
-    mixed = checkpoint_name(constrain(mixed, ("batch", "length", "heads", None), execution.rules), "mixed")
+def _site(sites: Sites, where: str, name: str, value: Array) -> Array:
+    """A site, by whose name rematerialisation can keep it, too."""
+    return checkpoint_name(sites(f"{where}/{name}", value), name)
+
+
+def _output(mixed: Array, where: str, sites: Sites, params: Tree, execution: Execution) -> Array:
+    mixed = _site(sites, where, "mixed", constrain(mixed, ("batch", "length", "heads", None), execution.rules))
     return linear(mixed, params["output"]["weight"], params["output"].get("bias"), inputs=2)
 
 

@@ -10,7 +10,7 @@ def functions(config: Model) -> ModuleType:
     """The module of a model's family. Each has the same functions, of the same form:
 
     - `specs(config)`, the parameter table, and `flops_per_token(config, length)`;
-    - `forward(params, config, tokens, *, positions, segments, cache, dropout, execution) -> Output`, and `empty_cache` to decode with;
+    - `forward(params, config, tokens, *, positions, segments, cache, dropout, edits, execution) -> Output`, and `empty_cache` to decode with;
     - the forward without a cache in parts, as a pipeline cuts it: `enter`, `share` (what its layers share), `run_part`, `leave`.
     """
     return rwkv if isinstance(config, RWKV) else transformer

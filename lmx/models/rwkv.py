@@ -19,10 +19,12 @@ from lmx.kernels.wide import wide, widened
 from lmx.kernels.wkv import empty, wkv, wkv_from
 from lmx.models import dropout as drop
 from lmx.models import norms, stack
+from lmx.models import sites as named
 from lmx.models.config import RWKV
 from lmx.models.dropout import Dropout
 from lmx.models.experts import Aux
 from lmx.models.linears import linear_specs
+from lmx.models.sites import NONE, Edits, Sites
 from lmx.models.transformer import Output
 from lmx.parallel.rules import constrain, move, placed
 from lmx.parallel.tensor import lookup
@@ -54,6 +56,7 @@ class Context:
       follows: whether the token before in the row is of the same text.
       resumes: of the first token of each row, whether it goes on from the state.
       last: the index of each row's last token, -1 where all are padding.
+      sites: of the layer at hand.
     """
 
     real: Bool[Array, "batch length"]
@@ -62,6 +65,7 @@ class Context:
     resumes: Bool[Array, "batch length"]
     last: Int[Array, "batch"]
     dropout: Dropout | None = None
+    sites: Sites = flax.struct.field(pytree_node=False, default=NONE)
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,7 @@ def forward(
     segments: Int[Array, "batch length"] | None = None,
     cache: State | None = None,
     dropout: Dropout | None = None,
+    edits: Edits | None = None,
     execution: Execution = Execution(),
 ) -> Output:
     """Hidden states of tokens, as `lmx.models.transformer.forward` gives them.
@@ -170,12 +175,17 @@ def forward(
         All one text when None. A text's tokens lie side by side.
       cache: the state after earlier tokens. The row's first text goes on from it where it has the segment of the last token (1, or None).
       dropout: None, or what is dropped from where.
+      edits: what is changed inside, by the names of `lmx.models.sites`.
     """
+    edits = edits or {}
+    named.check(config, execution, edits)
+    sites = named.outside(execution.taps, edits)
     context = _context(tokens.shape, segments, cache, dropout)
-    x = enter(params, config, tokens, positions, dropout, execution)
+    x = sites("embeddings", enter(params, config, tokens, positions, dropout, execution))
     before = None if cache is None else cache.layers
-    x, layers, aux, taps = stack.run_layers(x, params["layers"], config, context, execution, before, block)
-    hidden = leave(params, config, x, execution)
+    x, layers, aux, taps = stack.run_layers(x, params["layers"], config, context, execution, before, block, edits)
+    hidden = sites("final", leave(params, config, x, execution))
+    taps |= sites.found
     if cache is None:
         return Output(hidden, None, aux, taps)
     segments = jnp.ones_like(tokens) if segments is None else segments.astype(jnp.int32)
@@ -242,7 +252,10 @@ def block(
         y, new[name] = sublayer(y, params[name], context, execution, None if cache is None else cache[name])
         if config.rescale_every:
             y = jnp.ldexp(y, -(layer // config.rescale_every)).astype(x.dtype)
-        x = constrain(x + drop.apply(y, context.dropout, name, layer), BETWEEN, execution.rules)
+        y = context.sites(f"{name}/output", drop.apply(y, context.dropout, name, layer))
+        x = constrain(x + y, BETWEEN, execution.rules)
+        if name == "attention":
+            x = context.sites("residual", x)
     if config.rescale_every:
         x = jnp.where((layer + 1) % config.rescale_every == 0, x / 2, x)
     return x, None if cache is None else new, {}
@@ -260,7 +273,8 @@ def time_mixing(
 
     def project(name: str, site: str) -> Array:
         y = _projected(x, before, params["shift"][name], params[name]["weight"], execution, INSIDE)
-        return checkpoint_name(constrain(y, ("batch", "length", "heads"), execution.rules), site)
+        y = context.sites(f"attention/{site}", constrain(y, ("batch", "length", "heads"), execution.rules))
+        return checkpoint_name(y, site)
 
     receptance, key, value = project("receptance", "query"), project("key", "key"), project("value", "value")
     decay, bonus = -jnp.exp(widened(whole(params["time"]["decay"]))), widened(whole(params["time"]["bonus"]))
@@ -269,7 +283,8 @@ def time_mixing(
     else:
         mixed, sums = wkv_from(key, value, decay, bonus, context.real, context.fresh, state["sums"])
         new = {"last": _latest(x, state["last"], context), "sums": sums}
-    mixed = checkpoint_name(constrain(mixed, ("batch", "length", "heads"), execution.rules), "mixed")
+    mixed = context.sites("attention/mixed", constrain(mixed, ("batch", "length", "heads"), execution.rules))
+    mixed = checkpoint_name(mixed, "mixed")
     return linear(_gated(receptance, mixed), params["output"]["weight"]), new
 
 
@@ -280,7 +295,8 @@ def channel_mixing(
     before = _before(x, context, state, execution)
     hidden = _projected(x, before, params["shift"]["key"], params["key"]["weight"], execution, INSIDE)
     hidden = checkpoint_name(constrain(hidden, ("batch", "length", "mlp"), execution.rules), "hidden")
-    value = linear(jax.checkpoint(_squared)(hidden), params["value"]["weight"])
+    hidden = context.sites("feedforward/hidden", jax.checkpoint(_squared)(hidden))
+    value = linear(hidden, params["value"]["weight"])
     # The gate is as wide as the residual stream: each tensor device computes that of its own part of the sequence.
     receptance = _projected(x, before, params["shift"]["receptance"], params["receptance"]["weight"], execution, BETWEEN)
     receptance = constrain(receptance, BETWEEN, execution.rules)

@@ -19,6 +19,7 @@ from lmx.kernels.masks import Mask
 from lmx.kernels.wide import wide
 from lmx.models import dropout as drop
 from lmx.models import heads, norms, stack
+from lmx.models import sites as named
 from lmx.models.attention import Context
 from lmx.models.config import EncoderDecoder, Transformer
 from lmx.models.dropout import Dropout
@@ -26,6 +27,7 @@ from lmx.models.experts import Aux
 from lmx.models.linears import linear_specs
 from lmx.models.positions import bucket_bias, buckets, sinusoids
 from lmx.models.rope import rope_table
+from lmx.models.sites import Edits
 from lmx.parallel.rules import constrain, placed
 from lmx.parallel.tensor import lookup
 
@@ -67,7 +69,7 @@ class Output:
       hidden: hidden states after the final norm, in the compute type.
       cache: the cache, if there was one, of whatever kind the model's is.
       aux: auxiliary values, a number a row, summed over layers (`lmx.models.experts.Aux`).
-      taps: what `Execution.taps` asks for, by name (`lmx.models.stack`); the encoder's are `encoder/layers/...`.
+      taps: what `Execution.taps` asks for, by name (`lmx.models.sites`).
       encoded: hidden states of the encoder, where it has just read a source.
     """
 
@@ -133,6 +135,7 @@ def forward(
     cache: Cache | None = None,
     source: Source | None = None,
     dropout: Dropout | None = None,
+    edits: Edits | None = None,
     execution: Execution = Execution(),
 ) -> Output:
     """Hidden states of tokens. Training, scoring, prefill and decoding are this one function.
@@ -149,10 +152,14 @@ def forward(
       source: what the encoder of an encoder-decoder reads; a token attends to what is of its own segment there. With a cache it is given
         the first time alone: each layer's keys and values of it are kept.
       dropout: None, or what is dropped from where.
+      edits: what is changed inside, by the names of `lmx.models.sites`.
 
     Raises:
-      ValueError: a source that is missing, or that nothing reads.
+      ValueError: a source that is missing, or that nothing reads; a name that is no site's.
     """
+    edits = edits or {}
+    named.check(config, execution, edits)
+    sites = named.outside(execution.taps, edits)
     batch, length = tokens.shape
     if positions is None:
         start = 0 if cache is None else cache.used
@@ -162,7 +169,7 @@ def forward(
     read = None
     if isinstance(config, EncoderDecoder):
         if source is not None:
-            read = _encode(params, config, source, dropout, execution)
+            read = _encode(params, config, source, dropout, edits, execution)
             context = context.replace(source=read.hidden)
             seen = jnp.ones_like(source.tokens) if source.segments is None else source.segments
             cache = None if cache is None else cache.replace(source_segments=seen)
@@ -175,24 +182,25 @@ def forward(
     elif source is not None:
         raise ValueError("the model has no encoder to read a source; leave it out")
 
-    x = enter(params, config, tokens, positions, dropout, execution, block_positions, token_types)
-    x, layers, aux, tapped = stack.run_layers(x, params["layers"], config, context, execution, None if cache is None else cache.layers)
-    hidden = leave(params, config, x, execution)
+    x = sites("embeddings", enter(params, config, tokens, positions, dropout, execution, block_positions, token_types))
+    before = None if cache is None else cache.layers
+    x, layers, aux, tapped = stack.run_layers(x, params["layers"], config, context, execution, before, edits=edits)
+    hidden = sites("final", leave(params, config, x, execution))
+    tapped |= sites.found
     after = None if cache is None else cache.replace(layers=layers, used=cache.used + length)
     if read is None:
         return Output(hidden, after, aux, tapped)
     return Output(hidden, after, stack.added(read.aux, aux), read.taps | tapped, read.hidden)
 
 
-def _encode(params: Tree, config: EncoderDecoder, source: Source, dropout: Dropout | None, execution: Execution) -> Output:
-    """What the encoder makes of a source: the same forward, with the decoder's embeddings, and sites of dropout and taps of its own."""
+def _encode(params: Tree, config: EncoderDecoder, source: Source, dropout: Dropout | None, edits: Edits, execution: Execution) -> Output:
+    """What the encoder makes of a source: the same forward, with the decoder's embeddings, and sites of its own."""
     if dropout is not None:
         dropout = dropout.replace(key=jax.random.fold_in(dropout.key, zlib.crc32(b"encoder")))
-    taps = tuple(name.removeprefix("encoder/") for name in execution.taps if name.startswith("encoder/"))
-    own, execution = params["encoder"] | {"embed": params["embed"]}, replace(execution, taps=taps)
-    output = forward(
-        own, config.encoder, source.tokens, positions=source.positions, segments=source.segments, dropout=dropout, execution=execution
-    )
+    inner = named.inner(dict.fromkeys(execution.taps), "encoder/"), named.inner(edits, "encoder/")
+    own, execution = params["encoder"] | {"embed": params["embed"]}, replace(execution, taps=tuple(inner[0]))
+    read = {"positions": source.positions, "segments": source.segments}
+    output = forward(own, config.encoder, source.tokens, **read, dropout=dropout, edits=inner[1], execution=execution)
     return output.replace(taps={f"encoder/{name}": value for name, value in output.taps.items()})
 
 
