@@ -74,9 +74,7 @@ def unit(rows: Float[Array, "rows space"]) -> Float[Array, "rows space"]:
     return (wide / jnp.linalg.norm(wide, axis=-1, keepdims=True)).astype(rows.dtype)
 
 
-def similarities(
-    params: Tree, images: Float[Array, "images space"], texts: Float[Array, "texts space"]
-) -> Float[Array, "texts images"]:
+def similarities(params: Tree, images: Float[Array, "images space"], texts: Float[Array, "texts space"]) -> Float[Array, "texts images"]:
     """Scaled cosines, fp32 at least, of unit vectors: logits of which image a text is of, and transposed the reverse."""
     return jnp.exp(widened(whole(params["logit_scale"]))) * (widened(texts) @ widened(images).T)
 

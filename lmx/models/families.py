@@ -7,7 +7,6 @@ from lmx.models import config as text_config
 from lmx.models.config import RWKV, Model
 from lmx.models.vision_config import CLIP, CaptionTransformer, LLaVA, VisionTransformer
 
-
 SEEING = {VisionTransformer: vision, CLIP: clip, LLaVA: llava}
 
 

@@ -130,7 +130,9 @@ def check(config: Seeing) -> None:
         if (config.image.head, config.text.head) != ("projection", "projection"):
             raise ValueError(f"model.image.head={config.image.head}, model.text.head={config.text.head}: both must be projection")
         if config.image.summary_size != config.text.summary_size:
-            raise ValueError(f"model.image.summary={config.image.summary} is not model.text.summary={config.text.summary}: they meet in one space")
+            raise ValueError(
+                f"model.image.summary={config.image.summary} is not model.text.summary={config.text.summary}: they meet in one space"
+            )
     elif isinstance(config, VisionTransformer):
         _check_image(config)
     else:

@@ -8,7 +8,14 @@ DECODERS = (
     *(llama.LLAMA, cohere.COHERE, gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3, glm.GLM, glm.GLM4, mistral.MISTRAL, mixtral.MIXTRAL),
     *(olmo2.OLMO2, phi3.PHI3, qwen.QWEN2, qwen.QWEN2_MOE, qwen.QWEN3, stablelm.STABLELM),
 )
-EYES = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14}
+EYES = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
 STRATEGIES = {"default": False, "full": True}
 
 
