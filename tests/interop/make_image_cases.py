@@ -8,7 +8,7 @@ transformers gives for them in fp32 with eager attention on a CPU. Names of tens
 
     input.*                                 what the model reads; a second text is padded on the right
     OUTPUT, OUTPUT.N, image.OUTPUT, ...     outputs; of tuples each; of CLIP those of each tower
-    cotangent.OUTPUT                        of a model without a loss: its gradients are those of the sum of this times that output
+    cotangent.pooler_output                 of a model without a loss: its gradients are those of the sum of this times that output
     grad.NAME                               by the checkpoint's tensor NAME, in its layout
     batch.*                                 greedy continuations of a LLaVA's prompts, padded on the left, token 2 never chosen
 
@@ -64,6 +64,8 @@ CASES = {
                       vision_feature_layer=-1, multimodal_projector_bias=False)),
     "llava_gemma": ("LlavaForConditionalGeneration", llava(transformers.GemmaConfig(**SLIM), {}, vision_feature_layer=-3)),
 }  # fmt: skip
+GRADED, CONTINUED = ("vit_oblong", "clip", "llava_qwen"), ("llava_qwen",)
+"""Whose gradients and whose continuations are kept."""
 TABLES = ("embed_tokens", "token_embedding", "position_embedding")
 
 
@@ -172,20 +174,24 @@ def write(name: str, seed: int) -> None:
     inputs = inputs_of(name, config)
     found = outputs_of(model, inputs)
     golden = {f"input.{key}": value for key, value in inputs.items()} | found
-    if "loss" in found:
-        found["loss"].backward()
-    else:
-        of = next(n for n in ("image_embeds", "text_embeds", "pooler_output") if n in found)
-        golden[f"cotangent.{of}"] = torch.randn(found[of].shape)
-        (golden[f"cotangent.{of}"] * found[of]).sum().backward()
-    there = load_file(folder / "model.safetensors")
-    grads = {n: value.grad for n, value in model.named_parameters() if value.grad is not None}
-    golden |= {f"grad.{file_name(n, there)}": grad for n, grad in grads.items()}
-    if "Llava" in kind:
+    if name in GRADED:
+        golden |= gradients(model, found, load_file(folder / "model.safetensors"))
+    if name in CONTINUED:
         golden |= greedy(model, inputs)
     kept = {n: (a.int() if a.dtype == torch.int64 else a).detach().clone().contiguous() for n, a in golden.items()}
     save_file(kept, folder / "golden.safetensors")
-    print(f"{name}: {sum(path.stat().st_size for path in folder.iterdir()) / 1000:.0f} kB, {len(grads)} gradients of {len(there)} tensors")
+    print(f"{name}: {sum(path.stat().st_size for path in folder.iterdir()) / 1000:.0f} kB")
+
+
+def gradients(model, found: dict[str, torch.Tensor], there: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    golden = {}
+    if "loss" in found:
+        found["loss"].backward()
+    else:
+        golden["cotangent.pooler_output"] = torch.randn(found["pooler_output"].shape)
+        (golden["cotangent.pooler_output"] * found["pooler_output"]).sum().backward()
+    grads = {n: value.grad for n, value in model.named_parameters() if value.grad is not None}
+    return golden | {f"grad.{file_name(n, there)}": grad for n, grad in grads.items()}
 
 
 def file_name(name: str, there: dict[str, torch.Tensor]) -> str:

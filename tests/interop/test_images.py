@@ -37,6 +37,8 @@ class Case:
             found = interop.call(self.model, params, self.inputs | static)
             return sum(((a * found[n]).sum() for n, a in cotangents.items()), found.get("loss", jnp.zeros(()))), found
 
+        if not any(name.startswith("grad.") for name in self.golden):
+            return compiled(loss)(self.params)[1], None
         gradient, found = compiled(jax.grad(loss, has_aux=True))(self.params)
         return found, gradient
 
@@ -96,10 +98,10 @@ def test_saved_and_loaded_again(case, tmp_path):
 
 
 def test_greedy_continuations_of_prompts_with_images(case):
-    if case.model.family != "llava":
-        pytest.skip("continues nothing")
-    golden, barred = case.golden, (2, case.model.config.image_token) if "batch.greedy" in case.golden else (2,)
-    lead = "batch." if "batch.greedy" in golden else ""
+    golden, lead = case.golden, "batch." if "batch.greedy" in case.golden else ""
+    if f"{lead}greedy" not in golden:
+        pytest.skip("the reference case continues nothing")
+    barred = (2, case.model.config.image_token) if lead else (2,)
     prompts = golden["batch.input_ids"] if lead else golden["input.prompt"]
     mask = golden["batch.attention_mask"] if lead else np.ones_like(prompts)
     pixels = golden["batch.pixel_values"] if lead else golden["input.pixel_values"][: len(prompts)]
@@ -111,5 +113,5 @@ def test_greedy_continuations_of_prompts_with_images(case):
     whole = np.concatenate([mask, np.ones((len(mask), steps), mask.dtype)], 1)
     inputs = {"input_ids": expected, "attention_mask": whole, "pixel_values": pixels}
     inputs = {name: a[:, :-1] if a.ndim == 2 else a for name, a in inputs.items()}
-    logits = interop.call(case.model, case.params, inputs)["logits"][:, start - 1 :]
-    assert apart(logits, golden[f"{lead}greedy_logits"]) < CLOSE
+    logits = compiled(lambda inputs: interop.call(case.model, case.params, inputs)["logits"])(inputs)
+    assert apart(logits[:, start - 1 :], golden[f"{lead}greedy_logits"]) < CLOSE
