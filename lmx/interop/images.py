@@ -88,6 +88,9 @@ def _both(model: Model, params: Tree, inputs: Mapping[str, Any], execution: Exec
     present = {side: name for side, (needed, name) in sides.items() if needed in inputs}
     if not present or (inputs.get("return_loss") and len(present) < 2):
         raise ValueError("a clip needs pixel_values, input_ids or both, and both for a loss")
+    pairs = [len(inputs[sides[side][0]]) for side in present]
+    if inputs.get("return_loss") and pairs[0] != pairs[1]:
+        raise ValueError(f"{pairs[0]} images and {pairs[1]} texts: the loss is of pairs")
     for side, name in present.items():
         own, tower = params[side], getattr(config, side)
         found[name], summary = _tower(own, tower, inputs, execution)
@@ -97,8 +100,4 @@ def _both(model: Model, params: Tree, inputs: Mapping[str, Any], execution: Exec
         return found
     per_text = clip.similarities(params, units["image"], units["text"])
     found |= {"logits_per_text": per_text, "logits_per_image": per_text.T}
-    if not inputs.get("return_loss"):
-        return found
-    if per_text.shape[0] != per_text.shape[1]:
-        raise ValueError(f"{per_text.shape[1]} images and {per_text.shape[0]} texts: the loss is of pairs")
-    return found | {"loss": clip.contrastive_loss(per_text)}
+    return found | ({"loss": clip.contrastive_loss(per_text)} if inputs.get("return_loss") else {})
