@@ -33,7 +33,7 @@ def generate(
     stop_ids: Sequence[int] = (),
     start_id: int | None = None,
     suppress_ids: Sequence[int] = (),
-    images: Array | np.ndarray | None = None,
+    pixel_values: Array | np.ndarray | None = None,
     tokenizer: Tokenizer | None = None,
     execution: Execution = Execution(),
 ) -> list[list[int]] | list[str]:
@@ -46,8 +46,8 @@ def generate(
       stop_ids: tokens that end a continuation; they are not part of it.
       start_id: the token behind which an encoder-decoder's texts begin.
       suppress_ids: tokens that are never drawn.
-      images: `[images, channels, height, width]`, for a model that reads them: in the order in which the prompts, one after another, have
-        places for them, each as many image tokens as an image takes (`LLaVA.image_tokens`).
+      pixel_values: images `[images, channels, height, width]`, for a model that reads them: in the order in which the prompts, one after
+        another, have places for them, each as many image tokens as an image takes (`LLaVA.image_tokens`).
       seed: row i's draws depend on (seed, i) alone, not on the rest of the batch.
 
     Returns:
@@ -55,7 +55,8 @@ def generate(
 
     Raises:
       ValueError: an empty prompt, a token outside the vocabulary, more tokens than the model has positions for; an encoder-decoder without
-        start_id, or another model with one; images of a model that reads none, or for which the prompts have not just as many places.
+        start_id, or another model with one; images for a model that reads none, or prompts
+        that have not just as many places for them.
     """
     model = getattr(model, "config", model)  # of a checkpoint (`lmx.interop.Model`)
     sampling = Sampling(temperature, top_k, top_p)
@@ -71,7 +72,7 @@ def generate(
             f"start_id={start_id} of model={type(model).__name__}: an encoder-decoder begins its texts behind one, others have none"
         )
     _check(model, ids, max_new_tokens)
-    _check_images(model, ids, images)
+    _check_images(model, ids, pixel_values)
     if not ids:
         return []
     length = -(-max(map(len, ids)) // 16) * 16
@@ -80,7 +81,7 @@ def generate(
         tokens[row, length - len(prompt) :], segments[row, length - len(prompt) :] = prompt, 1
     static = (model, limit, max_new_tokens, sampling, tuple(stop_ids), tuple(suppress_ids), start_id, execution)
     with jax.default_matmul_precision(execution.precision.products):
-        new, counts = jax.device_get(_run(*static, decoding_params(params), tokens, segments, images, jax.random.key(seed)))
+        new, counts = jax.device_get(_run(*static, decoding_params(params), tokens, segments, pixel_values, jax.random.key(seed)))
     found = [row[:count].tolist() for row, count in zip(new, counts, strict=True)]
     return [tokenizer.decode(row) for row in found] if texts else found
 
@@ -121,27 +122,26 @@ def _check(model: Model, ids: list[list[int]], max_new_tokens: int) -> None:
             )
 
 
-def _check_images(model: Model, ids: list[list[int]], images: Array | np.ndarray | None) -> None:
+def _check_images(model: Model, ids: list[list[int]], pixels: Array | np.ndarray | None) -> None:
     if not isinstance(model, LLaVA):
-        if images is not None:
-            raise ValueError(f"images for a {type(model).__name__}, which reads none; leave images out")
+        if pixels is not None:
+            raise ValueError(f"pixel_values for a {type(model).__name__}, which reads no images; leave them out")
         return
-    places, needed = sum(prompt.count(model.image_token) for prompt in ids), (0 if images is None else len(images)) * model.image_tokens
-    if places != needed:
+    places, images = sum(prompt.count(model.image_token) for prompt in ids), 0 if pixels is None else len(pixels)
+    if places != images * model.image_tokens:
         raise ValueError(
-            f"the prompts have {places} image tokens ({model.image_token}), and {0 if images is None else len(images)} images of "
-            f"{model.image_tokens} each need {needed}"
+            f"the prompts have {places} image tokens ({model.image_token}), and pixel_values has {images} images, each of {model.image_tokens}"
         )
 
 
 @partial(jax.jit, static_argnums=tuple(range(8)))
 def _run(
-    model, limit, max_new_tokens, sampling, stop_ids, suppress_ids, start_id, execution, params, tokens, segments, images, key
+    model, limit, max_new_tokens, sampling, stop_ids, suppress_ids, start_id, execution, params, tokens, segments, pixels, key
 ) -> tuple[Array, Array]:
     rows, length = tokens.shape
     padding = length - segments.sum(-1, keepdims=True)
     positions = jnp.maximum(jnp.arange(length) - padding, 0)
-    read = {} if images is None else {"pixels": images}
+    read = {} if pixels is None else {"pixels": pixels}
     if start_id is not None:
         read = {"source": Source(tokens, positions, segments)}
         tokens, length, padding = jnp.full((rows, 1), start_id, jnp.int32), 1, jnp.zeros((rows, 1), jnp.int32)

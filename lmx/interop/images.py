@@ -24,7 +24,8 @@ def call(model: Model, params: Tree, inputs: Mapping[str, Any], *, execution: Ex
     """What the peer's forward gives. Of one tower: `last_hidden_state`, `hidden_states` (a tuple: the embeddings, then each layer's output,
     before a final norm), and as its head is `pooler_output`, `logits` and with labels `loss`, or `image_embeds` or `text_embeds`. Of CLIP:
     `logits_per_text`, `logits_per_image`, `image_embeds`, `text_embeds` (of length 1), what each tower gives as `vision_model_output` and
-    `text_model_output`, and with `return_loss` its `loss`; images or texts alone are embedded alone. Differentiable in params.
+    `text_model_output` (whose `pooler_output` is what becomes those, as `get_image_features` gives it), and with `return_loss` its `loss`;
+    images or texts alone are embedded alone. Differentiable in params.
 
     Raises:
       ValueError: an input that the model does not take, or lacks.
@@ -94,8 +95,8 @@ def _both(model: Model, params: Tree, inputs: Mapping[str, Any], execution: Exec
     for side, name in present.items():
         own, tower = params[side], getattr(config, side)
         found[name], summary = _tower(own, tower, inputs, execution)
-        units[side] = clip.unit(clip.projected(own, tower, summary, execution))
-        found[f"{side}_embeds"] = units[side]
+        found[name]["pooler_output"] = clip.projected(own, tower, summary, execution)
+        found[f"{side}_embeds"] = units[side] = clip.unit(found[name]["pooler_output"])
     if len(units) < 2:
         return found
     per_text = clip.similarities(params, units["image"], units["text"])

@@ -132,7 +132,7 @@ def outputs_of(model, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
         for key, value in (side or {}).items():
             if key == "hidden_states":
                 found |= {f"{lead}hidden_states.{i}": hidden for i, hidden in enumerate(value)}
-            elif isinstance(value, torch.Tensor) and not (lead and key == "pooler_output"):
+            elif isinstance(value, torch.Tensor):
                 found[lead + key] = value
     return found
 

@@ -100,7 +100,7 @@ PUBLISHED = {
     "vit-base-patch16-224": (
         {"model_type": "vit", "architectures": ["ViTForImageClassification"], "hidden_size": 768, "id2label": {str(i): "x" for i in range(1000)},
          "layer_norm_eps": 1e-12, "encoder_stride": 16, "qkv_bias": True},
-        {"labels": 1000, "patches": 196, "head": "classifier", "projection_bias": True},
+        {"labels": 1000, "patches": 196, "head": "classifier", "projection_bias": None},
     ),
     "vit, its pooler": (
         {"model_type": "vit", "architectures": ["ViTModel"], "image_size": [32, 16], "patch_size": 8},
@@ -188,9 +188,9 @@ def test_images_alone_and_texts_alone_are_embedded_as_together(cases):
 
 def test_prompts_and_images_must_agree(cases):
     model, params = cases["llava_gemma"]
-    with pytest.raises(ValueError, match=r"4 image tokens \(5\), and 0 images of 4 each need 0"):
+    with pytest.raises(ValueError, match=r"4 image tokens \(5\), and pixel_values has 0 images, each of 4"):
         generate(model, params, [[5] * 4], max_new_tokens=1)
     with pytest.raises(ValueError, match="0 image tokens"):
-        generate(model, params, [[6]], max_new_tokens=1, images=PIXELS)
-    with pytest.raises(ValueError, match="images for a Transformer, which reads none"):
-        generate(model.table.inside[0].part(model.config), params, [[6]], max_new_tokens=1, images=PIXELS)
+        generate(model, params, [[6]], max_new_tokens=1, pixel_values=PIXELS)
+    with pytest.raises(ValueError, match="pixel_values for a Transformer, which reads no images"):
+        generate(model.table.inside[0].part(model.config), params, [[6]], max_new_tokens=1, pixel_values=PIXELS)

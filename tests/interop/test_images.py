@@ -108,7 +108,7 @@ def test_greedy_continuations_of_prompts_with_images(case):
     expected, start = golden[f"{lead}greedy"], prompts.shape[1]
     ids = [row[real == 1].tolist() for row, real in zip(prompts, mask, strict=True)]
     steps = expected.shape[1] - start
-    found = generate(case.model, case.params, ids, max_new_tokens=steps, suppress_ids=barred, images=pixels)
+    found = generate(case.model, case.params, ids, max_new_tokens=steps, suppress_ids=barred, pixel_values=pixels)
     assert found == expected[:, start:].tolist()
     whole = np.concatenate([mask, np.ones((len(mask), steps), mask.dtype)], 1)
     inputs = {"input_ids": expected, "attention_mask": whole, "pixel_values": pixels}

@@ -67,7 +67,7 @@ VIT = Family(
         Field("num_channels", "channels", 3),
         Field("hidden_act", "activation", "gelu", ACTIVATIONS),
         Field("layer_norm_eps", "norm_epsilon", 1e-12),
-        Field("qkv_bias", "projection_bias", True),
+        Field("qkv_bias", "projection_bias", True, {True: None, False: False}),
     ),
     ignored=("encoder_stride", "tie_word_embeddings"),
     more=(sizes(224, 16), LABELS, (pooler, said_pooler)),
