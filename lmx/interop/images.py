@@ -94,7 +94,7 @@ def _both(model: Model, params: Tree, inputs: Mapping[str, Any], execution: Exec
         raise ValueError(f"{pairs[0]} images and {pairs[1]} texts: the loss is of pairs")
     for side, name in present.items():
         own, tower = params[side], getattr(config, side)
-        found[name], summary = _tower(own, tower, inputs, execution)
+        found[name], summary = _tower(own, tower, inputs, vision.side(execution, side))
         found[name]["pooler_output"] = clip.projected(own, tower, summary, execution)
         found[f"{side}_embeds"] = units[side] = clip.unit(found[name]["pooler_output"])
     if len(units) < 2:

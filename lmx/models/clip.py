@@ -18,12 +18,14 @@ from lmx.parallel.rules import placed
 
 
 class Embeddings(NamedTuple):
-    """What CLIP makes of images and texts: vectors of length 1, and the hidden states that they come from."""
+    """What CLIP makes of images and texts: vectors of length 1, the hidden states that they come from, and what is tapped of either encoder
+    (`image/layers/3/input`, `text/...`)."""
 
     images: Float[Array, "images space"]
     texts: Float[Array, "texts space"]
     image_output: transformer.Output
     text_output: transformer.Output
+    taps: dict[str, Array]
 
 
 def specs(config: CLIP) -> Tree:
@@ -43,11 +45,13 @@ def forward(
     execution: Execution = Execution(),
 ) -> Embeddings:
     """Both towers. `positions` and `segments` are of texts, as in `lmx.models.transformer.forward`; a row is one text."""
-    image = vision.forward(params["image"], config.image, pixels, execution=execution)
-    text = transformer.forward(params["text"], config.text, tokens, positions=positions, segments=segments, execution=execution)
+    seeing, reading = (vision.side(execution, name) for name in ("image", "text"))
+    image = vision.forward(params["image"], config.image, pixels, execution=seeing)
+    text = transformer.forward(params["text"], config.text, tokens, positions=positions, segments=segments, execution=reading)
     images = projected(params["image"], config.image, vision.pooled(params["image"], config.image, image.hidden, execution), execution)
     texts = projected(params["text"], config.text, pooled(config.text, tokens, text.hidden, segments), execution)
-    return Embeddings(unit(images), unit(texts), image, text)
+    taps = vision.named(image.taps, "image") | vision.named(text.taps, "text")
+    return Embeddings(unit(images), unit(texts), image, text, taps)
 
 
 def pooled(

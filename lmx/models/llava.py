@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from lmx.core.execution import Execution
-from lmx.core.tree import Tree
+from lmx.core.tree import Tree, matches
 from lmx.core.weights import linear
 from lmx.kernels.wide import widened
 from lmx.models import transformer, vision
@@ -46,29 +46,50 @@ def forward(
     Args:
       pixels: images in the order in which the texts have their tokens, row after row, however many a row has. Without, image tokens are
         looked up as any other.
-      given: where the caller has placed the images' features itself (`features`, `among`).
+      given: what is read in other tokens' places; or in images', where the caller has placed their features itself (`features`, `among`).
+
+    What is tapped of the encoder begins with `image/`.
     """
+    taps = {}
     if pixels is not None:
-        given = among(config, tokens, features(params, config, pixels, execution))
+        seen, taps = _look(params, config, pixels, execution)
+        given = _both(among(config, tokens, seen), given)
     decoder = {name: value for name, value in params.items() if name not in SEEING}
-    return transformer.forward(decoder, config, tokens, given=given, execution=execution, **inputs)
+    own = replace(execution, taps=tuple(tap for tap in execution.taps if not tap.startswith("image/")))
+    output = transformer.forward(decoder, config, tokens, given=given, execution=own, **inputs)
+    return output.replace(taps=taps | output.taps)
 
 
 def features(
     params: Tree, config: LLaVA, pixels: Float[Array, "images channels height width"], execution: Execution = Execution()
 ) -> Float[Array, "images patches embed"]:
     """What the decoder reads of images: their patches after the layers that the config names, through the projector."""
-    deepest, taken = max(config.depths), [depth for depth in config.depths if depth < max(config.depths)]
-    tapped = replace(execution, taps=tuple(f"layers/{depth}/input" for depth in taken))
-    output = vision.forward(params["image"], config.image, pixels, depth=deepest, execution=tapped)
-    hidden = [output.hidden if depth == deepest else output.taps[f"layers/{depth}/input"] for depth in config.depths]
-    x = jnp.concatenate(hidden, -1)
+    return _look(params, config, pixels, execution)[0]
+
+
+def _look(params: Tree, config: LLaVA, pixels: Array, execution: Execution) -> tuple[Array, dict[str, Array]]:
+    """The features, and what is tapped on the way."""
+    deepest, asked = max(config.depths), vision.side(execution, "image")
+    own = {depth: f"layers/{depth}/input" for depth in config.depths if depth < deepest}
+    output = vision.forward(
+        params["image"], config.image, pixels, depth=deepest, execution=replace(asked, taps=(*asked.taps, *own.values()))
+    )
+    x = jnp.concatenate([output.taps[own[depth]] if depth in own else output.hidden for depth in config.depths], -1)
     x = x if config.image_class else x[:, 1:]
-    own = placed(params["projector"], _projector(config), execution)
-    x = linear(x, own["up"]["weight"], own["up"].get("bias"))
+    layers = placed(params["projector"], _projector(config), execution)
+    x = linear(x, layers["up"]["weight"], layers["up"].get("bias"))
     x = constrain(x, ("batch", "length", "mlp"), execution.rules)
     x = ACTIVATIONS[config.projector_activation](widened(x)).astype(x.dtype)
-    return linear(x, own["down"]["weight"], own["down"].get("bias"))
+    tapped = {name: value for name, value in output.taps.items() if matches(name, asked.taps)}
+    return linear(x, layers["down"]["weight"], layers["down"].get("bias")), vision.named(tapped, "image")
+
+
+def _both(first: Embedded, second: Embedded | None) -> Embedded:
+    """Where both give something, it is the first's."""
+    if second is None:
+        return first
+    vectors = jnp.where(first.where[..., None], first.vectors, second.vectors.astype(first.vectors.dtype))
+    return Embedded(vectors, first.where | second.where)
 
 
 def among(config: LLaVA, tokens: Int[Array, "batch length"], features: Float[Array, "images patches embed"]) -> Embedded:

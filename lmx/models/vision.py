@@ -112,6 +112,17 @@ def _enter(
     return drop.apply(constrain(x, ("batch", "sequence", None), execution.rules), dropout, "embed", 0)
 
 
+def side(execution: Execution, name: str) -> Execution:
+    """That of an encoder inside a model: of what is tapped, what begins with its name (`image/layers/3/input`), without it."""
+    lead = f"{name}/"
+    return replace(execution, taps=tuple(tap.removeprefix(lead) for tap in execution.taps if tap.startswith(lead)))
+
+
+def named(taps: dict[str, Array], name: str) -> dict[str, Array]:
+    """What is tapped there, by its name in the model."""
+    return {f"{name}/{tap}": value for tap, value in taps.items()}
+
+
 def cut(pixels: Float[Array, "batch channels height width"], size: tuple[int, int]) -> Float[Array, "batch patches channels rows columns"]:
     """Patches of images, row by row; what is beyond whole patches is left out."""
     rows, columns = size

@@ -62,6 +62,20 @@ def test_what_is_given_stands_in_place_of_embeddings():
     np.testing.assert_array_equal(found, forward(params, tokens=tokens).hidden)
 
 
+def test_what_is_given_and_tapped_beside_images():
+    config = LLaVA(**SIZES, vocab=11, context=16, image_token=3, image=SEES, image_layers=(0, -1))
+    params, tokens = started(llava.specs(config)), jnp.array([[5, *[3] * 4, 6, 7]])
+    soft = Embedded(jnp.ones((1, 7, 8)), tokens == 6)
+    execution = Execution(taps=("layers/0/input", "image/layers/1/*"))
+    run = jax.jit(lambda pixels: llava.forward(params, config, tokens, pixels=pixels, given=soft, execution=execution).taps)
+    pixels = jnp.ones((1, 2, 5, 6))
+    taps = run(pixels)
+    assert set(taps) == {"layers/0/input", "image/layers/1/input", "image/layers/1/output"}
+    np.testing.assert_allclose(taps["layers/0/input"][0, 1:5], llava.features(params, config, pixels)[0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(taps["layers/0/input"][0, 5], 1.0)
+    np.testing.assert_array_equal(taps["layers/0/input"][0, 6], params["embed"][7])
+
+
 @given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 4))
 @settings(max_examples=20, deadline=None)
 def test_features_are_read_in_order(seed, images, patches):
