@@ -28,10 +28,11 @@ def specs(config: VisionTransformer) -> Tree:
     kernel, embed = (config.channels, *config.patch_size), config.embed
     tree = {
         "patches": linear_specs(kernel, (embed,), (None,) * 3, ("embed",), config, bias=config.patch_bias),
-        "class_token": ParamSpec((embed,), ("embed",), init=Normal(config.init_std)),
-        "positions": ParamSpec((config.patches + 1, embed), (None, "embed"), init=Normal(config.init_std)),
+        "positions": ParamSpec((config.places, embed), (None, "embed"), init=Normal(config.init_std)),
         "layers": stack.specs(config),
     }
+    if config.class_token:
+        tree["class_token"] = ParamSpec((embed,), ("embed",), init=Normal(config.init_std))
     for name, there in (("embed_norm", config.embed_norm), ("norm", config.norm_placement != "post")):
         if there:
             tree[name] = norms.specs(config.norm, embed, "embed", bias=config.bias, offset=config.norm_offset)
@@ -105,8 +106,9 @@ def _enter(
     dtype = jnp.dtype(execution.precision.compute)
     patches = cut(pixels.astype(dtype), config.patch_size)
     x = linear(patches, params["patches"]["weight"], params["patches"].get("bias"), inputs=3)
-    first = jnp.broadcast_to(whole(params["class_token"]).astype(dtype), (x.shape[0], 1, x.shape[2]))
-    x = jnp.concatenate([first, x], 1) + whole(params["positions"]).astype(dtype)
+    if config.class_token:
+        x = jnp.concatenate([jnp.broadcast_to(whole(params["class_token"]).astype(dtype), (x.shape[0], 1, x.shape[2])), x], 1)
+    x = x + whole(params["positions"]).astype(dtype)
     if config.embed_norm:
         x = norms.norm(x, params["embed_norm"], config.norm, config.norm_epsilon, offset=config.norm_offset)
     return drop.apply(constrain(x, ("batch", "sequence", None), execution.rules), dropout, "embed", 0)

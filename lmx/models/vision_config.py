@@ -23,6 +23,8 @@ class VisionTransformer(Transformer):
     """Of a pixel."""
     patch_bias: bool = True
     """Whether the layer that embeds patches has a bias."""
+    class_token: bool = True
+    """Whether there is a class token (SigLIP has none)."""
     summary_norm: bool = False
     """Whether the final norm is of the class token alone, where the head reads it (CLIP), or of all hidden states."""
     summary: int | None = None
@@ -52,6 +54,11 @@ class VisionTransformer(Transformer):
         """Of an image."""
         (height, width), (rows, columns) = self.image_size, self.patch_size
         return (height // rows) * (width // columns)
+
+    @property
+    def places(self) -> int:
+        """Patches and class token."""
+        return self.patches + self.class_token
 
     @property
     def summary_size(self) -> int:
@@ -102,7 +109,7 @@ class LLaVA(Transformer):
     image_layers: tuple[int, ...] = (-2,)
     """After how many layers of the encoder a patch is taken; -1: all, -2: all but the last. Of several one beside another."""
     image_class: bool = False
-    """Whether the class token is taken too, before the patches."""
+    """Whether the first of the encoder's places, its class token, is taken too."""
     projector_activation: Activation = "gelu"
     """Between the two linear layers."""
     projector_bias: bool = True
@@ -111,7 +118,7 @@ class LLaVA(Transformer):
     @property
     def image_tokens(self) -> int:
         """Places that an image takes in a text."""
-        return self.image.patches + self.image_class
+        return self.image.places - (not self.image_class)
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -157,6 +164,8 @@ def _check_image(config: VisionTransformer) -> None:
     text_config.check(replace(config, vocab=1, head="none", labels=0))
     if config.head not in HEADS:
         raise ValueError(f"model.head={config.head} of an encoder of images is not one of {', '.join(HEADS)}")
+    if not config.class_token and (config.head != "none" or config.summary_norm):
+        raise ValueError(f"model.head={config.head} and model.summary_norm={config.summary_norm} read a class token; set model.class_token")
     if (config.head == "classifier") != (config.labels > 0):
         raise ValueError(f"model.labels={config.labels} with model.head={config.head}: labels are of the classifier; set both or neither")
     if config.channels < 1:

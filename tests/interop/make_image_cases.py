@@ -41,8 +41,8 @@ def clip(text: dict, vision: dict, **more):
     return transformers.CLIPConfig(text_config=READS | text, vision_config=SEES | vision, **more)
 
 
-def llava(text, vision: dict, **more):
-    seen = transformers.CLIPVisionConfig(**SEES | vision)
+def llava(text, vision: dict, kind=transformers.CLIPVisionConfig, **more):
+    seen = kind(**SEES | vision)
     return transformers.LlavaConfig(text_config=text, vision_config=seen, image_token_index=IMAGE, **more)
 
 
@@ -62,6 +62,8 @@ CASES = {
                    vision_feature_layer=[1, -2, 0], vision_feature_select_strategy="full", projector_hidden_act="relu")),
     "llava_mistral": ("LlavaForConditionalGeneration", llava(transformers.MistralConfig(**SLIM, sliding_window=6), {},
                       vision_feature_layer=-1, multimodal_projector_bias=False)),
+    "llava_siglip": ("LlavaForConditionalGeneration", llava(transformers.LlamaConfig(**SLIM), {"vision_use_head": False},
+                     transformers.SiglipVisionConfig, vision_feature_layer=-1, vision_feature_select_strategy="full")),
     "llava_gemma": ("LlavaForConditionalGeneration", llava(transformers.GemmaConfig(**SLIM), {}, vision_feature_layer=-3)),
 }  # fmt: skip
 GRADED, CONTINUED = ("vit_oblong", "clip", "llava_qwen"), ("llava_qwen",)
@@ -113,7 +115,7 @@ def inputs_of(name: str, config) -> dict[str, torch.Tensor]:
         several = config.problem_type == "multi_label_classification"
         found["labels"] = torch.tensor([[0.0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 1, 1]]) if several else torch.tensor([0.3, -1.2, 0.8])
     if "Llava" in kind:
-        length = 4 + (config.vision_feature_select_strategy == "full")
+        length = 4 + (config.vision_feature_select_strategy == "full" and vision.model_type == "clip_vision_model")
         ids = torch.randint(6, 40, (2, 2 * length + 6))
         mask = torch.ones_like(ids)
         ids[0, 2 : 2 + length] = ids[1, 1 : 1 + length] = ids[1, 2 + length : 2 + 2 * length] = IMAGE

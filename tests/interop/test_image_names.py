@@ -78,6 +78,16 @@ PUBLISHED = {
         },
         {"vocab": 32064, "embed": 4096, "image_token": 32000, "image_tokens": 576, "depths": (23,), "tied": False, "norm_epsilon": 1e-5},
     ),
+    "llava-interleave": (
+        {
+            "model_type": "llava", "image_token_index": 151646, "projector_hidden_act": "gelu", "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full", "text_config": {"model_type": "qwen2", "vocab_size": 152000, "hidden_size": 1024},
+            "vision_config": {"hidden_size": 1152, "image_size": 384, "intermediate_size": 4304, "model_type": "siglip_vision_model",
+                              "num_attention_heads": 16, "num_hidden_layers": 26, "patch_size": 14, "vision_use_head": False},
+        },
+        {"image_tokens": 729, "depths": (26,), "image.class_token": False, "image.activation": "gelu_tanh", "image.norm_epsilon": 1e-6,
+         "projection_bias": True},
+    ),
     "llava, all left out": ({"model_type": "llava"}, {"vocab": 32000, "image_tokens": 576, "depths": (23,), "image_class": False}),
     "clip-vit-large-patch14": (
         {
@@ -140,6 +150,7 @@ def test_published_configs_are_read_and_said_again(name):
         ({"model_type": "clip", "text_config": {"hidden_act": "mish"}}, "hidden_act='mish' of a clip_text_model"),
         ({"model_type": "clip", "text_config": {"eos_token_id": [1, 2]}}, r"eos_token_id=\[1, 2\]"),
         ({"model_type": "llava", "vision_config": {"model_type": "pixtral"}}, "vision_config has model_type='pixtral'"),
+        ({"model_type": "llava", "vision_config": {"model_type": "siglip_vision_model"}}, "vision_use_head=True of a siglip_vision_model"),
         ({"model_type": "llava", "text_config": {"model_type": "t5"}}, "text_config has model_type='t5'"),
         ({"model_type": "llava", "text_config": {"hidden_act": "mish"}}, "hidden_act='mish' of a llama"),
         ({"model_type": "llava", "vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy='cls'"),

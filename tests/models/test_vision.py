@@ -124,6 +124,7 @@ def test_the_contrastive_loss():
     [
         (replace(SEES, patch_size=(6, 3)), r"model.patch_size=\(6, 3\)"),
         (replace(SEES, labels=3), "model.labels=3 with model.head=none"),
+        (replace(SEES, class_token=False, head="pooler"), "model.head=pooler and model.summary_norm=False read a class token"),
         (replace(SEES, head="lm"), "model.head=lm of an encoder of images"),
         (replace(SEES, causal=True), "model.causal=True is not of an encoder of images"),
         (replace(SEES, heads=3), "model.embed=8 is not divisible by model.heads=3"),

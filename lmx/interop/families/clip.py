@@ -1,4 +1,4 @@
-"""CLIP (Radford et al., 2021): both towers, and each alone."""
+"""CLIP (Radford et al., 2021): both towers, and each alone; and what is much alike in SigLIP (Zhai et al., 2023)."""
 
 from dataclasses import replace
 
@@ -83,6 +83,31 @@ VISION = Family(
     kernels=("patches/weight",),
     leftover=("*position_ids",),
 )
+
+
+def headless(reader, _):
+    if reader.take("vision_use_head", True):
+        raise reader.refused("vision_use_head", True, "False: its head is read by nothing here")
+    return {}
+
+
+SIGLIP = replace(
+    VISION,
+    model_type="siglip_vision_model",
+    architecture="SiglipVisionModel",
+    architectures={},
+    fields=(
+        *(
+            replace(one, default={"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}.get(one.theirs, one.default))
+            for one in VISION.fields
+        ),
+    ),
+    settings=SETTINGS | {"class_token": False, "summary_norm": False},
+    more=(sizes(224, 16), (headless, lambda _: {"vision_use_head": False})),
+    modules={name.removeprefix("vision_model."): ours for name, ours in VISION.modules.items() if ours != "embed_norm"},
+    tensors={},
+)
+"""SigLIP's eyes (Zhai et al., 2023), as they are inside other models: without a head."""
 TEXT = Family(
     model_type="clip_text_model",
     architecture="CLIPTextModel",

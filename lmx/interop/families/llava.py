@@ -1,4 +1,4 @@
-"""LLaVA (Liu et al., 2023): CLIP's eyes and a decoder of any of several families."""
+"""LLaVA (Liu et al., 2023): CLIP's eyes, or SigLIP's, and a decoder of any of several families."""
 
 from lmx.interop.families import clip, cohere, gemma, glm, llama, mistral, mixtral, olmo2, phi3, qwen, stablelm
 from lmx.interop.family import ACTIVATIONS, Family, Field, Inside
@@ -57,6 +57,6 @@ LLAVA = Family(
     dialects=(dialect("vision_model.", modern=False), dialect("", modern=True), dialect("vision_model.", modern=True)),
     inside=(
         Inside("text_config", "", DECODERS, lead="language_model."),
-        Inside("vision_config", "image", (clip.VISION,), lead="vision_tower.", usual=EYES),
+        Inside("vision_config", "image", (clip.VISION, clip.SIGLIP), lead="vision_tower.", usual=EYES),
     ),
 )
