@@ -139,7 +139,9 @@ def save(model: Model, params: Tree, folder: str | Path, *, dtype=None) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = model.hub
-    kind = np.dtype(dtype or {"bfloat16": ml_dtypes.bfloat16}.get(config.get("dtype") or config.get("torch_dtype")) or np.float32)
+    kind = np.dtype(
+        dtype or {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}.get(config.get("dtype") or config.get("torch_dtype")) or np.float32
+    )
     config["dtype"] = kind.name
     config.pop("torch_dtype", None)
     write_tensors(folder, {name: (shape, kind, make) for name, (shape, make) in _writers(model, params).items()})

@@ -64,6 +64,16 @@ def test_names_of_other_versions(layout, root, shared, tmp_path):
     assert set(interop.tensors(model, params)) == {name for name in tensors if not name.endswith("position_ids")}
 
 
+def test_half_precision_files_are_given_back(root, tmp_path):
+    folder = root / "tests" / "data_files" / "images" / "llava_siglip"
+    tensors = {name: a.astype(np.float16) for name, a in mapped(folder / "model.safetensors").items()}
+    write_tensors(tmp_path, {name: (a.shape, a.dtype, lambda a=a: a) for name, a in tensors.items()})
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"dtype": "float16"}))
+    interop.save(*interop.load(tmp_path), tmp_path / "again")
+    found = mapped(tmp_path / "again" / "model.safetensors")
+    assert {name: a.tobytes() for name, a in found.items()} == {name: a.tobytes() for name, a in tensors.items()}
+
+
 DUMP = {"_name_or_path": "", "add_cross_attention": False, "length_penalty": 1.0, "top_k": 50, "num_beams": 1, "torch_dtype": None}
 PUBLISHED = {
     "llava-1.5": (

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmx.core.execution import Execution
-from lmx.core.params import initial_values
+from lmx.core.params import is_spec
 from lmx.models import clip, llava, stack, transformer, vision
 from lmx.models.config import Transformer
 from lmx.models.families import check
@@ -26,7 +26,8 @@ READS = Transformer(**SIZES, vocab=11, context=16)
 
 
 def started(specs):
-    return jax.jit(partial(initial_values, specs=specs))(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda spec: jnp.asarray(rng.normal(0, 0.3, spec.shape), jnp.float32), specs, is_leaf=is_spec)
 
 
 @given(st.tuples(*[st.integers(1, 3)] * 6))
@@ -47,7 +48,7 @@ def test_a_forward_stops_where_it_is_told_to():
     tapped = jax.jit(lambda params: vision.forward(params, SEES, pixels, execution=Execution(taps=("layers/*/*",))))(params)
     states = [*(tapped.taps[f"layers/{i}/input"] for i in range(3)), tapped.taps["layers/2/output"]]
     unrolled = params | {"layers": stack.unstack(params["layers"])}
-    for depth, form in ((0, params), (1, unrolled), (2, params), (3, params)):
+    for depth, form in ((0, params), (1, unrolled), (3, params)):
         found = jax.jit(vision.forward, static_argnums=1, static_argnames="depth")(form, SEES, pixels, depth=depth).hidden
         np.testing.assert_allclose(found, states[depth], rtol=1e-5, atol=1e-6)
 

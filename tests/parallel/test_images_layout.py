@@ -28,7 +28,7 @@ MODELS = {
     "vit": SEES,
     "llava": LLaVA(**SIZES, vocab=48, context=16, image=replace(SEES, head="none", labels=0), image_token=3, image_layers=(-2, 1)),
 }
-CASES = [("vit", Layout(fsdp=4, tensor=2, zero=1, sequence=False, remat="full")), ("llava", Layout(data=2, fsdp=2, tensor=2))]
+CASES = [("vit", Layout(fsdp=4, tensor=2, zero=1, sequence=False)), ("llava", Layout(data=2, fsdp=2, tensor=2))]
 ROWS, LENGTH, IMAGE = 8, 16, slice(2, 6)
 
 
@@ -59,7 +59,7 @@ def trained(config, layout: Layout | None) -> dict:
         layout, execution = Layout(), Execution()
     else:
         split = rules(layout, split=layout.zero >= 2)
-        execution = Execution(rules=rules(layout), split=split, remat=layout.remat)
+        execution = Execution(rules=rules(layout), split=split)
     mesh = make_mesh(layout)
     where, gradients = (shardings(specs, mesh, rules(layout, split=layout.zero >= least)) for least in (3, 2))
     params = jax.jit(partial(initial_values, specs=specs), out_shardings=where)(jax.random.key(0))
