@@ -18,6 +18,7 @@ from lmx.models.families import functions
 from lmx.models.losses import logits
 from lmx.models.sites import Edits
 from lmx.models.transformer import Source
+from lmx.models.vision_config import LLaVA
 
 
 def generate(
@@ -33,6 +34,7 @@ def generate(
     stop_ids: Sequence[int] = (),
     start_id: int | None = None,
     suppress_ids: Sequence[int] = (),
+    pixel_values: Array | np.ndarray | None = None,
     tokenizer: Tokenizer | None = None,
     edits: Edits | None = None,
     execution: Execution = Execution(),
@@ -47,6 +49,8 @@ def generate(
       start_id: the token behind which an encoder-decoder's texts begin.
       suppress_ids: tokens that are never drawn.
       edits: what is changed inside (`lmx.models.sites`), in every forward: of the prompts, and of each token.
+      pixel_values: images `[images, channels, height, width]`, for a model that reads them: in the order in which the prompts, one after
+        another, have places for them, each as many image tokens as an image takes (`LLaVA.image_tokens`).
       seed: row i's draws depend on (seed, i) alone, not on the rest of the batch.
 
     Returns:
@@ -54,7 +58,8 @@ def generate(
 
     Raises:
       ValueError: an empty prompt, a token outside the vocabulary, more tokens than the model has positions for; an encoder-decoder without
-        start_id, or another model with one.
+        start_id, or another model with one; images for a model that reads none, or prompts
+        that have not just as many places for them.
     """
     model = getattr(model, "config", model)  # of a checkpoint (`lmx.interop.Model`)
     sampling = Sampling(temperature, top_k, top_p)
@@ -70,6 +75,7 @@ def generate(
             f"start_id={start_id} of model={type(model).__name__}: an encoder-decoder begins its texts behind one, others have none"
         )
     _check(model, ids, max_new_tokens)
+    _check_images(model, ids, pixel_values)
     if not ids:
         return []
     static = (model, limit, sampling, tuple(stop_ids), tuple(suppress_ids), start_id, execution)
@@ -83,7 +89,7 @@ def generate(
             tokens[row, length - len(text) :], segments[row, length - len(text) :] = text, 1
         with jax.default_matmul_precision(execution.precision.products):
             keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(texts)))
-            new, counts = jax.device_get(_run(*static, count, params, tokens, segments, keys, np.int32(first), edits))
+            new, counts = jax.device_get(_run(*static, count, params, tokens, segments, keys, np.int32(first), edits, pixel_values))
         return [row[:count].tolist() for row, count in zip(new, counts, strict=True)]
 
     before = _before_turning(model, ids, max_new_tokens)
@@ -123,7 +129,7 @@ def _check(model: Model, ids: list[list[int]], max_new_tokens: int) -> None:
     for i, prompt in enumerate(ids):
         if not prompt:
             raise ValueError(f"prompt {i} is empty; begin it with at least one token")
-        if strange := [token for token in prompt if not 0 <= token < model.vocab]:
+        if strange := [token for token in prompt if not 0 <= token < model.vocab and token != getattr(model, "image_token", None)]:
             raise ValueError(f"prompt {i} has token {strange[0]}, outside the model's vocabulary of {model.vocab}")
         if isinstance(model, EncoderDecoder):
             for name, tokens, limit in (
@@ -140,14 +146,40 @@ def _check(model: Model, ids: list[list[int]], max_new_tokens: int) -> None:
             )
 
 
+def _check_images(model: Model, ids: list[list[int]], pixels: Array | np.ndarray | None) -> None:
+    if not isinstance(model, LLaVA):
+        if pixels is not None:
+            raise ValueError(f"pixel_values for a {type(model).__name__}, which reads no images; leave them out")
+        return
+    places, images = sum(prompt.count(model.image_token) for prompt in ids), 0 if pixels is None else len(pixels)
+    if places != images * model.image_tokens:
+        raise ValueError(
+            f"the prompts have {places} image tokens ({model.image_token}), and pixel_values has {images} images, each of {model.image_tokens}"
+        )
+
+
 @partial(jax.jit, static_argnums=tuple(range(8)))
 def _run(
-    model, limit, sampling, stop_ids, suppress_ids, start_id, execution, max_new_tokens, params, tokens, segments, keys, drawn, edits
+    model,
+    limit,
+    sampling,
+    stop_ids,
+    suppress_ids,
+    start_id,
+    execution,
+    max_new_tokens,
+    params,
+    tokens,
+    segments,
+    keys,
+    drawn,
+    edits,
+    pixels,
 ) -> tuple[Array, Array]:
     rows, length = tokens.shape
     padding = length - segments.sum(-1, keepdims=True)
     positions = jnp.maximum(jnp.arange(length) - padding, 0)
-    read = {}
+    read = {} if pixels is None else {"pixels": pixels}
     if start_id is not None:
         read = {"source": Source(tokens, positions, segments)}
         tokens, length, padding = jnp.full((rows, 1), start_id, jnp.int32), 1, jnp.zeros((rows, 1), jnp.int32)

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 
 from lmx.core.execution import Execution
 from lmx.core.tree import Tree
-from lmx.interop import pairs
+from lmx.interop import images, pairs
 from lmx.interop.checkpoint import Model
 from lmx.interop.outputs import headed, of_layers
+from lmx.models import llava
 from lmx.models.config import RWKV, EncoderDecoder
 from lmx.models.families import functions
+from lmx.models.vision_config import CLIP, CaptionTransformer, LLaVA, VisionTransformer
 
 TAKEN = ("input_ids", "attention_mask", "position_ids", "labels")
 
@@ -28,15 +30,18 @@ def call(
     has zeros), for which attention is computed as `lmx.models.sites` says.
 
     A token's position is its place among the real ones of its row, wherever the padding is. Differentiable in params. Of an encoder-decoder:
-    `lmx.interop.pairs`.
+    `lmx.interop.pairs`; of an encoder of images or captions: `lmx.interop.images`. A decoder that reads images takes `pixel_values` (`[images,
+    channels, height, width]`, in the order of their tokens) and gives `image_hidden_states`, what it reads of them, too.
 
     Raises:
       ValueError: an input that the model does not take, or attentions of a model without.
     """
     if isinstance(model.config, EncoderDecoder):
         return pairs.call(model, params, inputs, output_attentions=output_attentions, execution=execution)
+    if isinstance(model.config, VisionTransformer | CaptionTransformer | CLIP):
+        return images.call(model, params, inputs, output_attentions=output_attentions, execution=execution)
     config, tokens = model.config, jnp.asarray(inputs["input_ids"])
-    taken = (*TAKEN, *(("token_type_ids",) if config.token_types else ()))
+    taken = (*TAKEN, *(("token_type_ids",) if config.token_types else ()), *(("pixel_values",) if isinstance(config, LLaVA) else ()))
     for name in inputs:
         if name not in taken:
             raise ValueError(f"a {model.family} takes {', '.join(taken)}, not {name}")
@@ -56,8 +61,12 @@ def call(
     tapped = replace(execution, taps=(*execution.taps, f"layers/*/{site}", *weights))
     more = {"token_types": inputs["token_type_ids"]} if "token_type_ids" in inputs else {}
     with jax.default_matmul_precision(execution.precision.products):
+        seen = {}
+        if inputs.get("pixel_values") is not None:
+            seen = {"image_hidden_states": llava.features(params, config, jnp.asarray(inputs["pixel_values"]), execution)}
+            more |= {"given": images.among(config, tokens, seen["image_hidden_states"])}
         output = functions(config).forward(params, config, tokens, positions=positions, segments=mask, execution=tapped, **more)
-        found: dict[str, Any] = {
+        found: dict[str, Any] = seen | {
             "last_hidden_state": output.hidden,
             "hidden_states": (*of_layers(output, site, config.layers), output.hidden),
         }

@@ -114,6 +114,6 @@ def _write(path: Path, tensors: Mapping, sizes: Mapping[str, int]) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
         for shape, dtype, make in tensors.values():
-            array = np.ascontiguousarray(make()).astype(dtype, copy=False)
+            array = np.asarray(make(), dtype, order="C")
             assert array.shape == tuple(shape), (array.shape, shape)
             file.write(array.tobytes())

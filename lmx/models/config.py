@@ -10,7 +10,7 @@ Norm = Literal["layernorm", "rmsnorm"]
 Placement = Literal["pre", "post", "sandwich", "output"]
 Positions = Literal["rope", "alibi", "learned", "sinusoidal", "relative", "none"]
 LayerKind = Literal["global", "local", "global_dense", "local_dense"]
-Head = Literal["lm", "masked", "none", "pooler", "classifier", "tokens", "spans", "detector"]
+Head = Literal["lm", "masked", "none", "pooler", "classifier", "tokens", "spans", "detector", "projection"]
 
 
 @dataclass(frozen=True)
@@ -370,6 +370,8 @@ def _check_encoder(config: Transformer) -> None:
         raise ValueError(
             f"model.labels={config.labels} with model.head={config.head}: labels are of classifier and tokens; set both or neither"
         )
+    if config.head == "projection" and not hasattr(config, "summary"):
+        raise ValueError("model.head=projection is of what reads images or captions (lmx.models.vision_config), not of any transformer")
     if config.head_bias and not config.vocabulary_head:
         raise ValueError(f"model.head_bias is of logits of the vocabulary, which model.head={config.head} does not give")
     if config.embed_size is not None and config.head == "lm" and config.tied:

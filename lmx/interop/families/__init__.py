@@ -5,6 +5,7 @@ from lmx.interop.families import (
     bart,
     bert,
     bloom,
+    clip,
     cohere,
     distilbert,
     electra,
@@ -15,6 +16,7 @@ from lmx.interop.families import (
     gpt_neox,
     gptj,
     llama,
+    llava,
     mistral,
     mixtral,
     olmo2,
@@ -25,6 +27,7 @@ from lmx.interop.families import (
     rwkv,
     stablelm,
     t5,
+    vit,
 )
 from lmx.interop.family import Family
 
@@ -36,6 +39,7 @@ FAMILIES: dict[str, Family] = {
         *(llama.LLAMA, mistral.MISTRAL, mixtral.MIXTRAL, olmo2.OLMO2, opt.OPT, phi3.PHI3, qwen.QWEN2, qwen.QWEN2_MOE, qwen.QWEN3),
         *(stablelm.STABLELM, cohere.COHERE, rwkv.RWKV),
         *(bart.BART, t5.T5, t5.MT5),
+        *(vit.VIT, clip.CLIP, clip.TEXT, clip.VISION, llava.LLAVA),
     )
 }
 """By `model_type`."""
