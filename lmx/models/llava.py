@@ -48,7 +48,7 @@ def forward(
         looked up as any other.
       given: what is read in other tokens' places; or in images', where the caller has placed their features itself (`features`, `among`).
 
-    What is tapped of the encoder begins with `image/`.
+    What is tapped of the encoder begins with `image/`; dropout is of the decoder alone.
     """
     taps = {}
     if pixels is not None:
