@@ -17,6 +17,8 @@ from lmx.models import clip, llava, transformer, vision
 from lmx.models.transformer import Embedded
 from lmx.models.vision_config import CLIP, CaptionTransformer, LLaVA, VisionTransformer
 
+IMAGES = ("pixel_values", "interpolate_pos_encoding")
+"""The second changes nothing: images of another size than the model's are refused."""
 TEXTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -33,12 +35,12 @@ def call(
       ValueError: an input that the model does not take, or lacks.
     """
     config = model.config
-    taken = {VisionTransformer: ("pixel_values",), CaptionTransformer: TEXTS, CLIP: ("pixel_values", *TEXTS, "return_loss")}[type(config)]
+    taken = {VisionTransformer: IMAGES, CaptionTransformer: TEXTS, CLIP: (*IMAGES, *TEXTS, "return_loss")}[type(config)]
     taken += ("labels",) if isinstance(config, VisionTransformer) and config.head == "classifier" else ()
-    for name, value in inputs.items():
-        if name not in taken and not (name == "interpolate_pos_encoding" and not value):
-            raise ValueError(f"a {model.table.named(config)} takes {', '.join(taken)}, not {name}")
     given = {name: value for name, value in inputs.items() if value is not None}
+    for name in given:
+        if name not in taken:
+            raise ValueError(f"a {model.table.named(config)} takes {', '.join(taken)}, not {name}")
     with jax.default_matmul_precision(execution.precision.products):
         if isinstance(config, CLIP):
             return _both(model, params, given, output_attentions, execution)

@@ -50,7 +50,7 @@ def forward(
         looked up as any other.
       given: what is read in other tokens' places; or in images', where the caller has placed their features itself (`features`, `among`).
 
-    Names of the encoder's sites begin with `image/`.
+    Names of the encoder's sites begin with `image/`; dropout is of the decoder alone.
     """
     taps, edits = {}, edits or {}
     if pixels is not None:

@@ -184,8 +184,12 @@ PIXELS, IDS = np.zeros((2, 3, 8, 8), np.float32), np.full((2, 9), 39)
     ("name", "inputs", "said"),
     [
         ("vit_oblong", {"pixel_values": PIXELS}, r"images of \[3, 8, 8\].*those of the model, \[1, 9, 12\]"),
-        ("vit_oblong", {"pixel_values": PIXELS, "interpolate_pos_encoding": True}, "takes pixel_values, not interpolate_pos_encoding"),
-        ("vit_oblong", {"pixel_values": PIXELS, "labels": np.zeros(2, int)}, "a ViTModel takes pixel_values, not labels"),
+        ("vit_oblong", {"pixel_values": PIXELS, "interpolate_pos_encoding": True}, "lmx does not stretch its positions"),
+        (
+            "vit_oblong",
+            {"pixel_values": PIXELS, "labels": np.zeros(2, int)},
+            "a ViTModel takes pixel_values, interpolate_pos_encoding, not labels",
+        ),
         ("vit_oblong", {}, "inputs lack pixel_values"),
         ("clip", {"pixel_values": PIXELS, "return_loss": True}, "both for a loss"),
         ("clip", {"pixel_values": PIXELS[:1], "input_ids": IDS, "return_loss": True}, "1 images and 2 texts: the loss is of pairs"),
