@@ -34,6 +34,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
@@ -85,7 +86,13 @@ class Edit:
         which = hits.argmax(1)
 
         def own(a: Array) -> Array:
-            return jnp.broadcast_to(a, which.shape) if jnp.ndim(a) == 0 else jnp.asarray(a)[which]
+            if jnp.ndim(a) == 0:
+                return jnp.broadcast_to(a, which.shape)
+            if jnp.shape(a)[0] != len(self.layer):
+                raise ValueError(
+                    f"an edit of {len(self.layer)} layers at once has an array of shape {jnp.shape(a)}, not of one part a layer"
+                )
+            return jnp.asarray(a)[which]
 
         return on, self.replace(layer=None, value=own(self.value), at=None if self.at is None else own(self.at))
 
@@ -226,8 +233,15 @@ def check(config: Model, execution: Execution, edits: Edits) -> None:
                     "is that"
                 )
     for name, edit in edits.items():
-        if edit.layer is not None and "layers/" not in name:
+        if edit.layer is None:
+            continue
+        if "layers/" not in name:
             raise ValueError(f"edits[{name!r}].layer is of the sites of layers; leave it out")
+        meant = sorted({int(one.split("layers/")[1].split("/")[0]) for one in known if matches(one, name)})
+        if not isinstance(edit.layer, jax.core.Tracer) and not np.isin(edit.layer, meant).all():
+            raise ValueError(
+                f"edits[{name!r}].layer={np.asarray(edit.layer).tolist()}, and the name is of layers {', '.join(map(str, meant))}"
+            )
 
 
 def inner(edits: Edits, prefix: str) -> dict[str, Edit]:

@@ -396,6 +396,9 @@ def test_eight_devices_read_and_edit_what_one_does(name, layout):
         ("decoder", (), {"layers/0/output": steer(jnp.ones(15))}, "auto", ("output'].value has shape (15,)", "(2, 8, 16)")),
         ("decoder", (), {"layers/0/output": steer(1.0, at=jnp.ones(8, bool))}, "auto", (".at has shape (8,)", "(2, 8, 16)")),
         ("decoder", (), {"final": steer(1.0, layer=jnp.array(1))}, "auto", ("edits['final'].layer",)),
+        ("decoder", (), {"layers/*/output": steer(1.0, layer=3)}, "auto", (".layer=3", "layers 0, 1, 2")),
+        ("mixture", (), {"layers/*/router/logits": steer(1.0, layer=np.array([0, 1]))}, "auto", (".layer=[0, 1]", "of layers 1")),
+        ("decoder", (), {"layers/*/output": steer(jnp.ones((3, 16)), layer=np.arange(2))}, "auto", ("2 layers at once", "(3, 16)")),
     ],
 )
 def test_what_is_asked_in_vain_is_refused(name, taps, edits, attention, words):
