@@ -51,12 +51,26 @@ class Cache:
 
 
 @flax.struct.dataclass
+class Given:
+    """Embeddings that stand in place of tokens': an image's, or those that an adapter has learned.
+
+    Attributes:
+      embeddings: as what follows the table of embeddings takes them: scaled, where that is scaled.
+      places: where they stand, 1, and 0 where the token's own does.
+    """
+
+    embeddings: Float[Array, "batch length embed"]
+    places: Int[Array, "batch length"]
+
+
+@flax.struct.dataclass
 class Source:
     """The text that an encoder reads, as `forward` takes one."""
 
     tokens: Int[Array, "batch source"]
     positions: Int[Array, "batch source"] | None = None
     segments: Int[Array, "batch source"] | None = None
+    given: Given | None = None
 
 
 @flax.struct.dataclass
@@ -132,6 +146,7 @@ def forward(
     token_types: Int[Array, "batch length"] | None = None,
     cache: Cache | None = None,
     source: Source | None = None,
+    given: Given | None = None,
     dropout: Dropout | None = None,
     execution: Execution = Execution(),
 ) -> Output:
@@ -148,6 +163,7 @@ def forward(
       cache: keys and values of earlier tokens. New ones are written to its next slots; the caller keeps count of what fits.
       source: what the encoder of an encoder-decoder reads; a token attends to what is of its own segment there. With a cache it is given
         the first time alone: each layer's keys and values of it are kept.
+      given: embeddings in place of some tokens'.
       dropout: None, or what is dropped from where.
 
     Raises:
@@ -175,7 +191,7 @@ def forward(
     elif source is not None:
         raise ValueError("the model has no encoder to read a source; leave it out")
 
-    x = enter(params, config, tokens, positions, dropout, execution, block_positions, token_types)
+    x = enter(params, config, tokens, positions, dropout, execution, block_positions, token_types, given)
     x, layers, aux, tapped = stack.run_layers(x, params["layers"], config, context, execution, None if cache is None else cache.layers)
     hidden = leave(params, config, x, execution)
     after = None if cache is None else cache.replace(layers=layers, used=cache.used + length)
@@ -190,9 +206,8 @@ def _encode(params: Tree, config: EncoderDecoder, source: Source, dropout: Dropo
         dropout = dropout.replace(key=jax.random.fold_in(dropout.key, zlib.crc32(b"encoder")))
     taps = tuple(name.removeprefix("encoder/") for name in execution.taps if name.startswith("encoder/"))
     own, execution = params["encoder"] | {"embed": params["embed"]}, replace(execution, taps=taps)
-    output = forward(
-        own, config.encoder, source.tokens, positions=source.positions, segments=source.segments, dropout=dropout, execution=execution
-    )
+    read = {"positions": source.positions, "segments": source.segments, "given": source.given}
+    output = forward(own, config.encoder, source.tokens, **read, dropout=dropout, execution=execution)
     return output.replace(taps={f"encoder/{name}": value for name, value in output.taps.items()})
 
 
@@ -205,6 +220,7 @@ def enter(
     execution: Execution,
     block_positions: Array | None = None,
     token_types: Array | None = None,
+    given: Given | None = None,
 ) -> Float[Array, "batch length embed"]:
     """What the first layer reads."""
     if block_positions is not None and not config.block_positions:
@@ -213,6 +229,8 @@ def enter(
     x = lookup(tokens, params["embed"], dtype, execution.rules)
     if config.embed_scale:
         x = x * jnp.asarray(math.sqrt(config.embed), dtype)
+    if given is not None:
+        x = jnp.where(given.places[..., None] == 1, given.embeddings.astype(dtype), x)
     if config.token_types:
         kinds = jnp.zeros_like(tokens) if token_types is None else token_types
         x = x + lookup(kinds, params["token_types"], dtype, execution.rules, None)
@@ -239,8 +257,8 @@ def leave(params: Tree, config: Transformer, x: Array, execution: Execution) -> 
 
 def _own(params: Tree, config: Transformer, execution: Execution) -> Tree:
     """The parameters outside the stack."""
-    own = {name: value for name, value in params.items() if name not in ("layers", "encoder")}
-    return placed(own, {name: spec for name, spec in specs(config).items() if name in own}, execution)
+    own = {name: spec for name, spec in specs(config).items() if name not in ("layers", "encoder") and name in params}
+    return placed({name: params[name] for name in own}, own, execution)
 
 
 def share(
