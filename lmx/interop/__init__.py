@@ -5,10 +5,17 @@ model, params = interop.load("path")
 tokenizer = interop.load_tokenizer("path")
 outputs = interop.call(model, params, {"input_ids": ids})
 interop.save(model, params, "elsewhere")
+adapter = interop.load_adapter("adapter of PEFT's", model)
+adapted = interop.adapt(params, adapter)  # as params, for call, generate, and every forward
 """
 
 from lmx.interop.call import call
 from lmx.interop.checkpoint import Model, load, save, tensors
+from lmx.interop.peft import Adapter, adapt, load_adapter, save_adapter, unmerge
 from lmx.interop.tokenizers import CheckpointTokenizer, load_tokenizer
+from lmx.models.adapters import merge
 
-__all__ = ["CheckpointTokenizer", "Model", "call", "load", "load_tokenizer", "save", "tensors"]
+__all__ = [
+    *("Adapter", "CheckpointTokenizer", "Model", "adapt", "call", "load", "load_adapter", "load_tokenizer"),
+    *("merge", "save", "save_adapter", "tensors", "unmerge"),
+]

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from lmx.core.execution import Execution
 from lmx.core.tree import Tree
-from lmx.interop import pairs
+from lmx.interop import pairs, soft
 from lmx.interop.checkpoint import Model
 from lmx.interop.outputs import headed
+from lmx.models import virtual
 from lmx.models.config import RWKV, EncoderDecoder
 from lmx.models.families import functions
 
@@ -24,21 +25,26 @@ def call(model: Model, params: Tree, inputs: Mapping[str, Any], *, execution: Ex
     `last_hidden_state`, and what the model's head gives of it (`lmx.interop.outputs`): `logits` and with labels `loss`.
 
     A token's position is its place among the real ones of its row, wherever the padding is. Differentiable in params. Of an encoder-decoder:
-    `lmx.interop.pairs`.
+    `lmx.interop.pairs`. Virtual tokens (`lmx.interop.soft`) stand before each row as PEFT puts them.
 
     Raises:
       ValueError: an input that the model does not take.
     """
     if isinstance(model.config, EncoderDecoder):
         return pairs.call(model, params, inputs, execution=execution)
-    config, tokens = model.config, jnp.asarray(inputs["input_ids"])
+    config = model.config
     taken = (*TAKEN, *(("token_type_ids",) if config.token_types else ()))
     for name in inputs:
         if name not in taken:
             raise ValueError(f"a {model.family} takes {', '.join(taken)}, not {name}")
+    prompt, prefix = virtual.prompt(params), virtual.prefix(params)
+    inputs = soft.behind(inputs, prompt)
+    tokens = jnp.asarray(inputs["input_ids"])
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     among, mask = pairs.places(None if mask is None else jnp.asarray(mask))
-    if positions is not None and model.table.pads_uncounted:  # whose positions are rows of the table
+    if prompt or prefix:
+        positions = soft.positions(model, inputs, mask, prompt, prefix)
+    elif positions is not None and model.table.pads_uncounted:  # whose positions are rows of the table
         positions = jnp.asarray(positions) - config.first_position
     elif positions is None and model.table.pads_uncounted:
         counted = tokens != config.first_position - 1
@@ -48,6 +54,10 @@ def call(model: Model, params: Tree, inputs: Mapping[str, Any], *, execution: Ex
     site = "output" if isinstance(config, RWKV) else "input"
     tapped = replace(execution, taps=(*execution.taps, f"layers/*/{site}"))
     more = {"token_types": inputs["token_type_ids"]} if "token_type_ids" in inputs else {}
+    if prompt:
+        more["given"] = virtual.embedded(params, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
+    if prefix:
+        more["cache"] = virtual.cache(params, config, len(tokens), prefix + tokens.shape[1], jnp.dtype(execution.precision.compute))
     with jax.default_matmul_precision(execution.precision.products):
         output = functions(config).forward(params, config, tokens, positions=positions, segments=mask, execution=tapped, **more)
         found: dict[str, Any] = {

@@ -106,6 +106,11 @@ def write_tensors(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays as one file."""
+    _write(path, {name: (a.shape, a.dtype, lambda a=a: a) for name, a in tensors.items()}, {name: a.nbytes for name, a in tensors.items()})
+
+
 def _write(path: Path, tensors: Mapping, sizes: Mapping[str, int]) -> None:
     def entries() -> Iterator[tuple[str, dict]]:
         start = 0

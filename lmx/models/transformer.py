@@ -9,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from lmx.core.execution import Execution
 from lmx.core.params import Normal, ParamSpec, is_spec
@@ -51,16 +51,16 @@ class Cache:
 
 
 @flax.struct.dataclass
-class Given:
-    """Embeddings that stand in place of tokens': an image's, or those that an adapter has learned.
+class Embedded:
+    """Vectors in place of tokens' embeddings (of an image's patches, of a soft prompt); positions are added to them as to others.
 
     Attributes:
-      embeddings: as what follows the table of embeddings takes them: scaled, where that is scaled.
-      places: where they stand, 1, and 0 where the token's own does.
+      vectors: what the first layer is to read there; others do not matter.
+      where: which tokens they stand for.
     """
 
-    embeddings: Float[Array, "batch length embed"]
-    places: Int[Array, "batch length"]
+    vectors: Float[Array, "batch length embed"]
+    where: Bool[Array, "batch length"]
 
 
 @flax.struct.dataclass
@@ -70,7 +70,7 @@ class Source:
     tokens: Int[Array, "batch source"]
     positions: Int[Array, "batch source"] | None = None
     segments: Int[Array, "batch source"] | None = None
-    given: Given | None = None
+    given: Embedded | None = None
 
 
 @flax.struct.dataclass
@@ -144,9 +144,9 @@ def forward(
     prefix: Int[Array, "batch length"] | None = None,
     block_positions: Int[Array, "batch length"] | None = None,
     token_types: Int[Array, "batch length"] | None = None,
+    given: Embedded | None = None,
     cache: Cache | None = None,
     source: Source | None = None,
-    given: Given | None = None,
     dropout: Dropout | None = None,
     execution: Execution = Execution(),
 ) -> Output:
@@ -160,10 +160,10 @@ def forward(
         cache.
       block_positions: each token's place in the span that it fills (GLM), 0 outside of one; for models that have such positions.
       token_types: each token's kind, in a model that has kinds; 0 when None.
+      given: vectors that are read in place of some tokens' embeddings.
       cache: keys and values of earlier tokens. New ones are written to its next slots; the caller keeps count of what fits.
       source: what the encoder of an encoder-decoder reads; a token attends to what is of its own segment there. With a cache it is given
         the first time alone: each layer's keys and values of it are kept.
-      given: embeddings in place of some tokens'.
       dropout: None, or what is dropped from where.
 
     Raises:
@@ -220,7 +220,7 @@ def enter(
     execution: Execution,
     block_positions: Array | None = None,
     token_types: Array | None = None,
-    given: Given | None = None,
+    given: Embedded | None = None,
 ) -> Float[Array, "batch length embed"]:
     """What the first layer reads."""
     if block_positions is not None and not config.block_positions:
@@ -230,7 +230,7 @@ def enter(
     if config.embed_scale:
         x = x * jnp.asarray(math.sqrt(config.embed), dtype)
     if given is not None:
-        x = jnp.where(given.places[..., None] == 1, given.embeddings.astype(dtype), x)
+        x = jnp.where(given.where[..., None], given.vectors.astype(dtype), x)
     if config.token_types:
         kinds = jnp.zeros_like(tokens) if token_types is None else token_types
         x = x + lookup(kinds, params["token_types"], dtype, execution.rules, None)
