@@ -12,7 +12,7 @@ from lmx.core.execution import Execution
 from lmx.core.tree import Tree
 from lmx.data.tokenizers import Tokenizer
 from lmx.infer.sampling import Sampling, sample
-from lmx.models import stack
+from lmx.models import stack, virtual
 from lmx.models.config import EncoderDecoder, Model
 from lmx.models.families import functions
 from lmx.models.losses import logits
@@ -38,7 +38,8 @@ def generate(
     """Continues each prompt by at most `max_new_tokens`; the encoder of an encoder-decoder reads it, and a text is begun.
 
     Args:
-      params: stacked, or with layers as tuples (what it runs on: a caller who generates often converts once, `decoding_params`).
+      params: stacked, or with layers as tuples (what it runs on: a caller who generates often converts once, `decoding_params`); under an
+        adapter or not. Virtual tokens stand right before each prompt, so that a row does not depend on the others' lengths.
       prompts: lists of token ids, or strings with a tokenizer.
       tokenizer: with one, rows that only pad the model's vocabulary are never drawn.
       stop_ids: tokens that end a continuation; they are not part of it.
@@ -66,9 +67,11 @@ def generate(
         raise ValueError(
             f"start_id={start_id} of model={type(model).__name__}: an encoder-decoder begins its texts behind one, others have none"
         )
-    _check(model, ids, max_new_tokens)
+    before = virtual.prompt(params)
+    _check(model, ids, max_new_tokens, before, virtual.prefix(params))
     if not ids:
         return []
+    ids = [[0] * before + prompt for prompt in ids]  # virtual tokens stand right before a prompt
     length = -(-max(map(len, ids)) // 16) * 16
     tokens, segments = np.zeros((len(ids), length), np.int32), np.zeros((len(ids), length), np.int32)
     for row, prompt in enumerate(ids):
@@ -87,7 +90,7 @@ def decoding_params(params: Tree) -> Tree:
     return params
 
 
-def _check(model: Model, ids: list[list[int]], max_new_tokens: int) -> None:
+def _check(model: Model, ids: list[list[int]], max_new_tokens: int, prompt_tokens: int = 0, prefix: int = 0) -> None:
     if not model.causal or not model.vocabulary_head:
         raise ValueError(
             f"a model with causal={model.causal} and head={model.head} continues nothing; generate needs a causal one with logits"
@@ -103,16 +106,17 @@ def _check(model: Model, ids: list[list[int]], max_new_tokens: int) -> None:
             raise ValueError(f"prompt {i} has token {strange[0]}, outside the model's vocabulary of {model.vocab}")
         if isinstance(model, EncoderDecoder):
             for name, tokens, limit in (
-                (f"prompt {i}", len(prompt), model.encoder.context),
-                ("max_new_tokens", max_new_tokens, model.context),
+                (f"prompt {i}", prompt_tokens + len(prompt), model.encoder.context),
+                ("max_new_tokens", prefix + max_new_tokens, model.context),
             ):
                 if tokens > limit:
                     raise ValueError(
                         f"{name} has {tokens} tokens, and model.{'encoder.' if name != 'max_new_tokens' else ''}context={limit}"
                     )
-        elif len(prompt) + max_new_tokens > longest:
+        elif prompt_tokens + prefix + len(prompt) + max_new_tokens > longest:
+            soft = f", {prompt_tokens + prefix} virtual tokens" if prompt_tokens + prefix else ""
             raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens and max_new_tokens={max_new_tokens}: longer than model.context={model.context}"
+                f"prompt {i} has {len(prompt)} tokens{soft} and max_new_tokens={max_new_tokens}: longer than model.context={model.context}"
             )
 
 
@@ -123,15 +127,19 @@ def _run(
     rows, length = tokens.shape
     padding = length - segments.sum(-1, keepdims=True)
     positions = jnp.maximum(jnp.arange(length) - padding, 0)
-    read = {}
+    places = jnp.where(segments == 1, jnp.arange(length) - padding, -1)
+    given = virtual.embedded(params, places)
+    read = {} if given is None else {"given": given}
     if start_id is not None:
-        read = {"source": Source(tokens, positions, segments)}
+        read = {"source": Source(tokens, positions, segments, given)}
         tokens, length, padding = jnp.full((rows, 1), start_id, jnp.int32), 1, jnp.zeros((rows, 1), jnp.int32)
         positions, segments = padding, padding + 1
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
-    slots = -(-(length + max_new_tokens) // 16) * 16
-    forward = functions(model).forward
-    cache = functions(model).empty_cache(model, rows, slots, jnp.dtype(execution.precision.compute))
+    prefix = virtual.prefix(params)
+    slots = -(-(prefix + length + max_new_tokens) // 16) * 16
+    forward, dtype = functions(model).forward, jnp.dtype(execution.precision.compute)
+    cache = virtual.cache(params, model, rows, slots, dtype) if prefix else functions(model).empty_cache(model, rows, slots, dtype)
+    positions = positions + prefix
 
     def pick(hidden: Array, count: Array) -> Array:
         draws = jax.vmap(lambda k: jax.random.fold_in(k, count))(keys)
@@ -152,7 +160,7 @@ def _run(
     def step(carry):
         cache, new, done, lengths, count = carry
         token = jax.lax.dynamic_slice_in_dim(new, count - 1, 1, axis=1)
-        position = length - padding + count - 1
+        position = prefix + length - padding + count - 1
         output = forward(params, model, token, positions=position, cache=cache, execution=execution)
         token = pick(output.hidden, count)
         new = jax.lax.dynamic_update_slice_in_dim(new, token[:, None], count, axis=1)

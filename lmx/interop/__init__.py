@@ -16,6 +16,17 @@ from lmx.interop.tokenizers import CheckpointTokenizer, load_tokenizer
 from lmx.models.adapters import merge
 
 __all__ = [
-    *("Adapter", "CheckpointTokenizer", "Model", "adapt", "call", "load", "load_adapter", "load_tokenizer"),
-    *("merge", "save", "save_adapter", "tensors", "unmerge"),
+    "Adapter",
+    "CheckpointTokenizer",
+    "Model",
+    "adapt",
+    "call",
+    "load",
+    "load_adapter",
+    "load_tokenizer",
+    "merge",
+    "save",
+    "save_adapter",
+    "tensors",
+    "unmerge",
 ]

@@ -30,15 +30,17 @@ def behind(inputs: Mapping[str, Any], count: int) -> Mapping[str, Any]:
 def positions(model: Model, inputs: Mapping[str, Any], mask: Array | None, prompt: int, prefix: int) -> Array:
     """Positions behind `prefix` virtual tokens that are no tokens, and among `prompt` that are.
 
-    PEFT passes none on, so that they are what the peer takes by itself: places in the row, padding counted, but for models that count the
-    mask (OPT, and those with ALiBi) or that tell padding by its token (RoBERTa, which sees no tokens where it is given embeddings).
+    Where none are given they are what the peer takes by itself: places in the row, padding counted, but for models that count the mask (OPT,
+    and those with ALiBi) or that tell padding by its token (RoBERTa, which sees no tokens where it is given embeddings).
 
     Raises:
-      ValueError: positions that are given, which PEFT would ignore.
+      ValueError: positions that are given with virtual tokens that are tokens: PEFT ignores them.
     """
-    if inputs.get("position_ids") is not None:
-        raise ValueError("a model with virtual tokens takes no position_ids: PEFT ignores them")
-    config, tokens = model.config, jnp.asarray(inputs["input_ids"])
+    config, tokens, said = model.config, jnp.asarray(inputs["input_ids"]), inputs.get("position_ids")
+    if said is not None and prompt:
+        raise ValueError("a model with virtual tokens before each text takes no position_ids: PEFT ignores them")
+    if said is not None:
+        return prefix + jnp.asarray(said) - (config.first_position if model.table.pads_uncounted else 0)
     if model.table.pads_uncounted and not prompt:
         real = tokens != config.first_position - 1
         return prefix + jnp.where(real, jnp.cumsum(real, -1), 0) - 1

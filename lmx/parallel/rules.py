@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from lmx.core.execution import Execution, Rules
 from lmx.core.params import ParamSpec, adapted_specs, is_spec
 from lmx.core.tree import Tree, name_of
-from lmx.core.weights import Adapted, Twofold, Split, Weight
+from lmx.core.weights import Adapted, Split, Twofold, Weight
 from lmx.parallel.layout import SHARDS, Layout
 from lmx.parallel.manual import axes
 from lmx.parallel.offload import HOST
