@@ -133,6 +133,10 @@ class Twofold:
     def shape(self) -> tuple[int, ...]:
         return self.table.shape
 
+    @property
+    def dtype(self):
+        return self.table.dtype
+
 
 Weight = Array | Split | Part | Narrow | Adapted | Twofold
 STAND_INS = (Split, Part, Narrow, Adapted, Twofold)

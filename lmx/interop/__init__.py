@@ -11,7 +11,7 @@ adapted = interop.adapt(params, adapter)  # as params, for call, generate, and e
 
 from lmx.interop.call import call
 from lmx.interop.checkpoint import Model, load, save, tensors
-from lmx.interop.peft import Adapter, adapt, load_adapter, save_adapter, unmerge
+from lmx.interop.peft import Adapter, adapt, adapter_tensors, load_adapter, save_adapter, unmerge
 from lmx.interop.tokenizers import CheckpointTokenizer, load_tokenizer
 from lmx.models.adapters import merge
 
@@ -20,6 +20,7 @@ __all__ = [
     "CheckpointTokenizer",
     "Model",
     "adapt",
+    "adapter_tensors",
     "call",
     "load",
     "load_adapter",

@@ -372,18 +372,19 @@ def load_adapter(folder: str | Path, model: Model, *, dtype=jnp.float32, mesh: M
     return empty.replace(values=jax.tree.map(jax.device_put, arrays, where))
 
 
+def adapter_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
+    """An adapter (or a gradient of one) under PEFT's names, and in its layouts."""
+    shapes, base = dict(adapter.tensors), Base(adapter.model)
+    _, slots = _plan(read(json.loads(adapter.about)), base, shapes)
+    values = jax.tree.map(np.asarray, adapter.values)
+    return {name: slot.write(values, shapes[name], base) for name, slot in slots.items()}
+
+
 def save_adapter(adapter: Adapter, folder: str | Path, *, dtype=None) -> None:
-    """Writes a folder that PEFT loads. Args: dtype, of the numbers; that of each parameter when None."""
+    """Writes a folder that PEFT loads. Args: dtype, of the numbers; each parameter's own when None."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    settings, base = read(json.loads(adapter.about)), Base(adapter.model)
-    shapes = dict(adapter.tensors)
-    parts, slots = _plan(settings, base, shapes)
-    if tuple(sorted(parts.items())) != adapter.parts:
-        raise ValueError("the adapter's parts are not those that its settings say")
-    values = jax.tree.map(np.asarray, adapter.values)
-    tensors = {name: slot.write(values, shapes[name], base) for name, slot in slots.items()}
-    write_file(folder / TENSORS, {name: a if dtype is None else a.astype(dtype) for name, a in tensors.items()})
+    write_file(folder / TENSORS, {name: a if dtype is None else a.astype(dtype) for name, a in adapter_tensors(adapter).items()})
     (folder / CONFIG).write_text(json.dumps(json.loads(adapter.about), indent=2, sort_keys=True) + "\n")
 
 

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from lmx.core.params import ONES, Normal, ParamSpec, adapted_specs
 from lmx.core.tree import Tree, map_named, named_leaves
-from lmx.core.weights import STAND_INS, Adapted, Twofold, Weight, merged, whole
+from lmx.core.weights import STAND_INS, Adapted, Twofold, Weight, whole
 
 Use = Literal["both", "table", "head"]
 """Of a tied table: what is changed, rows that are looked up, the head's matrix, or both."""
@@ -81,7 +82,7 @@ class Scaled:
     def over(self, weights: dict[str, Weight], values: Tree) -> dict[str, Weight]:
         found = {}
         for i, name in enumerate(self.weights):
-            scale, base = values["scale"][0 if self.inputs else i], whole(weights[name])
+            scale, base = values["scale"][0 if self.inputs else i], _array(name, weights[name])
             lead = int(_of_layers(name))
             there = np.array(self.layers).reshape(-1, *(1,) * (scale.ndim - 1)) if lead else self.layers[0]
             scale = jnp.where(there, scale, 1).astype(base.dtype)
@@ -110,12 +111,11 @@ class Replaced:
         return {"value": tuple(some(table[name]) for name in self.names)}
 
     def over(self, weights: dict[str, Weight], values: Tree) -> dict[str, Weight]:
-        def put(base: Weight, value: Array) -> Array:
-            base = whole(base)
-            return base.at[jnp.array(self.layers)].set(value.astype(base.dtype)) if self.layers else value.astype(base.dtype)
+        def put(name: str, base: Weight, value: Array) -> Array:
+            return _array(name, base).at[jnp.array(self.layers)].set(value.astype(base.dtype)) if self.layers else value.astype(base.dtype)
 
         named = zip(self.names, values["value"], strict=True)
-        return {name: _used(weights[name], lambda base, value=value: put(base, value), self.use) for name, value in named}
+        return {n: _used(weights[n], lambda base, n=n, value=value: put(n, base, value), self.use) for n, value in named}
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def merge(params: Tree) -> Tree:
                 f"the adapter changes {name} as the table of embeddings or as the head alone, and the model ties the two: merged, it would "
                 "change both. Untie them first (`lmx.interop.untie`)"
             )
-        return merged(weight) if isinstance(weight, Adapted) else weight
+        return _array(name, weight) if isinstance(weight, Adapted) else weight
 
     return map_named(plain, params, is_leaf=_is_weight)
 
@@ -218,6 +218,11 @@ def unmerge(params: Tree, parts: Parts, values: Tree) -> Tree:
 
 def _is_weight(x) -> bool:
     return isinstance(x, STAND_INS)
+
+
+def _array(name: str, weight: Weight) -> Array:
+    """A weight's numbers, of all layers."""
+    return jax.vmap(whole)(weight) if _of_layers(name) and isinstance(weight, Adapted) else whole(weight)
 
 
 def _of_layers(name: str) -> bool:

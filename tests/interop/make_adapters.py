@@ -13,6 +13,7 @@ Needs torch, transformers 5 and peft, which lmx itself does not.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -66,6 +67,20 @@ CASES = {
 }  # fmt: skip
 
 
+GRADIENTS = (
+    "gpt2_dora",
+    "gpt2_ia3",
+    "gpt2_prefix",
+    "gpt2_prompt",
+    "llama_patterns",
+    "gemma_table",
+    "bloom_fused",
+    "bert_classes",
+    "t5_prefix",
+)
+"""Cases of which gradients are kept."""
+
+
 def base(shared: Path, name: str) -> Path:
     return HERE / name if (HERE / name).exists() else shared / "goldens" / name
 
@@ -87,6 +102,17 @@ def greedy(model, prompt: torch.Tensor, task: str) -> dict[str, torch.Tensor]:
     return {"input.prompt": prompt, "greedy": text[0, -6:], "greedy_logits": torch.cat(logits)}
 
 
+def gradients(model, inputs, names: set[str]) -> dict[str, torch.Tensor]:
+    model(**inputs).loss.backward()
+    found = {}
+    for name, value in model.named_parameters():
+        name = "prompt_embeddings" if name.startswith("prompt_encoder") else re.sub(r"\.(default|modules_to_save)\b", "", name)
+        name = name.replace("_vector.weight", "_vector")
+        if name in names and ".base_layer.weight" not in name:
+            found[f"grad.{name}"] = value.grad
+    return found
+
+
 def write(shared: Path, case: str) -> None:
     name, task, config = CASES[case]
     torch.manual_seed(len(case))
@@ -106,7 +132,7 @@ def write(shared: Path, case: str) -> None:
             said[field] = sorted(said[field])
     (folder / "adapter_config.json").write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
 
-    model = peft.PeftModel.from_pretrained(loaded(shared, name, task), folder).eval()
+    model = peft.PeftModel.from_pretrained(loaded(shared, name, task), folder).eval().requires_grad_(case in GRADIENTS)
     vocab = model.config.vocab_size
     inputs = {"input_ids": torch.randint(3, vocab, (2, 8)), "attention_mask": torch.ones(2, 8, dtype=torch.int64)}
     inputs["attention_mask"][1, :3] = 0
@@ -123,6 +149,8 @@ def write(shared: Path, case: str) -> None:
         inputs["labels"][1, 3] = -100  # padding may stand before it
     out = model(**inputs)
     golden = {f"input.{key}": value for key, value in inputs.items()} | {"logits": out.logits, "loss": out.loss}
+    if case in GRADIENTS:
+        golden |= gradients(model, inputs, set(load_file(folder / "adapter_model.safetensors")))
     if isinstance(config, peft.PromptLearningConfig) and task != CLASSES:
         golden |= greedy(model, inputs["input_ids"][:1, :6], task)
     kept = {key: (a.int() if a.dtype == torch.int64 else a).detach().clone().contiguous() for key, a in golden.items()}
