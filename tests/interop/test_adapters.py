@@ -163,7 +163,7 @@ def test_eight_devices_equal_one(case, name):
 
     def loss(adapter, params, execution):
         found = interop.call(model, interop.adapt(params, adapter), inputs, execution=execution)
-        return found["loss"], found["logits"]
+        return found["loss"], (found["loss"], found["last_hidden_state"])
 
     def run(adapter, params, execution):
         return jax.jit(jax.grad(lambda a, p: loss(a, p, execution), has_aux=True))(adapter, params)
@@ -171,7 +171,7 @@ def test_eight_devices_equal_one(case, name):
     with jax.set_mesh(mesh):
         split = run(adapter, params, execution)
     whole = run(one.adapter, one.params, Execution())
-    assert apart(split[1], whole[1]) < CLOSE
+    assert max(apart(a, b) for a, b in zip(split[1], whole[1], strict=True)) < CLOSE
     assert max(disagreement(split[0].values, whole[0].values).values()) < 1e-4
 
 
@@ -183,7 +183,8 @@ def test_in_bf16_the_base_stays_narrow(case):
     assert isinstance(leaf, Adapted)
     assert leaf.base.dtype == jnp.bfloat16
     assert leaf.down.dtype == jnp.float32
-    assert apart(one.call(params=params)["logits"], one.golden["logits"], one.real) < 0.05
+    rounded = jax.tree.map(lambda a: a.astype(jnp.float32), params)
+    assert apart(one.call(params=params)["logits"], one.call(params=rounded)["logits"]) < CLOSE
 
 
 @pytest.mark.parametrize(
