@@ -12,6 +12,7 @@ adapted = interop.adapt(params, adapter)  # as params, for call, generate, and e
 from lmx.interop.call import call
 from lmx.interop.checkpoint import Model, load, save, tensors
 from lmx.interop.peft import Adapter, adapt, adapter_tensors, load_adapter, save_adapter, unmerge
+from lmx.interop.runs import export_run, import_run, load_run
 from lmx.interop.tokenizers import CheckpointTokenizer, load_tokenizer
 from lmx.models.adapters import merge
 
@@ -22,8 +23,11 @@ __all__ = [
     "adapt",
     "adapter_tensors",
     "call",
+    "export_run",
+    "import_run",
     "load",
     "load_adapter",
+    "load_run",
     "load_tokenizer",
     "merge",
     "save",
