@@ -14,6 +14,7 @@ from lmx.interop.checkpoint import Model, load, save, tensors
 from lmx.interop.peft import Adapter, adapt, adapter_tensors, load_adapter, save_adapter, unmerge
 from lmx.interop.runs import export_run, import_run, load_run
 from lmx.interop.tokenizers import CheckpointTokenizer, load_tokenizer
+from lmx.interop.vocabulary import resize_vocabulary, untie
 from lmx.models.adapters import merge
 
 __all__ = [
@@ -30,8 +31,10 @@ __all__ = [
     "load_run",
     "load_tokenizer",
     "merge",
+    "resize_vocabulary",
     "save",
     "save_adapter",
     "tensors",
     "unmerge",
+    "untie",
 ]
