@@ -9,7 +9,7 @@ from jax import Array
 from lmx.core.params import is_spec
 from lmx.core.tree import Tree, map_named, named_leaves
 from lmx.core.weights import Adapted, Twofold, Weight, whole
-from lmx.interop.checkpoint import Model, Names
+from lmx.interop.checkpoint import Model
 from lmx.kernels.wide import wide
 from lmx.models.families import functions
 from lmx.train.experiment import with_vocab
@@ -24,7 +24,7 @@ def resize_vocabulary(
     Args:
       pad_to_multiple_of: the size is rounded up to a multiple of this.
       mean: whether new rows are the mean of the old ones (Hewitt, 2021: then they hardly take from the old ones' probabilities), which is
-        what transformers does but for noise of 1e-9 of their variance; else zeros. Buffers of a family that only add to logits get zeros.
+        what transformers does but for noise of 1e-9 of their variance; else zeros, which a tied head's new biases are in any case.
       discard: whether rows may be dropped.
 
     Raises:
@@ -44,7 +44,6 @@ def resize_vocabulary(
     specs = named_leaves(functions(model.config).specs(model.config), is_leaf=is_spec)
     if named_leaves(params).keys() != specs.keys():
         raise ValueError("the parameters are not the model's own with layers stacked; merge an adapter first (lmx.interop.merge)")
-    names = Names(model)
 
     def resized(name: str, leaf: Array) -> Array:
         if "vocab" not in specs[name].axes:
@@ -53,8 +52,8 @@ def resize_vocabulary(
         if size <= old:
             return jnp.take(leaf, jnp.arange(size), axis)
         shape = tuple(size - old if i == axis else length for i, length in enumerate(leaf.shape))
-        buffer = name == "head_bias" and names.place(name).ones > 0
-        rows = leaf.mean(axis, keepdims=True, dtype=wide(leaf.dtype)) if mean and not buffer else jnp.zeros((), leaf.dtype)
+        zeros = not mean or (name == "head_bias" and model.config.tied)
+        rows = jnp.zeros((), leaf.dtype) if zeros else leaf.mean(axis, keepdims=True, dtype=wide(leaf.dtype))
         return jnp.concatenate([leaf, jnp.broadcast_to(rows, shape).astype(leaf.dtype)], axis)
 
     return replace(model, config=with_vocab(model.config, size)), map_named(resized, params)
