@@ -279,6 +279,8 @@ def _plan_modules(settings: Settings, base: Base, names: list[str], parts: dict[
         groups.setdefault(part, {})[module.repeat or 0] = name
         for field, tensor in own.items():
             slots[tensor] = Slot(part, field, module, module.repeat, settings.rank(name) if settings.kind == "LORA" else 0)
+    if (tied := groups.get("embed")) and isinstance(base.model.config, EncoderDecoder):
+        raise ValueError(_unread(base.model, tied[0]))
     for part, of in groups.items():
         module = base.modules[next(iter(of.values()))]
         layers = range(base.repeats(module))
@@ -302,6 +304,8 @@ def _plan_whole(settings: Settings, base: Base, names: list[str], parts: dict[st
         module = base.tensors[tensor]
         own = any(tensor.rsplit(".", 1)[0].endswith(saved) for saved in settings.saved) and ".base_layer." not in name
         use = module.use if own else "both"
+        if own and module.weights == ("embed",) and use != "head" and isinstance(base.model.config, EncoderDecoder):
+            raise ValueError(_unread(base.model, tensor))
         part = "/".join([module.weights[0], *(["head"] if module.use == "head" else []), "saved"])
         places.append((name, module, part))
         layers.setdefault(part, []).extend([] if module.repeat is None else [module.repeat])
@@ -332,6 +336,12 @@ def _virtual(settings: Settings, model: Model, shape: tuple[int, ...]) -> Part:
         if said[name] != value:
             raise ValueError(f"adapter_config.json: {name}={said[name]}, and the model's keys and values make it {value}")
     return Prefix(tokens, layers, heads, config.head_size, 2 * copies)
+
+
+def _unread(model: Model, name: str) -> str:
+    return (
+        f"{name} of a {model.family}: encoder and decoder look rows up through modules of their own, so PEFT's adapter of it does nothing"
+    )
 
 
 def _some(names: list[str]) -> str:

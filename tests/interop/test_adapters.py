@@ -16,7 +16,7 @@ from lmx.core.execution import Execution
 from lmx.core.tree import disagreement
 from lmx.core.weights import Adapted
 from lmx.infer.generate import generate
-from lmx.interop.files import mapped
+from lmx.interop.files import mapped, write_file
 from lmx.models.config import EncoderDecoder
 from lmx.parallel.layout import Layout, make_mesh
 from lmx.parallel.rules import rules
@@ -227,5 +227,13 @@ def test_what_is_no_adapter_of_the_model_is_refused(case, tmp_path):
     (tmp_path / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"adapter_model\.bin is a pickle"):
         interop.load_adapter(tmp_path, one.model)
+    said = json.loads((case("t5_lora").folder / "adapter_config.json").read_text()) | {"target_modules": ["shared"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said))
+    names = {
+        f"base_model.model.shared.lora_embedding_{which}": np.zeros(shape, np.float32) for which, shape in (("A", (2, 160)), ("B", (48, 2)))
+    }
+    write_file(tmp_path / "adapter_model.safetensors", names)
+    with pytest.raises(ValueError, match="shared of a t5: encoder and decoder look rows up through modules of their own"):
+        interop.load_adapter(tmp_path, case("t5_lora").model)
     with pytest.raises(ValueError, match="takes no position_ids"):
         case("gpt2_prompt").call(position_ids=np.zeros((2, 8), int))
