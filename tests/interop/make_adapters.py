@@ -41,7 +41,6 @@ CASES = {
     "gpt2_ia3": ("gpt2", CAUSAL, peft.IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"])),
     "gpt2_prefix": ("gpt2", CAUSAL, peft.PrefixTuningConfig(num_virtual_tokens=3)),
     "gpt2_prompt": ("gpt2", CAUSAL, peft.PromptTuningConfig(num_virtual_tokens=3)),
-    "gpt2_lstm": ("gpt2", CAUSAL, peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_reparameterization_type="LSTM", encoder_hidden_size=8)),
     "llama_patterns": ("llama", CAUSAL, lora(target_modules=r".*(q|up)_proj", rank_pattern={"q_proj": 3, r"layers.1.mlp.up_proj": 1},
                        alpha_pattern={r"model.layers.2.self_attn.q_proj": 7}, use_rslora=True)),
     "llama_layers": ("llama", CAUSAL, lora(target_modules=["v_proj", "down_proj"], layers_to_transform=[0, 2], layers_pattern="layers")),
