@@ -11,6 +11,7 @@ adapted = interop.adapt(params, adapter)  # as params, for call, generate, and e
 
 from lmx.interop.call import call
 from lmx.interop.checkpoint import Model, load, save, tensors
+from lmx.interop.new_adapter import new_adapter
 from lmx.interop.peft import Adapter, adapt, adapter_tensors, load_adapter, save_adapter, unmerge
 from lmx.interop.runs import export_run, import_run, load_run
 from lmx.interop.tokenizers import CheckpointTokenizer, load_tokenizer
@@ -31,6 +32,7 @@ __all__ = [
     "load_run",
     "load_tokenizer",
     "merge",
+    "new_adapter",
     "resize_vocabulary",
     "save",
     "save_adapter",

@@ -1,6 +1,7 @@
 """Adapters of PEFT's layout in and out: LoRA and DoRA, IA3, prompts, P-tuning, prefixes."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -132,6 +133,27 @@ class Base:
     def repeats(self, module: Module) -> int:
         return len(self.names.layers(module.weights[0]))
 
+    def sides(self, module: Module) -> tuple[int, int]:
+        """How much a matrix reads, or how many rows a table has, and how much it gives."""
+        if module.use == "head":
+            return self.spec(module).shape[::-1]
+        specs = [self.names.specs[name] for name in module.weights]
+        lead = len(specs[0].layers) > 0
+        split = lead + (specs[0].inputs or 1)
+        return math.prod(specs[0].shape[lead:split]), sum(math.prod(spec.shape[split:]) for spec in specs)
+
+    def shape(self, module: Module) -> tuple[int, ...]:
+        """Of a whole tensor of theirs."""
+        inputs, outputs = self.sides(module)
+        if module.use == "head" or (self.linear(module) and self.names.turned(module.weights[0])):
+            return outputs, inputs
+        if self.linear(module) or self.table(module):
+            return inputs, outputs
+        return (
+            *(1,) * module.place.ones,
+            sum(math.prod(self.names.specs[n].shape[len(self.spec(module).layers) > 0 :]) for n in module.weights),
+        )
+
     def called(self, names: list[str]) -> None:
         """Settles how the adapter's base calls its modules: as the table does, or with or without one of the prefixes that files may lack.
         Raises ValueError for a tensor that the model has none for."""
@@ -237,7 +259,7 @@ class Slot:
         return joined.reshape(-1, shape[0]).T.reshape(shape)
 
 
-def _plan(settings: Settings, base: Base, tensors: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Part], dict[str, Slot]]:
+def plan(settings: Settings, base: Base, tensors: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Part], dict[str, Slot]]:
     """What an adapter with these tensors is, and where each of them goes. Raises ValueError where its settings mean others."""
     parts, slots = {}, {}
     names = [name for name in tensors if name != EMBEDDINGS]
@@ -370,7 +392,7 @@ def load_adapter(folder: str | Path, model: Model, *, dtype=jnp.float32, mesh: M
         raise ValueError(f"{folder} has no {TENSORS}{hint}")
     there = mapped(folder / TENSORS)
     base = Base(model)
-    parts, slots = _plan(settings, base, {name: tensor.shape for name, tensor in there.items()})
+    parts, slots = plan(settings, base, {name: tensor.shape for name, tensor in there.items()})
     empty = Adapter({}, tuple(sorted(parts.items())), model, json.dumps(said), tuple((n, a.shape) for n, a in there.items()))
     specs = empty.specs
     arrays = jax.tree.map(lambda spec: np.zeros(spec.shape, np.dtype(dtype)), specs, is_leaf=is_spec)
@@ -385,7 +407,7 @@ def load_adapter(folder: str | Path, model: Model, *, dtype=jnp.float32, mesh: M
 def adapter_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
     """An adapter (or a gradient of one) under PEFT's names, and in its layouts."""
     shapes, base = dict(adapter.tensors), Base(adapter.model)
-    _, slots = _plan(read(json.loads(adapter.about)), base, shapes)
+    _, slots = plan(read(json.loads(adapter.about)), base, shapes)
     values = jax.tree.map(np.asarray, adapter.values)
     return {name: slot.write(values, shapes[name], base) for name, slot in slots.items()}
 

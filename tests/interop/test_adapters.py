@@ -103,6 +103,27 @@ def test_a_saved_adapter_is_the_one_that_was_loaded(case, name, tmp_path):
         np.testing.assert_array_equal(before[tensor], after[tensor])
 
 
+@pytest.mark.parametrize("name", [*SHARED, *STORED])
+def test_a_new_adapter_has_pefts_tensors(case, name):
+    one = case(name)
+    settings = json.loads((one.folder / "adapter_config.json").read_text())
+    new = interop.new_adapter(one.model, one.params, settings, jax.random.key(0))
+    theirs = {n: a.shape for n, a in mapped(one.folder / "adapter_model.safetensors").items() if not n.endswith(".base_layer.weight")}
+    assert {n: a.shape for n, a in interop.adapter_tensors(new).items()} == theirs
+
+
+@pytest.mark.parametrize("name", ["gpt2_dora", "gpt2_ia3", "llama_linear"])
+def test_a_new_adapter_changes_nothing_yet(case, name):
+    one = case(name)
+    settings = json.loads((one.folder / "adapter_config.json").read_text())
+    new = interop.new_adapter(one.model, one.params, settings, jax.random.key(0))
+    run = compiled(lambda params: interop.call(one.model, params, {"input_ids": one.inputs["input_ids"]})["logits"])
+    assert apart(run(interop.merge(interop.adapt(one.params, new))), run(one.params)) < 1e-6
+    if name == "gpt2_dora":
+        with pytest.raises(ValueError, match=r"target_modules=\['q_proj'\] names nothing of a gpt2"):
+            interop.new_adapter(one.model, one.params, settings | {"target_modules": ["q_proj"]}, jax.random.key(0))
+
+
 @pytest.mark.parametrize("name", ["gpt2_prompt", "llama_projected", "opt_prefix", "t5_prompt"])
 def test_texts_are_continued_behind_virtual_tokens(case, name):
     one = case(name)

@@ -38,7 +38,7 @@ def test_it_begins_with_an_imported_checkpoint(experiment, imported):
 
 def test_another_model_is_refused(experiment, imported):
     folder, _, model = imported
-    with pytest.raises(ValueError, match="is a run of another model: model.embed is 16 there and 32 here"):
+    with pytest.raises(ValueError, match=r"is a run of another model: model\.embed is 16 there and 32 here"):
         prepare_run(experiment(initial=str(folder)))
     with pytest.raises(FileNotFoundError, match="is not a run"):
         prepare_run(experiment(model=model, initial="nowhere"))
