@@ -9,21 +9,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
-from lmx.core.config import exits_with_one_line, flatten, subcommand
+from lmx.core.config import exits_with_one_line, flatten, from_json, subcommand
 from lmx.core.params import is_spec
 from lmx.core.tree import named_leaves
-from lmx.interop.checkpoint import Names, found_tensors, read_config, tensors
+from lmx.interop.checkpoint import Names, found_tensors, read_config
 from lmx.interop.compare import compare, open_checkpoint
 from lmx.interop.peft import CONFIG
-from lmx.interop.runs import export_run, import_run, is_run, read_run, run_params
+from lmx.interop.runs import export_run, import_run, imported, is_run, read_run
 from lmx.models.families import functions
 from lmx.parallel.layout import AXES, Layout, make_mesh
 from lmx.parallel.rules import rules, shardings
+from lmx.train.experiment import Experiment
+from lmx.train.logging import read_record
 
 UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0}
 USAGE = "python -m lmx.interop import PATH RUN | export RUN PATH [--family llama] | inspect PATH [--layout.tensor 2 ...] | compare A B"
@@ -92,22 +95,23 @@ def inspect(path: Path, layout: Layout) -> None:
     """Prints what `Inspect` says; of an adapter its settings and its tensors."""
     if (path / CONFIG).exists():
         return inspect_adapter(path)
-    if is_run(path):
-        model = read_run(path)
-        names, there = Names(model), tensors(model, run_params(path, model))
+    model, names, there = None, None, {}
+    if is_run(path):  # whose parameters are fp32
+        config = from_json(Experiment, read_record(path)["config"]).model
+        names = Names(read_run(path)) if imported(path) else None
     else:
         model = read_config(path)
-        names, there = Names(model), found_tensors(model, path)
+        config, names, there = model.config, Names(model), found_tensors(model, path)
     degrees = tuple(getattr(layout, axis) for axis in AXES)
     mesh = AbstractMesh(degrees, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    specs = functions(model.config).specs(model.config)
+    specs = functions(config).specs(config)
     where = named_leaves(shardings(specs, mesh, rules(layout, split=layout.zero >= 3)))
     console = Console()
-    settings = Table(title=f"{path}: a {model.family}")
+    settings = Table(title=f"{path}: a {model.family if model else 'run'}")
     for name in ("setting", "value"):
         settings.add_column(name)
-    plain = flatten(type(model.config)())
-    for name, value in flatten(model.config).items():
+    plain = flatten(type(config)())
+    for name, value in flatten(config).items():
         if value != plain.get(name):
             settings.add_row(name, str(value))
     console.print(settings)
@@ -116,16 +120,17 @@ def inspect(path: Path, layout: Layout) -> None:
         table.add_column(name, justify="right" if name == "a device" else "left", overflow="fold")
     total = here = 0
     for name, spec in named_leaves(specs, is_leaf=is_spec).items():
-        place = names.place(name)
-        tensor = there[place.name.format(names.layers(name)[0], expert=0)]
-        each = tensor.dtype.itemsize
+        shown, kind = "-", np.dtype(np.float32)
+        if names is not None:
+            place = names.place(name)
+            shown = place.name.format("*", expert="*") + (f" (part {place.part + 1})" if place.fused else "")
+            kind = there[place.name.format(names.layers(name)[0], expert=0)].dtype if there else kind
+        each = kind.itemsize
         shard = where[name].shard_shape(spec.shape)
         count, own = math.prod(spec.shape), math.prod(shard)
         total, here = total + count, here + own * each
-        shown = place.name.format("*", expert="*") + (f" (part {place.part + 1})" if place.fused else "")
-        table.add_row(
-            name, shown, "x".join(map(str, spec.shape)), ", ".join(axis or "-" for axis in spec.axes), str(tensor.dtype), _bytes(own * each)
-        )
+        axes = ", ".join(axis or "-" for axis in spec.axes)
+        table.add_row(name, shown, "x".join(map(str, spec.shape)), axes, str(kind), _bytes(own * each))
     console.print(table)
     console.print(f"{total:,} parameters; {_bytes(here)} on each of {layout.devices} device{'s' * (layout.devices != 1)}")
 

@@ -13,10 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from lmx.core.config import flatten, from_json
+from lmx.core.tree import named_leaves
 from lmx.interop.checkpoint import tensors
 from lmx.interop.compare_adapters import differences
 from lmx.interop.files import mapped, open_tensors
-from lmx.interop.runs import is_run, load_run
+from lmx.interop.runs import imported, is_run, load_run, run_params
+from lmx.train.experiment import Experiment
+from lmx.train.logging import read_record
 
 CLOSE = 1e-6
 """max|a - b| / max|b| up to which values are said to be rounded alike."""
@@ -67,11 +71,16 @@ class Report:
 
 
 def open_checkpoint(folder: str | Path) -> Opened:
-    """A Hugging Face checkpoint, an imported run or a PEFT adapter. Raises ValueError for what is neither."""
+    """A Hugging Face checkpoint, a run (one that was imported by the checkpoint's names) or a PEFT adapter. Raises ValueError for what is
+    none."""
     folder = Path(folder)
-    if is_run(folder):
+    if imported(folder):
         model, params = load_run(folder)
         return Opened(folder, model.hub, tensors(model, params))
+    if is_run(folder):
+        config = from_json(Experiment, read_record(folder)["config"]).model
+        leaves = named_leaves(run_params(folder, config))
+        return Opened(folder, flatten(config), {name: np.asarray(leaf) for name, leaf in leaves.items()})
     adapter = folder / "adapter_model.safetensors"
     if adapter.exists():
         return Opened(folder, json.loads((folder / "adapter_config.json").read_text()), mapped(adapter))

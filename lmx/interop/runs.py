@@ -18,6 +18,7 @@ from lmx.core.tree import Tree
 from lmx.data.recipe import Data
 from lmx.interop.checkpoint import Model, found_tensors, load, read_config, save
 from lmx.interop.families import FAMILIES
+from lmx.models import config as model_config
 from lmx.models.config import EncoderDecoder
 from lmx.models.families import functions
 from lmx.parallel.layout import Layout
@@ -78,9 +79,9 @@ def read_run(run: str | Path, family: str | None = None) -> Model:
       ValueError: neither says a family, or that family cannot say what the model is.
     """
     run = Path(run)
-    config, kept = from_json(Experiment, read_record(run)["config"]).model, run / HUB / KEPT
-    if kept.exists():
-        came = json.loads(kept.read_text())["family"]
+    config = from_json(Experiment, read_record(run)["config"]).model
+    if imported(run):
+        came = json.loads((run / HUB / KEPT).read_text())["family"]
         if family in (None, came):
             return Model(config, came, (run / HUB / "config.json").read_text())
     if family is None:
@@ -95,18 +96,25 @@ def load_run(
 ) -> tuple[Model, Tree]:
     """A run's model and its newest parameters, or those of a step, as `load` gives a checkpoint's."""
     model = read_run(run, family)
-    return model, run_params(run, model, mesh=mesh, layout=layout, step=step)
+    return model, run_params(run, model.config, mesh=mesh, layout=layout, step=step)
 
 
-def run_params(run: str | Path, model: Model, *, mesh: Mesh | None = None, layout: Layout = Layout(), step: int | None = None) -> Tree:
-    """The parameters alone."""
-    specs = functions(model.config).specs(model.config)
+def run_params(
+    run: str | Path, config: model_config.Model, *, mesh: Mesh | None = None, layout: Layout = Layout(), step: int | None = None
+) -> Tree:
+    """The parameters alone, of a run's model."""
+    specs = functions(config).specs(config)
     if mesh is None:
         where = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), specs, is_leaf=is_spec)
     else:
         where = shardings(specs, mesh, rules(layout, split=layout.zero == 3))
     abstract = jax.tree.map(lambda spec, at: jax.ShapeDtypeStruct(spec.shape, "float32", sharding=at), specs, where, is_leaf=is_spec)
     return load_params(Path(run) / "checkpoints", abstract, step)
+
+
+def imported(run: str | Path) -> bool:
+    """Whether a run came from a checkpoint, whose names its tensors then have too."""
+    return (Path(run) / HUB / KEPT).exists()
 
 
 def export_run(run: str | Path, folder: str | Path, family: str | None = None) -> Model:
@@ -118,8 +126,7 @@ def export_run(run: str | Path, folder: str | Path, family: str | None = None) -
     """
     run, folder = Path(run), Path(folder)
     model, params = load_run(run, family=family)
-    kept = run / HUB / KEPT
-    came = json.loads(kept.read_text()) if kept.exists() else {}
+    came = json.loads((run / HUB / KEPT).read_text()) if imported(run) else {}
     own = came.get("family") == model.family
     kinds = came["dtypes"] if own else []
     save(model, params, folder, dtype=jnp.dtype(kinds[0]) if len(kinds) == 1 else None)

@@ -59,7 +59,7 @@ def test_what_cannot_be_is_one_line(shared, tmp_path, capsys):
         assert len(said.strip().splitlines()) == 1
 
 
-def test_a_run_that_was_not_imported_says_no_family(shared, tmp_path):
+def test_a_run_that_was_not_imported_says_no_family(shared, tmp_path, capsys, monkeypatch):
     source, run = shared / "goldens" / "llama", tmp_path / "run"
     interop.import_run(source, run)
     shutil.rmtree(run / "huggingface")
@@ -67,3 +67,9 @@ def test_a_run_that_was_not_imported_says_no_family(shared, tmp_path):
         interop.load_run(run)
     interop.export_run(run, tmp_path / "back", "llama")
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    monkeypatch.setenv("COLUMNS", "200")
+    main(["inspect", str(run)])
+    assert "layers/0/0/attention/query/weight" in capsys.readouterr().out
+    main(["compare", str(run), str(run)])
+    assert "12 tensors are the same to the last bit, and nothing else is there" in capsys.readouterr().out
