@@ -3,9 +3,9 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import flax.struct
@@ -84,9 +84,9 @@ class Module:
 class Base:
     """A model as an adapter sees it: modules, and tensors of any kind, by the names that PEFT has for them."""
 
-    def __init__(self, model: Model):
-        self.model, self.names = model, Names(model)
-        self.lead = lambda name: name
+    def __init__(self, model: Model, lead: Callable[[str], str] = str):
+        """Args: lead, the name that a module has in the adapter's base, from its table's."""
+        self.model, self.names, self.lead = model, Names(model), lead
 
     @property
     def _tied(self) -> bool:
@@ -154,23 +154,23 @@ class Base:
             sum(math.prod(self.names.specs[n].shape[len(self.spec(module).layers) > 0 :]) for n in module.weights),
         )
 
-    def called(self, names: list[str]) -> None:
-        """Settles how the adapter's base calls its modules: as the table does, or with or without one of the prefixes that files may lack.
-        Raises ValueError for a tensor that the model has none for."""
-        prefixes = self.model.table.prefixes
-        leads = [
-            lambda name: name,
-            *((lambda name, p=p: name.removeprefix(p)) for p in prefixes),
-            *((lambda n, p=p: p + n) for p in prefixes),
-        ]
-        for lead in leads:
-            self.lead = lead
-            self.__dict__.pop("tensors", None), self.__dict__.pop("modules", None)
-            unknown = [name for name in names if plain(name) not in self.tensors]
-            if not unknown:
-                return
-            first = unknown if lead is leads[0] else first
-        raise ValueError(f"the adapter has {_some(first)}, which a {self.model.family} has nothing for")
+
+def base_of(model: Model, names: Iterable[str]) -> Base:
+    """The model by the names that an adapter's tensors mean: its table's, or those with or without one of the prefixes that files may lack.
+    Raises ValueError for a tensor that the model has none for."""
+    prefixes, wanted, unknown = model.table.prefixes, [name for name in names if name != EMBEDDINGS], []
+    leads = [str, *(partial(_less, p) for p in prefixes), *(p.__add__ for p in prefixes)]
+    for lead in leads:
+        base = Base(model, lead)
+        left = [name for name in wanted if plain(name) not in base.tensors]
+        if not left:
+            return base
+        unknown = unknown or left
+    raise ValueError(f"the adapter has {_some(unknown)}, which a {model.family} has nothing for")
+
+
+def _less(prefix: str, name: str) -> str:
+    return name.removeprefix(prefix)
 
 
 def parsed(name: str) -> tuple[str, str | None]:
@@ -263,7 +263,6 @@ def plan(settings: Settings, base: Base, tensors: Mapping[str, tuple[int, ...]])
     """What an adapter with these tensors is, and where each of them goes. Raises ValueError where its settings mean others."""
     parts, slots = {}, {}
     names = [name for name in tensors if name != EMBEDDINGS]
-    base.called(names)
     if settings.kind in ("LORA", "IA3"):
         if EMBEDDINGS in tensors:
             raise ValueError(f"the adapter is a {settings.kind}, and its file has {EMBEDDINGS}")
@@ -391,7 +390,7 @@ def load_adapter(folder: str | Path, model: Model, *, dtype=jnp.float32, mesh: M
         hint = "; its adapter_model.bin is a pickle: save it again with a newer peft" if pickled else ""
         raise ValueError(f"{folder} has no {TENSORS}{hint}")
     there = mapped(folder / TENSORS)
-    base = Base(model)
+    base = base_of(model, there)
     parts, slots = plan(settings, base, {name: tensor.shape for name, tensor in there.items()})
     empty = Adapter({}, tuple(sorted(parts.items())), model, json.dumps(said), tuple((n, a.shape) for n, a in there.items()))
     specs = empty.specs
@@ -406,7 +405,8 @@ def load_adapter(folder: str | Path, model: Model, *, dtype=jnp.float32, mesh: M
 
 def adapter_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
     """An adapter (or a gradient of one) under PEFT's names, and in its layouts."""
-    shapes, base = dict(adapter.tensors), Base(adapter.model)
+    shapes = dict(adapter.tensors)
+    base = base_of(adapter.model, shapes)
     _, slots = plan(read(json.loads(adapter.about)), base, shapes)
     values = jax.tree.map(np.asarray, adapter.values)
     return {name: slot.write(values, shapes[name], base) for name, slot in slots.items()}
