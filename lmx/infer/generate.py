@@ -12,7 +12,7 @@ from lmx.core.execution import Execution
 from lmx.core.tree import Tree
 from lmx.data.tokenizers import Tokenizer
 from lmx.infer.sampling import Sampling, sample
-from lmx.models import stack
+from lmx.models import stack, virtual
 from lmx.models.config import EncoderDecoder, Model
 from lmx.models.families import functions
 from lmx.models.losses import logits
@@ -42,7 +42,8 @@ def generate(
     """Continues each prompt by at most `max_new_tokens`; the encoder of an encoder-decoder reads it, and a text is begun.
 
     Args:
-      params: stacked, or with layers as tuples (what it runs on: a caller who generates often converts once, `decoding_params`).
+      params: stacked, or with layers as tuples (what it runs on: a caller who generates often converts once, `decoding_params`); under an
+        adapter or not. Virtual tokens stand right before each prompt, so that a row does not depend on the others' lengths.
       prompts: lists of token ids, or strings with a tokenizer.
       tokenizer: with one, rows that only pad the model's vocabulary are never drawn.
       stop_ids: tokens that end a continuation; they are not part of it.
@@ -58,8 +59,8 @@ def generate(
 
     Raises:
       ValueError: an empty prompt, a token outside the vocabulary, more tokens than the model has positions for; an encoder-decoder without
-        start_id, or another model with one; images for a model that reads none, or prompts
-        that have not just as many places for them.
+        start_id, or another model with one; images for a model that reads none, or prompts that have not just as
+        many places for them.
     """
     model = getattr(model, "config", model)  # of a checkpoint (`lmx.interop.Model`)
     sampling = Sampling(temperature, top_k, top_p)
@@ -74,10 +75,12 @@ def generate(
         raise ValueError(
             f"start_id={start_id} of model={type(model).__name__}: an encoder-decoder begins its texts behind one, others have none"
         )
-    _check(model, ids, max_new_tokens)
+    virtual_tokens, prefix = virtual.prompt(params), virtual.prefix(params)
+    _check(model, ids, max_new_tokens, virtual_tokens, prefix)
     _check_images(model, ids, pixel_values)
     if not ids:
         return []
+    ids = [[0] * virtual_tokens + prompt for prompt in ids]  # these stand right before a prompt
     static = (model, limit, sampling, tuple(stop_ids), tuple(suppress_ids), start_id, execution)
     params, key = decoding_params(params), jax.random.key(seed)
 
@@ -92,7 +95,7 @@ def generate(
             new, counts = jax.device_get(_run(*static, count, params, tokens, segments, keys, np.int32(first), edits, pixel_values))
         return [row[:count].tolist() for row, count in zip(new, counts, strict=True)]
 
-    before = _before_turning(model, ids, max_new_tokens)
+    before = _before_turning(model, prefix + max(map(len, ids)), max_new_tokens)
     found = run(ids, 0, before)
     if before < max_new_tokens and any(len(new) == before for new in found):
         rest = run([prompt + new for prompt, new in zip(ids, found, strict=True)], before, max_new_tokens - before)
@@ -107,17 +110,17 @@ def decoding_params(params: Tree) -> Tree:
     return params
 
 
-def _before_turning(model: Model, ids: list[list[int]], max_new_tokens: int) -> int:
+def _before_turning(model: Model, longest: int, max_new_tokens: int) -> int:
     """How many tokens are drawn before the batch's longest text outgrows the context of training and LongRoPE turns otherwise: what a
     cache holds is of no use then, so it is made anew."""
     scaling = getattr(model, "rope_scaling", None)
     if scaling is None or scaling.kind != "longrope":
         return max_new_tokens
-    within = scaling.original_context + 1 - max(map(len, ids))
+    within = scaling.original_context + 1 - longest
     return min(within, max_new_tokens) if within > 0 else max_new_tokens
 
 
-def _check(model: Model, ids: list[list[int]], max_new_tokens: int) -> None:
+def _check(model: Model, ids: list[list[int]], max_new_tokens: int, prompt_tokens: int = 0, prefix: int = 0) -> None:
     if not model.causal or not model.vocabulary_head:
         raise ValueError(
             f"a model with causal={model.causal} and head={model.head} continues nothing; generate needs a causal one with logits"
@@ -133,16 +136,17 @@ def _check(model: Model, ids: list[list[int]], max_new_tokens: int) -> None:
             raise ValueError(f"prompt {i} has token {strange[0]}, outside the model's vocabulary of {model.vocab}")
         if isinstance(model, EncoderDecoder):
             for name, tokens, limit in (
-                (f"prompt {i}", len(prompt), model.encoder.context),
-                ("max_new_tokens", max_new_tokens, model.context),
+                (f"prompt {i}", prompt_tokens + len(prompt), model.encoder.context),
+                ("max_new_tokens", prefix + max_new_tokens, model.context),
             ):
                 if tokens > limit:
                     raise ValueError(
                         f"{name} has {tokens} tokens, and model.{'encoder.' if name != 'max_new_tokens' else ''}context={limit}"
                     )
-        elif len(prompt) + max_new_tokens > longest:
+        elif prompt_tokens + prefix + len(prompt) + max_new_tokens > longest:
+            soft = f", {prompt_tokens + prefix} virtual tokens" if prompt_tokens + prefix else ""
             raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens and max_new_tokens={max_new_tokens}: longer than model.context={model.context}"
+                f"prompt {i} has {len(prompt)} tokens{soft} and max_new_tokens={max_new_tokens}: longer than model.context={model.context}"
             )
 
 
@@ -179,14 +183,19 @@ def _run(
     rows, length = tokens.shape
     padding = length - segments.sum(-1, keepdims=True)
     positions = jnp.maximum(jnp.arange(length) - padding, 0)
-    read = {} if pixels is None else {"pixels": pixels}
+    places = jnp.where(segments == 1, jnp.arange(length) - padding, -1)
+    given = virtual.embedded(params, places)
+    read = {} if given is None else {"given": given}
+    read |= {} if pixels is None else {"pixels": pixels}
     if start_id is not None:
-        read = {"source": Source(tokens, positions, segments)}
+        read = {"source": Source(tokens, positions, segments, given)}
         tokens, length, padding = jnp.full((rows, 1), start_id, jnp.int32), 1, jnp.zeros((rows, 1), jnp.int32)
         positions, segments = padding, padding + 1
-    slots = -(-(length + max_new_tokens) // 16) * 16
-    forward = functions(model).forward
-    cache = functions(model).empty_cache(model, rows, slots, jnp.dtype(execution.precision.compute))
+    prefix = virtual.prefix(params)
+    slots = -(-(prefix + length + max_new_tokens) // 16) * 16
+    forward, dtype = functions(model).forward, jnp.dtype(execution.precision.compute)
+    cache = virtual.cache(params, model, rows, slots, dtype) if prefix else functions(model).empty_cache(model, rows, slots, dtype)
+    positions = positions + prefix
 
     def pick(hidden: Array, count: Array) -> Array:
         draws = jax.vmap(lambda k: jax.random.fold_in(k, drawn + count))(keys)
@@ -207,7 +216,7 @@ def _run(
     def step(carry):
         cache, new, done, lengths, count = carry
         token = jax.lax.dynamic_slice_in_dim(new, count - 1, 1, axis=1)
-        position = length - padding + count - 1
+        position = prefix + length - padding + count - 1
         output = forward(params, model, token, positions=position, cache=cache, edits=edits, execution=execution)
         token = pick(output.hidden, count)
         new = jax.lax.dynamic_update_slice_in_dim(new, token[:, None], count, axis=1)

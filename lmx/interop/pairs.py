@@ -10,8 +10,10 @@ from jax import Array
 
 from lmx.core.execution import Execution
 from lmx.core.tree import Tree
+from lmx.interop import soft
 from lmx.interop.checkpoint import Model
 from lmx.interop.outputs import IGNORED, entropy_of, of_layers
+from lmx.models import virtual
 from lmx.models.losses import logits
 from lmx.models.transformer import Source, forward
 
@@ -41,14 +43,24 @@ def call(
         if labels is None:
             raise ValueError(f"a {model.family} needs decoder_input_ids, or labels to make them of")
         tokens = shifted(model, labels)
-    (positions, segments), mask = places(given.get("attention_mask")), given.get("decoder_attention_mask")
-    source = Source(given["input_ids"], positions, segments)
-    positions, segments = places(mask)
+    prompt, prefix = virtual.prompt(params), virtual.prefix(params)
+    read = soft.behind({name: given.get(name) for name in ("input_ids", "attention_mask")}, prompt)
+    positions, segments = places(read["attention_mask"])
+    before = None
+    if prompt:
+        positions = soft.positions(model, read, segments, prompt, 0)
+        before = virtual.embedded(params, positions)
+    source = Source(read["input_ids"], positions, segments, before)
+    positions, segments = places(given.get("decoder_attention_mask"))
+    more = {}
+    if prefix:
+        positions = soft.positions(model, {"input_ids": tokens}, segments, 0, prefix)
+        more["cache"] = virtual.cache(params, config, len(tokens), prefix + tokens.shape[1], jnp.dtype(execution.precision.compute))
     weights = ("layers/*/attention/weights", "layers/*/cross/weights", "encoder/layers/*/attention/weights") if output_attentions else ()
     taps = (*execution.taps, "layers/*/input", "encoder/layers/*/input", *weights)
     with jax.default_matmul_precision(execution.precision.products):
         output = forward(
-            params, config, tokens, positions=positions, segments=segments, source=source, execution=replace(execution, taps=taps)
+            params, config, tokens, positions=positions, segments=segments, source=source, execution=replace(execution, taps=taps), **more
         )
         found: dict[str, Any] = {
             "logits": logits(params, config, output.hidden),

@@ -55,7 +55,7 @@ def forward(
     taps, edits = {}, edits or {}
     if pixels is not None:
         seen, taps = _look(params, config, pixels, sites.inner(edits, "image/"), execution)
-        given = _both(among(config, tokens, seen), given)
+        given = both(among(config, tokens, seen), given)
     decoder = {name: value for name, value in params.items() if name not in SEEING}
     own = replace(execution, taps=tuple(tap for tap in execution.taps if not tap.startswith("image/")))
     edits = {name: edit for name, edit in edits.items() if not name.startswith("image/")}
@@ -86,7 +86,7 @@ def _look(params: Tree, config: LLaVA, pixels: Array, edits: Edits, execution: E
     return linear(x, layers["down"]["weight"], layers["down"].get("bias")), vision.named(tapped, "image")
 
 
-def _both(first: Embedded, second: Embedded | None) -> Embedded:
+def both(first: Embedded, second: Embedded | None) -> Embedded:
     """Where both give something, it is the first's."""
     if second is None:
         return first

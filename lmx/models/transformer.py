@@ -53,15 +53,6 @@ class Cache:
 
 
 @flax.struct.dataclass
-class Source:
-    """The text that an encoder reads, as `forward` takes one."""
-
-    tokens: Int[Array, "batch source"]
-    positions: Int[Array, "batch source"] | None = None
-    segments: Int[Array, "batch source"] | None = None
-
-
-@flax.struct.dataclass
 class Embedded:
     """Vectors in place of tokens' embeddings (of an image's patches, of a soft prompt); positions are added to them as to others.
 
@@ -72,6 +63,16 @@ class Embedded:
 
     vectors: Float[Array, "batch length embed"]
     where: Bool[Array, "batch length"]
+
+
+@flax.struct.dataclass
+class Source:
+    """The text that an encoder reads, as `forward` takes one."""
+
+    tokens: Int[Array, "batch source"]
+    positions: Int[Array, "batch source"] | None = None
+    segments: Int[Array, "batch source"] | None = None
+    given: Embedded | None = None
 
 
 @flax.struct.dataclass
@@ -214,7 +215,7 @@ def _encode(params: Tree, config: EncoderDecoder, source: Source, dropout: Dropo
         dropout = dropout.replace(key=jax.random.fold_in(dropout.key, zlib.crc32(b"encoder")))
     inner = named.inner(dict.fromkeys(execution.taps), "encoder/"), named.inner(edits, "encoder/")
     own, execution = params["encoder"] | {"embed": params["embed"]}, replace(execution, taps=tuple(inner[0]))
-    read = {"positions": source.positions, "segments": source.segments}
+    read = {"positions": source.positions, "segments": source.segments, "given": source.given}
     output = forward(own, config.encoder, source.tokens, **read, dropout=dropout, edits=inner[1], execution=execution)
     return output.replace(taps={f"encoder/{name}": value for name, value in output.taps.items()})
 
@@ -265,8 +266,8 @@ def leave(params: Tree, config: Transformer, x: Array, execution: Execution) -> 
 
 def _own(params: Tree, config: Transformer, execution: Execution) -> Tree:
     """The parameters outside the stack."""
-    own = {name: value for name, value in params.items() if name not in ("layers", "encoder")}
-    return placed(own, {name: spec for name, spec in specs(config).items() if name in own}, execution)
+    own = {name: spec for name, spec in specs(config).items() if name not in ("layers", "encoder") and name in params}
+    return placed({name: params[name] for name in own}, own, execution)
 
 
 def share(

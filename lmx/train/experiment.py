@@ -88,6 +88,9 @@ class Experiment:
     """When text is sampled."""
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     """When the state is saved."""
+    initial: str = ""
+    """The folder of a run whose newest parameters this one begins with: an imported checkpoint's (`python -m lmx.interop import`), or any of
+    the same model. Empty: initial values."""
     folder: str = "runs"
     """Where runs live."""
     start: Literal["new", "resume", "overwrite"] = "new"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from lmx.core.config import ConfigError, command_line, exits_with_one_line, from_json, refuse_changes
+from lmx.core.config import ConfigError, command_line, diff, exits_with_one_line, from_json, refuse_changes, to_json
 from lmx.core.tree import Tree
 from lmx.data.denoising import MaskedLM as MaskedText
 from lmx.data.pipeline import iterate, require_supervised
@@ -26,7 +26,7 @@ from lmx.parallel.feed import batch_sharding, local_rows, place
 from lmx.parallel.host import keep_pages
 from lmx.parallel.offload import fetched
 from lmx.train.advice import shortage
-from lmx.train.checkpoints import Manager
+from lmx.train.checkpoints import Manager, load_params
 from lmx.train.experiment import RESUMABLE, Experiment, check, resolve
 from lmx.train.logging import RECORD, Logger, Silence, draw_curve, read_record, write_record
 from lmx.train.objectives import Seq2Seq
@@ -114,6 +114,7 @@ def prepare_run(experiment: Experiment, sources: dict[str, str] | None = None) -
     """
     prepared = hosts.first(lambda: _settle(experiment)) or prepare(experiment.data)  # which the others find in the cache
     experiment = resolve(experiment, prepared)
+    _check_initial(experiment)
     program = build(experiment)
     folder, start = experiment.path, Start(experiment, prepared, program, sources=sources or {})
     if experiment.start != "resume":
@@ -131,6 +132,21 @@ def prepare_run(experiment: Experiment, sources: dict[str, str] | None = None) -
         state, position = manager.restore(program.abstract)
     state = program.arranged(state)
     return replace(start, state=state, example=position["example"])
+
+
+UNSHAPED = ("dropout", "init_std", "context")
+"""Settings of a model in which a run may differ from the one whose parameters it begins with."""
+
+
+def _check_initial(experiment: Experiment) -> None:
+    """Refuses another run's parameters that are not of this one's model."""
+    if not experiment.initial:
+        return
+    model = from_json(Experiment, read_record(experiment.initial)["config"]).model
+    changed = {n: pair for n, pair in diff(to_json(model), to_json(experiment.model)).items() if n.rsplit(".", 1)[-1] not in UNSHAPED}
+    if changed:
+        said = ", ".join(f"model.{name} is {old} there and {new} here" for name, (old, new) in changed.items())
+        raise ConfigError(f"initial={experiment.initial} is a run of another model: {said}")
 
 
 def _settle(experiment: Experiment) -> Prepared:
@@ -191,6 +207,9 @@ def _explaining_shortage(start: Start) -> Iterator[None]:
 def _run(start: Start) -> Result:
     experiment, program, folder = start.experiment, start.program, start.experiment.path
     state = program.initial() if start.state is None else start.state
+    if experiment.initial and start.state is None:
+        params = load_params(Path(experiment.initial) / "checkpoints", program.abstract.params)
+        state = state.replace(params=program.arranged(params))
     resumed_at = int(state.step) if experiment.start == "resume" else None
     first = hosts.is_first()
     if first:
