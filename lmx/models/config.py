@@ -8,7 +8,7 @@ from lmx.models.rope import RopeScaling, check_scaling
 Activation = Literal["gelu", "gelu_tanh", "gelu_quick", "relu", "relu_squared", "silu", "tanh"]
 Norm = Literal["layernorm", "rmsnorm"]
 Placement = Literal["pre", "post", "sandwich", "output"]
-Positions = Literal["rope", "alibi", "learned", "sinusoidal", "relative", "none"]
+Positions = Literal["rope", "alibi", "learned", "sinusoidal", "relative", "transformer_xl", "none"]
 LayerKind = Literal["global", "local", "global_dense", "local_dense"]
 Head = Literal["lm", "masked", "none", "pooler", "classifier", "tokens", "spans", "detector"]
 
@@ -36,7 +36,8 @@ class Transformer:
     causal: bool = True
     """Whether a token sees only those up to itself (a decoder), or all of its text (an encoder)."""
     positions: Positions = "rope"
-    """How tokens know where they are."""
+    """How tokens know where they are. relative: T5's buckets of distances; transformer_xl: projected sinusoids of distances, as Gopher has
+    them."""
     alibi_scaled: bool = False
     """Whether ALiBi is added to products of queries and keys before they are multiplied by attention_scale (Falcon), not after."""
     first_position: int = 0
@@ -327,6 +328,14 @@ def _check_transformer(config: Transformer) -> None:
                 f"model.relative_buckets={config.relative_buckets} with model.relative_distance={config.relative_distance}: half of the "
                 f"buckets of a side ({exact}) are for one distance each and the rest for those up to relative_distance; both must be more"
             )
+    if config.positions == "transformer_xl":
+        if config.embed % 2:
+            raise ValueError(f"model.embed={config.embed} is odd; positions transformer_xl are sines and cosines in pairs")
+        if config.attention_softcap is not None:
+            raise ValueError(
+                f"model.attention_softcap={config.attention_softcap} caps products of queries and keys alone, and positions transformer_xl "
+                "add another; set it to None"
+            )
     if config.first_position < 0:
         raise ValueError(f"model.first_position={config.first_position} must be at least 0")
     if config.norm_offset and config.norm != "rmsnorm":
@@ -396,6 +405,8 @@ def _check_pair(config: EncoderDecoder) -> None:
         raise ValueError("model.encoder has an encoder itself; give it a Transformer")
     if not encoder.tied or encoder.head_bias:
         raise ValueError("model.encoder has no head: leave its tied and head_bias as they are")
+    if "transformer_xl" in (config.positions, encoder.positions):
+        raise ValueError("model.positions=transformer_xl is of a stack of its own, not of an encoder-decoder; use relative")
     if config.parallel:
         raise ValueError("model.parallel is of layers with two sublayers; one that attends to an encoder has three")
     try:

@@ -169,7 +169,7 @@ def _check_sequence(experiment: Experiment) -> None:
         )
     if layout.context == 1:
         return
-    if isinstance(model, EncoderDecoder) or getattr(model, "positions", None) == "relative":
+    if isinstance(model, EncoderDecoder) or getattr(model, "positions", None) in ("relative", "transformer_xl"):
         raise ConfigError(
             f"layout.context={layout.context} splits sequences, which is not there for an encoder-decoder or relative positions; set it to 1"
         )

@@ -55,6 +55,7 @@ for knobs in (
     {"positions": "alibi", "gated": False, "norm": "layernorm", "bias": True, "norm_placement": "post"},
     {"positions": "learned", "parallel": True, "tied": False},
     {"positions": "sinusoidal", "norm_placement": "sandwich"},
+    {"positions": "transformer_xl"},
     {"positions": "relative", "relative_buckets": 8, "relative_distance": 9, "encoder": True},
 ):
     for mode in ("training", "decoding"):
