@@ -1,0 +1,203 @@
+"""RWKV-5 and 6: as the paper's recurrence, in parallel and token by token, packed and alone."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_rwkv
+import pytest
+
+from lmx.core.execution import Execution
+from lmx.core.params import abstract, initial_values
+from lmx.core.precision import POLICIES
+from lmx.core.tree import disagreement, map_named, named_leaves, size
+from lmx.infer import generate
+from lmx.infer.generate import decoding_params
+from lmx.models import stack
+from lmx.models.config import RWKV, Model, Transformer, check
+from lmx.models.losses import cross_entropy, logits
+from lmx.models.rwkv import empty_cache, flops_per_token, specs
+from lmx.models.rwkv import forward as _forward
+
+forward = partial(jax.jit, static_argnums=1, static_argnames="execution")(_forward)
+
+pytestmark = pytest.mark.usefixtures("cheaply_compiled")
+
+EAGLE = RWKV(version=5, vocab=17, layers=2, embed=8, channels=12, head_dim=4, mlp=16, init_std=0.5)
+FINCH = replace(EAGLE, version=6, mix_rank=3, decay_rank=5)
+MODELS = pytest.mark.parametrize("config", [EAGLE, FINCH], ids=["5", "6"])
+
+
+def start(config: RWKV):
+    """Random values, none of them a one or a zero."""
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    return jax.tree.map(lambda a: a + 0.3 * jax.random.normal(next(keys), a.shape), initial_values(jax.random.key(0), specs(config)))
+
+
+def random_tokens(rows: int, length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, EAGLE.vocab, (rows, length)).astype(np.int32)
+
+
+def for_numpy(params) -> dict:
+    params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    return params | {"layers": stack.unstack(params["layers"])[0]}
+
+
+def far(a, b) -> float:
+    return float(np.abs(np.asarray(a) - b).max() / np.abs(b).max())
+
+
+@pytest.mark.parametrize("knobs", [{}, {"tied": True, "channels": None, "norm_epsilon": 1e-2, "head_norm_epsilon": 0.1}])
+@MODELS
+def test_logits_are_those_of_the_papers_recurrence_in_float64(config, knobs):
+    config = replace(config, **knobs)
+    params, tokens = start(config), random_tokens(1, 37)
+    found = logits(params, config, forward(params, config, tokens).hidden)[0]
+    assert far(found, numpy_rwkv.logits(for_numpy(params), config, tokens[0])) < 1e-5
+
+
+@MODELS
+def test_every_gradient_is_how_the_float64_loss_changes(config):
+    params, tokens = start(config), random_tokens(1, 20)
+    targets, weights = np.roll(tokens, -1, 1), np.linspace(0.5, 1.5, 20, dtype=np.float32)[None]
+
+    def loss(params):
+        return cross_entropy(params, config, forward(params, config, tokens).hidden, targets, weights)[0]
+
+    def exact(params) -> float:
+        rows = numpy_rwkv.logits(for_numpy(params), config, tokens[0])
+        rows = rows - np.log(np.exp(rows).sum(-1, keepdims=True))
+        return -(weights[0] * rows[np.arange(20), targets[0]]).sum()
+
+    gradients = named_leaves(jax.jit(jax.grad(loss))(params))
+    params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    rng, by = np.random.default_rng(0), 1e-5
+    for name, gradient in gradients.items():
+        # Along the gradient itself, so that what is compared is not small by chance; and across it.
+        way = np.asarray(gradient, np.float64) / np.linalg.norm(gradient) + rng.normal(size=gradient.shape) / gradient.size**0.5
+
+        def moved(by, name=name, way=way):
+            return exact(map_named(lambda n, a: a + by * way if n == name else a, params))
+
+        assert np.vdot(gradient, way) == pytest.approx((moved(by) - moved(-by)) / (2 * by), rel=2e-4), name
+
+
+@pytest.mark.parametrize("cuts", [range(1, 24), (1, 18, 19, 23)], ids=["token by token", "in uneven parts"])
+@MODELS
+def test_the_recurrent_form_gives_what_the_parallel_one_gives(config, cuts):
+    params, tokens = start(config), random_tokens(2, 23)
+    whole = forward(params, config, tokens).hidden
+    state, parts, begin, params = empty_cache(config, 2), [], 0, decoding_params(params)
+    for end in cuts:
+        output = forward(params, config, tokens[:, begin:end], cache=state)
+        assert jax.tree.map(jnp.shape, output.cache) == jax.tree.map(jnp.shape, state), "the state does not grow"
+        state, begin = output.cache, end
+        parts.append(output.hidden)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-5)
+
+
+@MODELS
+def test_the_state_has_one_size_whatever_the_length_and_slots(config):
+    layer = 2 * config.embed + config.width * config.head_dim
+    assert {size(empty_cache(config, 1, slots)) for slots in (0, 16, 1 << 20)} == {1 + config.layers * layer}
+
+
+SEGMENTS = np.array([[1] * 7 + [2] * 7 + [3] * 7, [0] * 3 + [1] * 7 + [0] * 4 + [2] * 7, [0] * 21], np.int32)
+
+
+@MODELS
+def test_packed_texts_give_what_each_gives_alone(config):
+    params, tokens = start(config), random_tokens(3, 21)
+
+    def loss(params, tokens, segments):
+        hidden = forward(params, config, tokens, segments=segments).hidden
+        return jnp.sum(jnp.where(segments[..., None] > 0, hidden**3, 0)), hidden
+
+    texts = np.stack([tokens[row, SEGMENTS[row] == s] for row, s in ((0, 1), (0, 2), (0, 3), (1, 1), (1, 2))])
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (packed, hidden), gradient = run(params, tokens, SEGMENTS)
+    (alone, expected), reference = run(params, texts, np.ones_like(texts))
+    assert float(packed) == pytest.approx(float(alone), rel=1e-5)
+    np.testing.assert_allclose(hidden[SEGMENTS > 0], expected.reshape(-1, config.embed), atol=5e-6)
+    assert np.isfinite(hidden).all(), "padding gives numbers too"
+    assert max(disagreement(gradient, reference).values()) < 3e-5
+
+
+def test_padding_is_passed_over_and_the_state_goes_on_behind_it():
+    mask, text, more = np.array([[0, 1, 1, 1, 1, 1, 0, 0]]), random_tokens(1, 5), random_tokens(1, 4, seed=1)
+    params, padded = decoding_params(start(FINCH)), np.zeros((1, 8), np.int32)
+    padded[mask == 1] = text[0]
+    alone = forward(params, FINCH, np.concatenate([text, more], 1)).hidden
+    first = forward(params, FINCH, padded, segments=mask, cache=empty_cache(FINCH, 1))
+    np.testing.assert_allclose(first.hidden[mask == 1], alone[0, :5], atol=5e-6)
+    again = np.concatenate([np.zeros((1, 2), np.int32), more], 1)
+    second = forward(params, FINCH, again, segments=np.array([[0, 0, 1, 1, 1, 1]]), cache=first.cache)
+    np.testing.assert_allclose(second.hidden[:, 2:], alone[:, 5:], atol=5e-6)
+    other = forward(params, FINCH, more, segments=np.full((1, 4), 2), cache=first.cache)
+    np.testing.assert_allclose(other.hidden, forward(params, FINCH, more).hidden, atol=5e-6)
+
+
+def test_prompts_of_unequal_lengths_are_continued_as_each_alone():
+    params, prompts = start(FINCH), [[1, 2, 3, 4, 5, 6, 7], [3], [9, 8, 4]]
+    together = generate(FINCH, params, prompts, max_new_tokens=4)
+    assert together == [generate(FINCH, params, [prompt], max_new_tokens=4)[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_low_precision_is_the_same_but_for_rounding(precision):
+    params, tokens = start(FINCH), random_tokens(4, 16)
+    exact = forward(params, FINCH, tokens).hidden
+    found = forward(params, FINCH, tokens, execution=Execution(precision=POLICIES[precision])).hidden.astype(jnp.float32)
+    assert np.sqrt(np.mean((found - exact) ** 2) / np.mean(exact**2)) < (0.03 if precision == "bf16" else 0.2)
+
+
+def test_a_finch_starts_as_an_eagle():
+    """What depends on tokens is zero at first, and the shares are those of the other token."""
+    eagle, finch = (initial_values(jax.random.key(0), specs(config)) for config in (EAGLE, FINCH))
+    tokens = random_tokens(2, 9)
+    np.testing.assert_allclose(forward(finch, FINCH, tokens).hidden, forward(eagle, EAGLE, tokens).hidden, atol=1e-5)
+    layers = eagle["layers"][0]["0"]["attention"]
+    for i in range(2):
+        decay = -6 + 5 * np.linspace(0, 1, 12) ** (0.7 + 1.3 * i)
+        np.testing.assert_allclose(layers["time"]["decay"][i].ravel(), decay, atol=1e-5)
+        np.testing.assert_allclose(layers["norm"]["scale"][i], ((i + 1) / 2) ** 0.7, atol=1e-6)
+        np.testing.assert_allclose(layers["shift"]["gate"][i], (np.arange(8) / 8) ** (0.5 * (1 - i / 2)), atol=1e-6)
+
+
+def test_sizes_are_those_of_the_published_models():
+    def count(version: int, layers: int, embed: int, **ranks) -> int:
+        config = RWKV(version=version, vocab=65536, layers=layers, embed=embed, **ranks)
+        return sum(leaf.size for leaf in jax.tree.leaves(abstract(specs(config))))
+
+    # The paper's table 2, in the digits that it gives.
+    assert round(count(5, 24, 1024) / 1e6) == 462
+    assert round(count(5, 32, 4096) / 1e9, 2) == 7.52
+    assert round(count(6, 24, 2048) / 1e9, 2) == 1.60
+    assert round(count(6, 32, 2560) / 1e9, 2) == 3.10
+
+
+def test_flops_count_weights_and_matrices():
+    more = {"time": 12 * EAGLE.layers * EAGLE.width * EAGLE.head_dim}
+    weights = EAGLE.layers * (5 * 8 * 12 + 2 * 8 * 16 + 8 * 8) + 8 * 17
+    assert flops_per_token(EAGLE, 512) == 6 * weights + more["time"]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        ({"head_dim": 5}, "the width of time mixing, 12.*model.head_dim=5"),
+        ({"mix_rank": 8}, "model.mix_rank=8 is of model.version 6 on, not of 5"),
+        ({"version": 4}, "model.head_dim=4 is of model.version 5 on, not of 4"),
+        ({"version": 6, "decay_rank": 0}, "model.decay_rank=0 must be above 0"),
+    ],
+)
+def test_a_config_that_is_no_model_is_refused_by_name(knobs, said):
+    with pytest.raises(ValueError, match=said):
+        check(replace(EAGLE, **knobs))
+
+
+@pytest.mark.parametrize("config", [Transformer(vocab=8), RWKV(vocab=8), FINCH], ids=["transformer", "4", "6"])
+def test_every_config_says_what_a_model_says(config):
+    assert isinstance(config, Model)
