@@ -179,8 +179,9 @@ class Names:
         return self.places[short(name)]
 
     def turned(self, name: str) -> bool:
-        """Whether a linear layer is stored `[outputs, inputs]`; a head is in every family."""
-        return self.model.table.turned or name == "head"
+        """Whether a linear layer is stored `[outputs, inputs]`; a head is in every family, and what is no module in none."""
+        plain = {ours for ours, _ in self.model.table.tensors.values()}
+        return name == "head" or (self.model.table.turned and short(name) not in plain)
 
     def all(self) -> Iterator[str]:
         """Every tensor's name."""

@@ -112,7 +112,8 @@ class Family:
       modules: their module, `{}` for the layer, `{expert}` for an expert, to ours (or `Fused`). A module has a weight (a norm's scale) and,
         where ours has one, a bias; a name that ends in .weight or .bias is of that tensor alone.
       variants: modules that are called so in models of some configs alone.
-      tensors: their tensors of other names than modules have, to our parameter and how many dimensions of one theirs has before it.
+      tensors: their tensors of other names than modules have, to our parameter and how many dimensions of one theirs has before it;
+        never turned.
       turned: whether linear layers are stored `[outputs, inputs]`.
       prefixes: what published files may leave out before a name, or have before it.
       renamed: ends of names, and what older files have in their place.

@@ -16,7 +16,7 @@ def kind(config: Transformer) -> str:
 def features(config: Transformer) -> str:
     """What tells a family from others, in models that leave every setting at its default."""
     if isinstance(config, RWKV):
-        return "a state of constant size"
+        return f"version {config.version}, a state of constant size"
     said = [config.positions, config.norm, f"{config.norm_placement}-norm", config.activation + (", gated" if config.gated else "")]
     said += [name for name in ("parallel", "qk_norm", "shared_layers", "embed_norm", "norm_offset") if getattr(config, name)]
     said += ["local layers"] * (config.window is not None) + [f"{config.experts} experts"] * (config.experts > 0)
