@@ -17,7 +17,7 @@ from lmx.kernels.wide import widened
 
 CHUNK = 16
 """Tokens of a chunk: each pair of them has a decay of its own in every channel."""
-STRONGEST = -40.0
+STRONGEST = -30.0
 """A logarithm of a decay: what is left of fp32 numbers, nothing, is the same below, and sums of them would lose digits."""
 
 

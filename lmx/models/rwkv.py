@@ -1,5 +1,6 @@
-"""RWKV (Peng et al., 2023, arXiv 2305.13048; 2024, arXiv 2404.05892) as pure functions: a parameter table and one forward, in parallel and from
-token to token. Time mixing of RWKV-4 is here, that of 5 and 6 in `lmx.models.rwkv_heads`."""
+"""RWKV (Peng et al., 2023, arXiv 2305.13048; 2024, arXiv 2404.05892; 2025, arXiv 2503.14456) as pure functions: a parameter table and one
+forward, in parallel and from token to token. Time mixing of RWKV-4 is here, that of 5 and 6 in `lmx.models.rwkv_heads`, of 7 in
+`lmx.models.rwkv_delta`."""
 
 import math
 from dataclasses import dataclass
@@ -19,13 +20,14 @@ from lmx.core.weights import linear, narrowed, whole
 from lmx.kernels.wide import wide, widened
 from lmx.kernels.wkv import empty, wkv, wkv_from
 from lmx.models import dropout as drop
-from lmx.models import norms, rwkv_heads, stack, token_shift
+from lmx.models import norms, rwkv_delta, rwkv_heads, stack, token_shift
 from lmx.models.config import RWKV
 from lmx.models.dropout import Dropout
 from lmx.models.experts import Aux
 from lmx.models.linears import linear_specs
 from lmx.models.token_shift import BETWEEN, INSIDE, Context, latest, own_share, projected, token_before
 from lmx.models.transformer import Output
+from lmx.parallel.offload import fetched
 from lmx.parallel.rules import constrain, move, placed
 from lmx.parallel.tensor import lookup
 
@@ -80,18 +82,25 @@ def specs(config: RWKV) -> Tree:
 
 def layer_specs(config: RWKV, kind: str) -> Tree:
     """Parameters of one layer. A sublayer's `shift` holds, for each of its projections, the share of a token itself in what is projected."""
-    embed, hidden = (config.embed,), (config.hidden,)
     return {
         "attention_norm": norms.specs("layernorm", config.embed, "embed", bias=True),
-        "attention": time_specs(config) if config.version == 4 else rwkv_heads.specs(config),
+        "attention": {4: time_specs, 7: rwkv_delta.specs}.get(config.version, rwkv_heads.specs)(config),
         "feedforward_norm": norms.specs("layernorm", config.embed, "embed", bias=True),
-        "feedforward": {
-            "key": linear_specs(embed, hidden, ("embed",), ("mlp",), config),
-            "receptance": linear_specs(embed, embed, ("embed",), (None,), config),
-            "value": linear_specs(hidden, embed, ("mlp",), ("embed",), config, residual=True),
-            "shift": token_shift.specs(config, key=(1.0, 0.0), receptance=(1.0, 0.0)),
-        },
+        "feedforward": _channel_specs(config),
     }
+
+
+def _channel_specs(config: RWKV) -> Tree:
+    """Parameters of one layer's channel mixing, which has no gate in RWKV-7."""
+    embed, hidden = (config.embed,), (config.hidden,)
+    tree = {
+        "key": linear_specs(embed, hidden, ("embed",), ("mlp",), config),
+        "value": linear_specs(hidden, embed, ("mlp",), ("embed",), config, residual=True),
+    }
+    if config.version > 6:
+        return tree | {"shift": token_shift.specs(config, steep=4, key=(1.0, 0.0))}
+    gate = {"receptance": linear_specs(embed, embed, ("embed",), (None,), config)}
+    return tree | gate | {"shift": token_shift.specs(config, key=(1.0, 0.0), receptance=(1.0, 0.0))}
 
 
 def time_specs(config: RWKV) -> Tree:
@@ -143,6 +152,8 @@ def forward(
     context = _context(tokens.shape, segments, cache, dropout)
     x = enter(params, config, tokens, positions, dropout, execution)
     before = None if cache is None else cache.layers
+    if config.version > 6:
+        context = context.replace(first=_first(x, params["layers"][0], config, context, execution, None if before is None else before[0]))
     x, layers, aux, taps = stack.run_layers(x, params["layers"], config, context, execution, before, block)
     hidden = leave(params, config, x, execution)
     if cache is None:
@@ -205,7 +216,7 @@ def block(
     if execution.precision.fp8:
         params |= {name: narrowed(params[name]) for name in ("attention", "feedforward")}
     new = {}
-    mixing = time_mixing if config.version == 4 else rwkv_heads.time_mixing
+    mixing = {4: time_mixing, 7: partial(rwkv_delta.time_mixing, layer=layer)}.get(config.version, rwkv_heads.time_mixing)
     for name, sublayer in (("attention", mixing), ("feedforward", channel_mixing)):
         y = norms.norm(x, params[f"{name}_norm"], "layernorm", config.norm_epsilon)
         y = move(y, INSIDE, BETWEEN, execution.rules)
@@ -220,6 +231,19 @@ def block(
 
 run_part = partial(stack.run_part, layer=block)
 """Consecutive layers: a stage of a pipeline."""
+
+
+def _first(x: Array, group: Tree, config: RWKV, context: Context, execution: Execution, cache: Tree | None) -> Array:
+    """The first layer's values, of what it reads, from the first group of parameters and states."""
+    stacked = isinstance(group, dict)
+    params = fetched(jax.tree.map(lambda a: a[0], group["0"])) if stacked else group[0]
+    state = None if cache is None else jax.tree.map(lambda a: a[0], cache["0"]) if stacked else cache[0]
+    params = placed(params, layer_specs(config, config.pattern[0]), execution)
+    attention = narrowed(params["attention"]) if execution.precision.fp8 else params["attention"]
+    y = norms.norm(x, params["attention_norm"], "layernorm", config.norm_epsilon)
+    y = move(y, INSIDE, BETWEEN, execution.rules)
+    before = token_before(y, context, None if state is None else state["attention"], execution)
+    return rwkv_delta.values(y, before, attention, config, execution)
 
 
 def time_mixing(
@@ -246,17 +270,20 @@ def time_mixing(
 def channel_mixing(
     x: Float[Array, "batch length embed"], params: Tree, config: RWKV, context: Context, execution: Execution, state: Tree | None
 ) -> tuple[Float[Array, "batch length embed"], Tree | None]:
-    """The sublayer that mixes channels: `sigmoid(receptance) * value(relu(key)^2)`."""
+    """The sublayer that mixes channels: `sigmoid(receptance) * value(relu(key)^2)`, in RWKV-7 without the gate."""
     before = token_before(x, context, state, execution)
     own = {name: partial(own_share, share, config) for name, share in params["shift"].items()}
     hidden = projected(x, before, own["key"], params["key"]["weight"], execution, INSIDE)
     hidden = checkpoint_name(constrain(hidden, ("batch", "length", "mlp"), execution.rules), "hidden")
     value = linear(jax.checkpoint(_squared)(hidden), params["value"]["weight"])
+    new = None if state is None else {"last": latest(x, state["last"], context)}
+    if config.version > 6:
+        return constrain(value, BETWEEN, execution.rules), new
     # The gate is as wide as the residual stream: each tensor device computes that of its own part of the sequence.
     receptance = projected(x, before, own["receptance"], params["receptance"]["weight"], execution, BETWEEN)
     receptance = constrain(receptance, BETWEEN, execution.rules)
     y = _gated(receptance, constrain(value, BETWEEN, execution.rules))
-    return y, None if state is None else {"last": latest(x, state["last"], context)}
+    return y, new
 
 
 @jax.checkpoint
@@ -269,8 +296,8 @@ def _squared(hidden: Array) -> Array:
 
 
 def flops_per_token(config: RWKV, length: int) -> float:
-    """FLOPs of training on one token, forward and backward, as MFU counts them: 6 for each weight that multiplies it, and as many for
-    each number of heads' matrices, which is written and read. What is done channel by channel is not counted; nothing depends on the length."""
-    heads = 12.0 * config.layers * config.width * config.head_dim if config.version > 4 else 0.0
+    """FLOPs of training on one token, forward and backward, as MFU counts them: 6 for each weight that multiplies it, and for
+    each time that a number of heads' matrices is written or read. What is done channel by channel is not counted; nothing depends on the length."""
+    heads = {4: 0.0, 7: 24.0}.get(config.version, 12.0) * config.layers * config.width * config.head_dim
     weights = sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs(config), is_leaf=is_spec) if spec.inputs)
     return 6.0 * (weights + (config.vocab * config.embed if config.tied else 0)) + heads

@@ -3,18 +3,22 @@
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
+VERSIONS = {"head_dim": (5, 6, 7), "head_norm_epsilon": (5, 6, 7), "mix_rank": (6,), "decay_rank": (6, 7)}
+VERSIONS |= dict.fromkeys(("rate_rank", "value_rank", "gate_rank"), (7,))
+"""Settings that not every version has."""
+
 
 @dataclass(frozen=True)
 class RWKV:
     """A decoder whose layers carry a state of constant size from token to token: RWKV-4 (Peng et al., 2023, arXiv 2305.13048), 5 and 6 (Eagle
-    and Finch: Peng et al., 2024, arXiv 2404.05892).
+    and Finch: Peng et al., 2024, arXiv 2404.05892), 7 (Goose: Peng et al., 2025, arXiv 2503.14456).
 
     Token embedding and its norm, a stack of layers (time mixing, channel mixing, a LayerNorm before each), a final norm, a head.
     """
 
-    version: Literal[4, 5, 6] = 4
+    version: Literal[4, 5, 6, 7] = 4
     """4: each channel of time mixing keeps a weighted mean. 5: each head keeps a matrix, of keys by values. 6: how much of it is forgotten, and
-    how much of the token before is mixed in, depends on the token."""
+    how much of the token before is mixed in, depends on the token. 7: a token also replaces part of what the matrix holds at a place."""
 
     vocab: int = 0
     """Rows of the embedding table. 0: the tokenizer's vocabulary, rounded up to a multiple of 8."""
@@ -25,13 +29,19 @@ class RWKV:
     channels: int | None = None
     """Width of time mixing. None: that of embed."""
     head_dim: int = 64
-    """Width of a head of time mixing (5, 6)."""
+    """Width of a head of time mixing (from 5 on)."""
     head_norm_epsilon: float = 64e-5
-    """Added to the variance of what a head reads, which is normalised (5, 6)."""
+    """Added to the variance of what a head reads, which is normalised (from 5 on)."""
     mix_rank: int = 32
     """Rank of what a token adds to the shares of the token before (6)."""
     decay_rank: int = 64
-    """Rank of what a token adds to decays (6)."""
+    """Rank of what a token adds to decays (6, 7)."""
+    rate_rank: int = 64
+    """Rank of what a token adds to the rate at which it replaces (7)."""
+    value_rank: int = 32
+    """Rank of what a token adds to the share of the first layer's value in its own (7)."""
+    gate_rank: int = 128
+    """Rank of the gate (7)."""
     mlp: int | None = None
     """Width of channel mixing's hidden layer. None: 4 x embed; in 5 and 6, 3.5 x embed as a multiple of 32."""
     context: int = 1024
@@ -76,19 +86,19 @@ class RWKV:
     def hidden(self) -> int:
         if self.mlp is not None:
             return self.mlp
-        return 4 * self.embed if self.version == 4 else max(int(3.5 * self.embed) // 32 * 32, 32)
+        return 4 * self.embed if self.version in (4, 7) else max(int(3.5 * self.embed) // 32 * 32, 32)
 
 
 def check(config: RWKV) -> None:
     """Refuses a config that is no model, with one line that names the knob. Raises ValueError."""
     if config.channels is not None and config.channels < 1:
         raise ValueError(f"model.channels={config.channels} must be at least 1")
-    of_version = {"head_dim": 5, "head_norm_epsilon": 5, "mix_rank": 6, "decay_rank": 6}
     for field in fields(config):
-        first, value = of_version.get(field.name, 4), getattr(config, field.name)
-        if config.version < first and value != field.default:
-            raise ValueError(f"model.{field.name}={value} is of model.version {first} on, not of {config.version}; leave it out")
-        if first > 4 and not value > 0:
+        versions, value = VERSIONS.get(field.name), getattr(config, field.name)
+        if versions and config.version not in versions and value != field.default:
+            said = " and ".join(map(str, versions))
+            raise ValueError(f"model.{field.name}={value} is of model.version {said}, not of {config.version}; leave it out")
+        if versions and not value > 0:
             raise ValueError(f"model.{field.name}={value} must be above 0")
     if config.version > 4 and config.width % config.head_dim:
         raise ValueError(

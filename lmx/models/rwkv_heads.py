@@ -121,19 +121,18 @@ def time_mixing(
     sums = None if state is None else state["sums"]
     mixed, after = linear_attention(receptance, key, value, decay, bonus, context.real, context.fresh, sums)
     mixed = checkpoint_name(constrain(mixed, HEADS, rules), "mixed")
-    scale, bias = (widened(whole(params["norm"][name])).reshape(config.heads, config.head_dim) for name in ("scale", "bias"))
-    y = linear(_gated(mixed, gate, scale, bias, config.head_norm_epsilon), params["output"]["weight"], inputs=2)
+
+    @jax.checkpoint
+    def gated(mixed: Array, gate: Array) -> Array:
+        return (head_norm(mixed, params["norm"], config) * jax.nn.silu(widened(gate))).astype(mixed.dtype)
+
+    y = linear(gated(mixed, gate), params["output"]["weight"], inputs=2)
     return y, None if state is None else {"last": latest(x, state["last"], context), "sums": after}
 
 
-def _gated(mixed: Array, gate: Array, scale: Array, bias: Array, epsilon: float) -> Float[Array, "batch length heads head_dim"]:
-    """What each head reads, normalised, times its gate."""
-
-    @jax.checkpoint
-    def gated(mixed: Array, gate: Array, scale: Array, bias: Array) -> Array:
-        wide = widened(mixed)
-        centred = wide - wide.mean(-1, keepdims=True)
-        y = scale * centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon) + bias
-        return (y * jax.nn.silu(widened(gate))).astype(mixed.dtype)
-
-    return gated(mixed, gate, scale, bias)
+def head_norm(x: Float[Array, "batch length heads head_dim"], params: Tree, config: RWKV) -> Float[Array, "batch length heads head_dim"]:
+    """What each head reads, normalised, scaled and moved; fp32 at least."""
+    scale, bias = (widened(whole(params[name])).reshape(config.heads, config.head_dim) for name in ("scale", "bias"))
+    wide = widened(x)
+    centred = wide - wide.mean(-1, keepdims=True)
+    return scale * centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + config.head_norm_epsilon) + bias

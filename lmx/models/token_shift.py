@@ -32,6 +32,7 @@ class Context:
       follows: whether the token before in the row is of the same text.
       resumes: of the first token of each row, whether it goes on from the state.
       last: the index of each row's last token, -1 where all are padding.
+      first: the first layer's values `[batch, length, heads, head_dim]`, where later layers take from them (RWKV-7).
     """
 
     real: Bool[Array, "batch length"]
@@ -40,27 +41,29 @@ class Context:
     resumes: Bool[Array, "batch length"]
     last: Int[Array, "batch"]
     dropout: Dropout | None = None
+    first: Float[Array, "batch length heads head_dim"] | None = None
 
 
 @dataclass(frozen=True)
 class Shift(OfLayer):
-    """The share of a token itself, the rest being the token's before: more of it in later dimensions and in deeper layers. RWKV-6 learns the
-    share of the token `before`."""
+    """The share of a token itself, the rest being the token's before: more of it in later dimensions and in deeper layers. From RWKV-6 on
+    it is the share of the token `before` that is learnt."""
 
     layers: int
     power: float = 1.0
     more: float = 0.0
+    steep: int = 1
     before: bool = False
 
     def at(self, layer: Array, shape: tuple[int, ...]) -> Array:
         share = jnp.arange(shape[0]) / shape[0]
-        share = share ** (self.power * (1 - layer / self.layers)) + self.more * layer / max(self.layers - 1, 1)
+        share = share ** (self.power * (1 - layer / self.layers) ** self.steep) + self.more * layer / max(self.layers - 1, 1)
         return 1 - share if self.before else share
 
 
-def specs(config: RWKV, **powers: tuple[float, float]) -> Tree:
+def specs(config: RWKV, *, steep: int = 1, **powers: tuple[float, float]) -> Tree:
     """A share for each projection of a sublayer; of each its power and what is added (`Shift`)."""
-    inits = {name: Shift(config.layers, power, more, config.version > 5) for name, (power, more) in powers.items()}
+    inits = {name: Shift(config.layers, power, more, steep, config.version > 5) for name, (power, more) in powers.items()}
     return {name: ParamSpec((config.embed,), ("embed",), init=init) for name, init in inits.items()}
 
 

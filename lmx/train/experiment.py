@@ -212,6 +212,11 @@ def _check_pipeline(experiment: Experiment) -> None:
             f"layout.pipeline={layout.pipeline} cuts one stack whose layers need nothing but each other's output; an encoder-decoder has two, "
             "and relative positions are one table for all layers; set it to 1"
         )
+    if stages > 1 and getattr(model, "version", 4) > 6:
+        raise ConfigError(
+            f"layout.pipeline={layout.pipeline} cuts one stack whose layers need nothing but each other's output, and those of "
+            f"model.version={model.version} take from the first one's values; set it to 1"
+        )
     if stages > 1 and model.layers % (stages * len(model.pattern)):
         raise ConfigError(
             f"model.layers={model.layers} is not divisible by layout.pipeline={layout.pipeline} x layout.rounds={layout.rounds} x "

@@ -1,4 +1,4 @@
-"""RWKV-5 and 6: as the paper's recurrence, in parallel and token by token, packed and alone."""
+"""RWKV-5, 6 and 7: as the paper's recurrence, in parallel and token by token, packed and alone."""
 
 from dataclasses import replace
 from functools import partial
@@ -27,7 +27,8 @@ pytestmark = pytest.mark.usefixtures("cheaply_compiled")
 
 EAGLE = RWKV(version=5, vocab=17, layers=2, embed=8, channels=12, head_dim=4, mlp=16, init_std=0.5)
 FINCH = replace(EAGLE, version=6, mix_rank=3, decay_rank=5)
-MODELS = pytest.mark.parametrize("config", [EAGLE, FINCH], ids=["5", "6"])
+GOOSE = replace(EAGLE, version=7, decay_rank=5, rate_rank=3, value_rank=2, gate_rank=4)
+MODELS = pytest.mark.parametrize("config", [EAGLE, FINCH, GOOSE], ids=["5", "6", "7"])
 
 
 def start(config: RWKV):
@@ -58,7 +59,7 @@ def test_logits_are_those_of_the_papers_recurrence_in_float64(config, knobs):
     assert far(found, numpy_rwkv.logits(for_numpy(params), config, tokens[0])) < 1e-5
 
 
-@MODELS
+@pytest.mark.parametrize("config", [FINCH, GOOSE], ids=["6", "7"])
 def test_every_gradient_is_how_the_float64_loss_changes(config):
     params, tokens = start(config), random_tokens(1, 20)
     targets, weights = np.roll(tokens, -1, 1), np.linspace(0.5, 1.5, 20, dtype=np.float32)[None]
@@ -84,8 +85,11 @@ def test_every_gradient_is_how_the_float64_loss_changes(config):
         assert np.vdot(gradient, way) == pytest.approx((moved(by) - moved(-by)) / (2 * by), rel=2e-4), name
 
 
-@pytest.mark.parametrize("cuts", [range(1, 24), (1, 18, 19, 23)], ids=["token by token", "in uneven parts"])
-@MODELS
+@pytest.mark.parametrize(
+    ("config", "cuts"),
+    [(EAGLE, range(1, 24)), (FINCH, range(1, 24)), (GOOSE, range(1, 24)), (GOOSE, (5, 23))],
+    ids=["5", "6", "7", "7 in two"],
+)
 def test_the_recurrent_form_gives_what_the_parallel_one_gives(config, cuts):
     params, tokens = start(config), random_tokens(2, 23)
     whole = forward(params, config, tokens).hidden
@@ -110,46 +114,53 @@ SEGMENTS = np.array([[1] * 7 + [2] * 7 + [3] * 7, [0] * 3 + [1] * 7 + [0] * 4 + 
 @MODELS
 def test_packed_texts_give_what_each_gives_alone(config):
     params, tokens = start(config), random_tokens(3, 21)
-
-    def loss(params, tokens, segments):
-        hidden = forward(params, config, tokens, segments=segments).hidden
-        return jnp.sum(jnp.where(segments[..., None] > 0, hidden**3, 0)), hidden
-
     texts = np.stack([tokens[row, SEGMENTS[row] == s] for row, s in ((0, 1), (0, 2), (0, 3), (1, 1), (1, 2))])
-    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (packed, hidden), gradient = run(params, tokens, SEGMENTS)
-    (alone, expected), reference = run(params, texts, np.ones_like(texts))
-    assert float(packed) == pytest.approx(float(alone), rel=1e-5)
-    np.testing.assert_allclose(hidden[SEGMENTS > 0], expected.reshape(-1, config.embed), atol=5e-6)
-    assert np.isfinite(hidden).all(), "padding gives numbers too"
-    assert max(disagreement(gradient, reference).values()) < 3e-5
+    packed = forward(params, config, tokens, segments=SEGMENTS).hidden
+    alone = forward(params, config, texts, segments=np.ones_like(texts)).hidden
+    np.testing.assert_allclose(packed[SEGMENTS > 0], alone.reshape(-1, config.embed), atol=5e-6)
+    assert np.isfinite(packed).all(), "padding gives numbers too"
 
 
-def test_padding_is_passed_over_and_the_state_goes_on_behind_it():
+def test_gradients_of_packed_texts_are_those_of_each_alone():
+    params, tokens = start(GOOSE), random_tokens(3, 21)
+    texts = np.stack([tokens[row, SEGMENTS[row] == s] for row, s in ((0, 1), (0, 2), (0, 3), (1, 1), (1, 2))])
+
+    @jax.jit
+    def loss(params, tokens, segments):
+        hidden = forward(params, GOOSE, tokens, segments=segments).hidden
+        return jnp.sum(jnp.where(segments[..., None] > 0, hidden**3, 0))
+
+    found, expected = jax.grad(loss)(params, tokens, SEGMENTS), jax.grad(loss)(params, texts, np.ones_like(texts))
+    assert max(disagreement(found, expected).values()) < 3e-5
+
+
+@pytest.mark.parametrize("config", [FINCH], ids=["6"])
+def test_padding_is_passed_over_and_the_state_goes_on_behind_it(config):
     mask, text, more = np.array([[0, 1, 1, 1, 1, 1, 0, 0]]), random_tokens(1, 5), random_tokens(1, 4, seed=1)
-    params, padded = decoding_params(start(FINCH)), np.zeros((1, 8), np.int32)
+    params, padded = decoding_params(start(config)), np.zeros((1, 8), np.int32)
     padded[mask == 1] = text[0]
-    alone = forward(params, FINCH, np.concatenate([text, more], 1)).hidden
-    first = forward(params, FINCH, padded, segments=mask, cache=empty_cache(FINCH, 1))
+    alone = forward(params, config, np.concatenate([text, more], 1)).hidden
+    first = forward(params, config, padded, segments=mask, cache=empty_cache(config, 1))
     np.testing.assert_allclose(first.hidden[mask == 1], alone[0, :5], atol=5e-6)
     again = np.concatenate([np.zeros((1, 2), np.int32), more], 1)
-    second = forward(params, FINCH, again, segments=np.array([[0, 0, 1, 1, 1, 1]]), cache=first.cache)
+    second = forward(params, config, again, segments=np.array([[0, 0, 1, 1, 1, 1]]), cache=first.cache)
     np.testing.assert_allclose(second.hidden[:, 2:], alone[:, 5:], atol=5e-6)
-    other = forward(params, FINCH, more, segments=np.full((1, 4), 2), cache=first.cache)
-    np.testing.assert_allclose(other.hidden, forward(params, FINCH, more).hidden, atol=5e-6)
+    other = forward(params, config, more, segments=np.full((1, 4), 2), cache=first.cache)
+    np.testing.assert_allclose(other.hidden, forward(params, config, more).hidden, atol=5e-6)
 
 
-def test_prompts_of_unequal_lengths_are_continued_as_each_alone():
-    params, prompts = start(FINCH), [[1, 2, 3, 4, 5, 6, 7], [3], [9, 8, 4]]
-    together = generate(FINCH, params, prompts, max_new_tokens=4)
-    assert together == [generate(FINCH, params, [prompt], max_new_tokens=4)[0] for prompt in prompts]
+@pytest.mark.parametrize("config", [GOOSE], ids=["7"])
+def test_prompts_of_unequal_lengths_are_continued_as_each_alone(config):
+    params, prompts = start(config), [[1, 2, 3, 4, 5, 6, 7], [3], [9, 8, 4]]
+    together = generate(config, params, prompts, max_new_tokens=4)
+    assert together == [generate(config, params, [prompt], max_new_tokens=4)[0] for prompt in prompts]
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_low_precision_is_the_same_but_for_rounding(precision):
-    params, tokens = start(FINCH), random_tokens(4, 16)
-    exact = forward(params, FINCH, tokens).hidden
-    found = forward(params, FINCH, tokens, execution=Execution(precision=POLICIES[precision])).hidden.astype(jnp.float32)
+@pytest.mark.parametrize(("config", "precision"), [(FINCH, "bf16"), (GOOSE, "fp8")], ids=["6", "7"])
+def test_low_precision_is_the_same_but_for_rounding(config, precision):
+    params, tokens = start(config), random_tokens(4, 16)
+    exact = forward(params, config, tokens).hidden
+    found = forward(params, config, tokens, execution=Execution(precision=POLICIES[precision])).hidden.astype(jnp.float32)
     assert np.sqrt(np.mean((found - exact) ** 2) / np.mean(exact**2)) < (0.03 if precision == "bf16" else 0.2)
 
 
@@ -176,6 +187,9 @@ def test_sizes_are_those_of_the_published_models():
     assert round(count(5, 32, 4096) / 1e9, 2) == 7.52
     assert round(count(6, 24, 2048) / 1e9, 2) == 1.60
     assert round(count(6, 32, 2560) / 1e9, 2) == 3.10
+    # Table 2 of the next one.
+    assert round(count(7, 12, 768) / 1e6) == 191
+    assert round(count(7, 24, 2048, decay_rank=96, rate_rank=96, value_rank=64, gate_rank=256) / 1e9, 2) == 1.53
 
 
 def test_flops_count_weights_and_matrices():
@@ -188,8 +202,8 @@ def test_flops_count_weights_and_matrices():
     ("knobs", "said"),
     [
         ({"head_dim": 5}, "the width of time mixing, 12.*model.head_dim=5"),
-        ({"mix_rank": 8}, "model.mix_rank=8 is of model.version 6 on, not of 5"),
-        ({"version": 4}, "model.head_dim=4 is of model.version 5 on, not of 4"),
+        ({"mix_rank": 8}, "model.mix_rank=8 is of model.version 6, not of 5"),
+        ({"version": 4}, "model.head_dim=4 is of model.version 5 and 6 and 7, not of 4"),
         ({"version": 6, "decay_rank": 0}, "model.decay_rank=0 must be above 0"),
     ],
 )
