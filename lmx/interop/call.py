@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from lmx.core.execution import Execution
 from lmx.core.tree import Tree
+from lmx.core.weights import lookup
 from lmx.interop import pairs
 from lmx.interop.checkpoint import Model
 from lmx.interop.outputs import headed
@@ -20,7 +21,7 @@ TAKEN = ("input_ids", "attention_mask", "position_ids", "labels")
 
 def call(model: Model, params: Tree, inputs: Mapping[str, Any], *, execution: Execution = Execution()) -> dict[str, Any]:
     """What the peer's forward gives: `hidden_states` (a tuple: the embeddings, then each layer's output, the last one after the final norm; of
-    an RWKV each layer's output, then that of the final norm),
+    an RWKV up to 6 each layer's output, then that of the final norm),
     `last_hidden_state`, and what the model's head gives of it (`lmx.interop.outputs`): `logits` and with labels `loss`.
 
     A token's position is its place among the real ones of its row, wherever the padding is. Differentiable in params. Of an encoder-decoder:
@@ -45,7 +46,8 @@ def call(model: Model, params: Tree, inputs: Mapping[str, Any], *, execution: Ex
         positions = jnp.where(counted, jnp.cumsum(counted, -1), 0) - 1
     elif positions is None:
         positions = among
-    site = "output" if isinstance(config, RWKV) else "input"
+    ends = isinstance(config, RWKV) and config.version < 7
+    site = "output" if ends else "input"
     tapped = replace(execution, taps=(*execution.taps, f"layers/*/{site}"))
     more = {"token_types": inputs["token_type_ids"]} if "token_type_ids" in inputs else {}
     with jax.default_matmul_precision(execution.precision.products):
@@ -54,4 +56,7 @@ def call(model: Model, params: Tree, inputs: Mapping[str, Any], *, execution: Ex
             "last_hidden_state": output.hidden,
             "hidden_states": (*(output.taps[f"layers/{i}/{site}"] for i in range(config.layers)), output.hidden),
         }
+        if isinstance(config, RWKV) and not ends:  # whose first layer normalises embeddings itself
+            embedded = lookup(tokens, params["embed"], output.hidden.dtype)
+            found["hidden_states"] = (embedded, *found["hidden_states"][1:])
         return found | headed(model, params, output.hidden, mask, inputs, execution)

@@ -122,6 +122,7 @@ class Family:
       leftover: patterns of tensors in older files that are no parameters.
       copies: patterns of tensors in older files that repeat the table of embeddings; one that differs from it is refused.
       zeros: tensors that a file without a head may lack, and that are then zeros.
+      unread: patterns of tensors that no file has, for nothing reads them: a layer's without what others have (RWKV-7's first).
       tokens: ids of special tokens that config.json may leave out.
     """
 
@@ -144,6 +145,7 @@ class Family:
     kind: type = Transformer
     copies: tuple[str, ...] = ()
     zeros: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
     tokens: Mapping[str, int] = field(default_factory=dict)
 
     def read(self, config: Mapping[str, Any]) -> Transformer:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from lmx.kernels.linear_attention import STRONGEST, chunks, pairs
+from lmx.kernels.linear_attention import chunks, leaving, pairs, sums
 from lmx.kernels.wide import widened
 
 
@@ -44,20 +44,18 @@ def delta_rule(
         state = jnp.zeros((r.shape[0], *k.shape[2:], v.shape[3]), r.dtype)
     there = real[..., None, None]
     k, b = jnp.where(there, k, 0), jnp.where(there, b, 0)
-    decay = jnp.where(there, jnp.maximum(decay, STRONGEST), 0)
+    decay = jnp.where(there, decay, 0)
     r, k, v, decay, a, b, fresh = (chunks(x) for x in (r, k, v, decay, a, b, fresh))
-    through, text = jnp.cumsum(decay, 2), jnp.cumsum(fresh, 2)
-    before = jnp.pad(through, ((0, 0), (0, 0), (1, 0), (0, 0), (0, 0)))[:, :, :-1]
+    (before, through), text = sums(decay), jnp.cumsum(fresh, 2)
     first = (text == 0)[..., None, None]
 
     system = jnp.eye(r.shape[2], dtype=r.dtype) - pairs(a, b, before, through, text, itself=False)
     found = jnp.einsum("bnhts,bnshv->bnhtv", pairs(a, k, before, through, text, itself=False), v)
-    places = jnp.swapaxes(a * jnp.exp(before) * first, 2, 3)
+    places = jnp.swapaxes(a * jnp.exp(sum(before)) * first, 2, 3)
     solved = jax.scipy.linalg.solve_triangular(system, jnp.concatenate([places, found], -1), lower=True, unit_diagonal=True)
     places, found = jnp.split(solved, [k.shape[-1]], -1)  # u = places S + found, [batch, chunks, heads, tokens, ...]
 
-    left = jnp.exp(through[:, :, -1:] - through) * (text == text[:, :, -1:])[..., None, None]
-    kept = jnp.exp(through[:, :, -1]) * (text[:, :, -1] == 0)[..., None, None]
+    kept, left = leaving(through, text)
     added = jnp.einsum("bnshk,bnhsv->bnhkv", left * b, found) + jnp.einsum("bnshk,bnshv->bnhkv", left * k, v)
     moved = jnp.einsum("bnshk,bnhsj->bnhkj", left * b, places) + kept[..., None] * jnp.eye(k.shape[-1], dtype=k.dtype)
 
@@ -68,5 +66,5 @@ def delta_rule(
     u = jnp.einsum("bnhtk,nbhkv->bnhtv", places, entering) + found
     y = jnp.einsum("bnhts,bnhsv->bnthv", pairs(r, b, through, through, text, itself=True), u)
     y += jnp.einsum("bnhts,bnshv->bnthv", pairs(r, k, through, through, text, itself=True), v)
-    y += jnp.einsum("bnthk,nbhkv->bnthv", r * jnp.exp(through) * first, entering)
+    y += jnp.einsum("bnthk,nbhkv->bnthv", r * jnp.exp(sum(through)) * first, entering)
     return y.reshape(y.shape[0], -1, *y.shape[3:])[:, :length].astype(kind), after.astype(state.dtype)

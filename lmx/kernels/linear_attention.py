@@ -17,8 +17,10 @@ from lmx.kernels.wide import widened
 
 CHUNK = 16
 """Tokens of a chunk: each pair of them has a decay of its own in every channel."""
-STRONGEST = -30.0
-"""A logarithm of a decay: what is left of fp32 numbers, nothing, is the same below, and sums of them would lose digits."""
+STRONGEST = -100.0
+"""A logarithm of a decay: what is left of fp32 numbers, nothing, is the same below."""
+Sums = tuple[Array, Array]
+"""Logarithms of decays from a chunk's beginning, as multiples of 2^-10, whose sums and differences are exact, and the small rest."""
 
 
 def linear_attention(
@@ -47,18 +49,16 @@ def linear_attention(
         state = jnp.zeros((r.shape[0], *k.shape[2:], v.shape[3]), r.dtype)
     own = (r * bonus * k).sum(-1, keepdims=True) * v
     k = jnp.where(real[..., None, None], k, 0)
-    decay = jnp.where(real[..., None, None], jnp.maximum(decay, STRONGEST), 0)
+    decay = jnp.where(real[..., None, None], decay, 0)
     r, k, v, decay, fresh = (chunks(a) for a in (r, k, v, decay, fresh))
-    through, text = jnp.cumsum(decay, 2), jnp.cumsum(fresh, 2)
-    before = jnp.pad(through, ((0, 0), (0, 0), (1, 0), (0, 0), (0, 0)))[:, :, :-1]  # decay from the chunk's beginning up to each token
+    (before, through), text = sums(decay), jnp.cumsum(fresh, 2)
     inside = jnp.einsum("bnhts,bnshv->bnthv", pairs(r, k, before, through, text, itself=False), v)
-    left = k * jnp.exp(through[:, :, -1:] - through) * (text == text[:, :, -1:])[..., None, None]
-    added = jnp.einsum("bnshk,bnshv->bnhkv", left, v)
-    kept = jnp.exp(through[:, :, -1]) * (text[:, :, -1] == 0)[..., None, None]
+    kept, left = leaving(through, text)
+    added = jnp.einsum("bnshk,bnshv->bnhkv", k * left, v)
     after, entering = jax.lax.scan(
         lambda s, of: (of[0][..., None] * s + of[1], s), widened(state), jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (kept, added))
     )
-    reading = r * jnp.exp(before) * (text == 0)[..., None, None]
+    reading = r * jnp.exp(sum(before)) * (text == 0)[..., None, None]
     y = inside + jnp.einsum("bnthk,nbhkv->bnthv", reading, entering)
     return (y.reshape(y.shape[0], -1, *y.shape[3:])[:, :length] + own).astype(kind), after.astype(state.dtype)
 
@@ -72,11 +72,25 @@ def chunks(a: Array) -> Array:
     return a.reshape(batch, count, size, *rest)
 
 
+def sums(decay: Float[Array, "batch chunks tokens heads head_dim"]) -> tuple[Sums, Sums]:
+    """The decay from each chunk's beginning up to each token, without its own and with it."""
+    decay = jnp.maximum(decay, STRONGEST)
+    coarse = jax.lax.stop_gradient(jnp.round(decay * 1024) / 1024)
+    through = jnp.cumsum(coarse, 2), jnp.cumsum(decay - coarse, 2)
+    return tuple(jnp.pad(a, ((0, 0), (0, 0), (1, 0), (0, 0), (0, 0)))[:, :, :-1] for a in through), through
+
+
+def leaving(through: Sums, text: Int[Array, "batch chunks tokens"]) -> tuple[Array, Array]:
+    """What is left at each chunk's end of the state before it, `[batch, chunks, heads, head_dim]`, and of what each token has written."""
+    left = jnp.exp(sum(a[:, :, -1:] - a for a in through)) * (text == text[:, :, -1:])[..., None, None]
+    return jnp.exp(sum(a[:, :, -1] for a in through)) * (text[:, :, -1] == 0)[..., None, None], left
+
+
 def pairs(
     r: Float[Array, "batch chunks tokens heads head_dim"],
     k: Float[Array, "batch chunks tokens heads head_dim"],
-    reads: Float[Array, "batch chunks tokens heads head_dim"],
-    writes: Float[Array, "batch chunks tokens heads head_dim"],
+    reads: Sums,
+    writes: Sums,
     text: Int[Array, "batch chunks tokens"],
     *,
     itself: bool,
@@ -84,16 +98,16 @@ def pairs(
     """The product of each token's r with the k of every token of its text before it in the chunk (or `itself` too), decayed from there to here.
 
     Args:
-      reads, writes: the logarithm of the decay from the chunk's beginning to where a token reads, and to where it has written.
+      reads, writes: the decay from the chunk's beginning to where a token reads, and to where it has written.
       text: counts the chunk's texts.
     """
     size = text.shape[2]
     allowed = (text[:, :, :, None] == text[:, :, None]) & jnp.tril(jnp.ones((size, size), bool), 0 if itself else -1)
 
     @jax.checkpoint  # of a number a pair and channel nothing is kept
-    def products(r: Array, k: Array, reads: Array, writes: Array) -> Array:
-        r, k, reads, writes = (jnp.swapaxes(a, 2, 3) for a in (r, k, reads, writes))
-        decay = reads[..., :, None, :] - writes[..., None, :, :]
+    def products(r: Array, k: Array, reads: Sums, writes: Sums) -> Array:
+        r, k, reads, writes = jax.tree.map(lambda a: jnp.swapaxes(a, 2, 3), (r, k, reads, writes))
+        decay = sum(a[..., :, None, :] - b[..., None, :, :] for a, b in zip(reads, writes, strict=True))
         decay = jnp.exp(jnp.where(allowed[:, :, None, :, :, None], decay, -jnp.inf))
         return (r[..., :, None, :] * k[..., None, :, :] * decay).sum(-1)
 

@@ -44,13 +44,13 @@ def far(found, expected) -> float:
 
 
 @pytest.mark.parametrize("fixed", [False, True])
-@pytest.mark.parametrize("strength", [0.01, 1.0, 30.0, 3000.0])
+@pytest.mark.parametrize("strength", [0.01, 30.0, 3000.0])
 def test_chunks_are_the_recurrence_however_strong_decays_are(strength, fixed):
     given, state = inputs(strength, fixed=fixed), np.random.default_rng(1).normal(size=(BATCH, HEADS, KEYS, VALUES)).astype(np.float32)
     y, after = linear_attention(*given, ALL, NONE, state)
     expected, expected_after = recurrence(*given, ALL, NONE, state)
-    assert far(y, expected) < 1e-5
-    assert far(after, expected_after) < 1e-5
+    assert far(y, expected) < 2e-6
+    assert far(after, expected_after) < 2e-6
 
 
 def test_texts_are_apart_and_padding_is_passed_over():
@@ -60,8 +60,8 @@ def test_texts_are_apart_and_padding_is_passed_over():
     state = rng.normal(size=(BATCH, HEADS, KEYS, VALUES)).astype(np.float32)
     y, after = linear_attention(*given, real, fresh, state)
     expected, expected_after = recurrence(*given, real, fresh, state)
-    assert far(y, expected) < 1e-5
-    assert far(after, expected_after) < 1e-5
+    assert far(y, expected) < 2e-6
+    assert far(after, expected_after) < 2e-6
 
 
 @pytest.mark.parametrize("cuts", [range(1, LENGTH + 1), (1, CHUNK, CHUNK + 1, LENGTH)], ids=["one by one", "in uneven parts"])
@@ -74,8 +74,8 @@ def test_parts_one_after_another_are_the_whole(cuts):
         y, state = step(*(a[:, part] for a in given), bonus, ALL[:, part], NONE[:, part], state)
         begin = end
         found.append(y)
-    assert far(jnp.concatenate(found, 1), whole) < 1e-5
-    assert far(state, last) < 1e-5
+    assert far(jnp.concatenate(found, 1), whole) < 2e-6
+    assert far(state, last) < 2e-6
 
 
 @pytest.mark.parametrize("strength", [0.3, 100.0])

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("cheaply_compiled")
 
 MODEL = RWKV(vocab=48, layers=4, embed=16, channels=24, mlp=32, context=runs.LENGTH, init_std=0.1, rescale_every=2)
 FINCH = replace(MODEL, version=6, layers=2, channels=16, head_dim=4, mix_rank=4, decay_rank=6, rescale_every=0)
+GOOSE = replace(FINCH, version=7, mix_rank=32, rate_rank=4, value_rank=4, gate_rank=6)
 LAYOUTS = {
     "data x fsdp x tensor": Layout(data=2, fsdp=2, tensor=2),
     "ZeRO-1, the sequence whole, remat": Layout(fsdp=4, tensor=2, zero=1, sequence=False, remat="dots"),
@@ -30,7 +31,7 @@ def one(model: RWKV) -> dict:
 
 @pytest.mark.parametrize(
     ("model", "name"),
-    [*((MODEL, name) for name in LAYOUTS), (FINCH, "data x fsdp x tensor")],
+    [*((MODEL, name) for name in LAYOUTS), (FINCH, "data x fsdp x tensor"), (GOOSE, "data x fsdp x tensor")],
     ids=lambda value: str(getattr(value, "version", value)),
 )
 def test_losses_gradients_and_parameters_are_those_of_one_device(model, name):
@@ -68,6 +69,7 @@ def test_verify_takes_an_rwkv_and_keeps_what_it_is():
         (MODEL, Layout(context=2), "layout.context=2"),
         (MODEL, Layout(tensor=5), "model.channels"),
         (FINCH, Layout(tensor=8), "model.channels / model.head_dim"),
+        (GOOSE, Layout(pipeline=2), "layout.pipeline=2 .*model.version=7"),
         (MODEL, Layout(fsdp=3), "model.embed=16 is not divisible by layout.fsdp=3"),
         (MODEL, Layout(pipeline=3), "model.layers=4 is not divisible by layout.pipeline=3"),
     ],
