@@ -1,7 +1,7 @@
 """RWKV-5, 6 and 7: as the paper's recurrence, in parallel and token by token, packed and alone."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,7 @@ import pytest
 from lmx.core.execution import Execution
 from lmx.core.params import abstract, initial_values
 from lmx.core.precision import POLICIES
-from lmx.core.tree import disagreement, map_named, named_leaves, size
-from lmx.infer import generate
+from lmx.core.tree import map_named, named_leaves, size
 from lmx.infer.generate import decoding_params
 from lmx.models import stack
 from lmx.models.config import RWKV, Model, Transformer, check
@@ -31,10 +30,11 @@ GOOSE = replace(EAGLE, version=7, decay_rank=5, rate_rank=3, value_rank=2, gate_
 MODELS = pytest.mark.parametrize("config", [EAGLE, FINCH, GOOSE], ids=["5", "6", "7"])
 
 
+@cache
 def start(config: RWKV):
     """Random values, none of them a one or a zero."""
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    return jax.tree.map(lambda a: a + 0.3 * jax.random.normal(next(keys), a.shape), initial_values(jax.random.key(0), specs(config)))
+    rng, values = np.random.default_rng(1), jax.jit(lambda: initial_values(jax.random.key(0), specs(config)))()
+    return jax.tree.map(lambda a: (a + 0.3 * rng.normal(size=a.shape)).astype(np.float32), jax.device_get(values))
 
 
 def random_tokens(rows: int, length: int, seed: int = 0) -> np.ndarray:
@@ -50,8 +50,10 @@ def far(a, b) -> float:
     return float(np.abs(np.asarray(a) - b).max() / np.abs(b).max())
 
 
-@pytest.mark.parametrize("knobs", [{}, {"tied": True, "channels": None, "norm_epsilon": 1e-2, "head_norm_epsilon": 0.1}])
-@MODELS
+KNOBS = {"tied": True, "channels": None, "norm_epsilon": 1e-2, "head_norm_epsilon": 0.1}
+
+
+@pytest.mark.parametrize(("config", "knobs"), [(EAGLE, {}), (FINCH, {}), (GOOSE, {}), (GOOSE, KNOBS)], ids=["5", "6", "7", "7 otherwise"])
 def test_logits_are_those_of_the_papers_recurrence_in_float64(config, knobs):
     config = replace(config, **knobs)
     params, tokens = start(config), random_tokens(1, 37)
@@ -121,39 +123,18 @@ def test_packed_texts_give_what_each_gives_alone(config):
     assert np.isfinite(packed).all(), "padding gives numbers too"
 
 
-def test_gradients_of_packed_texts_are_those_of_each_alone():
-    params, tokens = start(GOOSE), random_tokens(3, 21)
-    texts = np.stack([tokens[row, SEGMENTS[row] == s] for row, s in ((0, 1), (0, 2), (0, 3), (1, 1), (1, 2))])
-
-    @jax.jit
-    def loss(params, tokens, segments):
-        hidden = forward(params, GOOSE, tokens, segments=segments).hidden
-        return jnp.sum(jnp.where(segments[..., None] > 0, hidden**3, 0))
-
-    found, expected = jax.grad(loss)(params, tokens, SEGMENTS), jax.grad(loss)(params, texts, np.ones_like(texts))
-    assert max(disagreement(found, expected).values()) < 3e-5
-
-
-@pytest.mark.parametrize("config", [FINCH], ids=["6"])
-def test_padding_is_passed_over_and_the_state_goes_on_behind_it(config):
+def test_padding_is_passed_over_and_the_state_goes_on_behind_it():
     mask, text, more = np.array([[0, 1, 1, 1, 1, 1, 0, 0]]), random_tokens(1, 5), random_tokens(1, 4, seed=1)
-    params, padded = decoding_params(start(config)), np.zeros((1, 8), np.int32)
+    params, padded = decoding_params(start(GOOSE)), np.zeros((1, 8), np.int32)
     padded[mask == 1] = text[0]
-    alone = forward(params, config, np.concatenate([text, more], 1)).hidden
-    first = forward(params, config, padded, segments=mask, cache=empty_cache(config, 1))
+    alone = forward(params, GOOSE, np.concatenate([text, more], 1)).hidden
+    first = forward(params, GOOSE, padded, segments=mask, cache=empty_cache(GOOSE, 1))
     np.testing.assert_allclose(first.hidden[mask == 1], alone[0, :5], atol=5e-6)
     again = np.concatenate([np.zeros((1, 2), np.int32), more], 1)
-    second = forward(params, config, again, segments=np.array([[0, 0, 1, 1, 1, 1]]), cache=first.cache)
+    second = forward(params, GOOSE, again, segments=np.array([[0, 0, 1, 1, 1, 1]]), cache=first.cache)
     np.testing.assert_allclose(second.hidden[:, 2:], alone[:, 5:], atol=5e-6)
-    other = forward(params, config, more, segments=np.full((1, 4), 2), cache=first.cache)
-    np.testing.assert_allclose(other.hidden, forward(params, config, more).hidden, atol=5e-6)
-
-
-@pytest.mark.parametrize("config", [GOOSE], ids=["7"])
-def test_prompts_of_unequal_lengths_are_continued_as_each_alone(config):
-    params, prompts = start(config), [[1, 2, 3, 4, 5, 6, 7], [3], [9, 8, 4]]
-    together = generate(config, params, prompts, max_new_tokens=4)
-    assert together == [generate(config, params, [prompt], max_new_tokens=4)[0] for prompt in prompts]
+    other = forward(params, GOOSE, more, segments=np.full((1, 4), 2), cache=first.cache)
+    np.testing.assert_allclose(other.hidden, forward(params, GOOSE, more).hidden, atol=5e-6)
 
 
 @pytest.mark.parametrize(("config", "precision"), [(FINCH, "bf16"), (GOOSE, "fp8")], ids=["6", "7"])
@@ -166,7 +147,7 @@ def test_low_precision_is_the_same_but_for_rounding(config, precision):
 
 def test_a_finch_starts_as_an_eagle():
     """What depends on tokens is zero at first, and the shares are those of the other token."""
-    eagle, finch = (initial_values(jax.random.key(0), specs(config)) for config in (EAGLE, FINCH))
+    eagle, finch = (jax.jit(partial(initial_values, specs=specs(config)))(jax.random.key(0)) for config in (EAGLE, FINCH))
     tokens = random_tokens(2, 9)
     np.testing.assert_allclose(forward(finch, FINCH, tokens).hidden, forward(eagle, EAGLE, tokens).hidden, atol=1e-5)
     layers = eagle["layers"][0]["0"]["attention"]

@@ -1,7 +1,7 @@
 """Transformer-XL's positions where the NumPy transformer does not see them: in a cache, in texts with gaps, on eight devices, in fp8."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,9 @@ forward = partial(jax.jit, static_argnums=1, static_argnames="execution")(_forwa
 pytestmark = pytest.mark.usefixtures("cheaply_compiled")
 
 
+@cache
 def start():
-    return initial_values(jax.random.key(0), specs(MODEL))
+    return jax.jit(lambda: initial_values(jax.random.key(0), specs(MODEL)))()
 
 
 def tokens(rows: int, length: int) -> np.ndarray:
