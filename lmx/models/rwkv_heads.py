@@ -117,7 +117,9 @@ def time_mixing(
     if config.version > 5:
         hidden = jnp.tanh(project("decay", params["down"]["decay"], names=INSIDE))
         decay = decay + widened(constrain(linear(hidden, params["up"]["decay"]), HEADS, rules))
-    decay, bonus = -jnp.exp(jnp.expand_dims(decay, range(4 - decay.ndim))), widened(whole(params["time"]["bonus"]))
+    # From 5 on nothing is left of a state, whose gradient would be that of an infinite number.
+    decay, bonus = -jnp.exp(jnp.minimum(decay, 5.0)), widened(whole(params["time"]["bonus"]))
+    decay = jnp.expand_dims(decay, range(4 - decay.ndim))
     sums = None if state is None else state["sums"]
     mixed, after = linear_attention(receptance, key, value, decay, bonus, context.real, context.fresh, sums)
     mixed = checkpoint_name(constrain(mixed, HEADS, rules), "mixed")

@@ -145,6 +145,15 @@ def test_low_precision_is_the_same_but_for_rounding(config, precision):
     assert np.sqrt(np.mean((found - exact) ** 2) / np.mean(exact**2)) < (0.03 if precision == "bf16" else 0.2)
 
 
+def test_the_strongest_decay_forgets_all_and_has_gradients():
+    values = start(EAGLE)
+    layer = values["layers"][0]["0"]
+    time = layer["attention"]["time"] | {"decay": np.full_like(layer["attention"]["time"]["decay"], 200.0)}
+    params = values | {"layers": ({"0": layer | {"attention": layer["attention"] | {"time": time}}},)}
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(_forward(p, EAGLE, random_tokens(1, 9)).hidden ** 3)))(params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
 def test_a_finch_starts_as_an_eagle():
     """What depends on tokens is zero at first, and the shares are those of the other token."""
     eagle, finch = (jax.jit(partial(initial_values, specs=specs(config)))(jax.random.key(0)) for config in (EAGLE, FINCH))
