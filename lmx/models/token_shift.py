@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from lmx.core.execution import Execution
 from lmx.core.params import OfLayer, ParamSpec
@@ -104,7 +104,7 @@ def token_before(x: Array, context: Context, state: Tree | None, execution: Exec
     return constrain(before, INSIDE, execution.rules)
 
 
-def latest(x: Float[Array, "batch length n"], last: Float[Array, "batch n"], context: Context) -> Float[Array, "batch n"]:
+def latest(x: Shaped[Array, "batch length n"], last: Shaped[Array, "batch n"], context: Context) -> Shaped[Array, "batch n"]:
     """x at each row's last token; what was so before where all are padding."""
     found = jnp.take_along_axis(x, jnp.maximum(context.last, 0)[:, None, None], 1)[:, 0]
     return jnp.where(context.last[:, None] >= 0, found.astype(last.dtype), last)

@@ -51,6 +51,14 @@ def test_chunks_are_the_recurrence_however_strong_decays_are(strength, rate):
     assert far(after, expected_after) < 2e-6
 
 
+def test_a_place_that_is_replaced_over_and_over_holds_what_was_written_last():
+    """The same place at every token, at the full rate and without decay: the state there is the last value."""
+    (_, _, v, decay, a, _), state = inputs(0.0)
+    a = np.broadcast_to(a[:, :1], a.shape)
+    y, _ = delta_rule(a, a, v, np.zeros_like(decay), a, -a, ALL, NONE, state)
+    np.testing.assert_allclose(y, v, atol=1e-5)
+
+
 def test_texts_are_apart_and_padding_is_passed_over():
     rng, (given, state) = np.random.default_rng(2), inputs(0.6)
     fresh, real = rng.random((BATCH, LENGTH)) < 0.15, rng.random((BATCH, LENGTH)) < 0.8
