@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from lmx.core.execution import Execution
 from lmx.core.tree import Tree
+from lmx.core.weights import lookup
 from lmx.interop import images, pairs, soft
 from lmx.interop.checkpoint import Model
 from lmx.interop.outputs import headed, of_layers
@@ -24,7 +25,7 @@ def call(
     model: Model, params: Tree, inputs: Mapping[str, Any], *, output_attentions: bool = False, execution: Execution = Execution()
 ) -> dict[str, Any]:
     """What the peer's forward gives: `hidden_states` (a tuple: the embeddings, then each layer's output, the last one after the final norm; of
-    an RWKV each layer's output, then that of the final norm),
+    an RWKV up to 6 each layer's output, then that of the final norm),
     `last_hidden_state`, and what the model's head gives of it (`lmx.interop.outputs`): `logits` and with labels `loss`.
     With `output_attentions` also `attentions`, each layer's weights, fp32 at least `[batch, heads, queries, keys]` (a query that may see nothing
     has zeros), for which attention is computed as `lmx.models.sites` says.
@@ -60,7 +61,8 @@ def call(
         positions = jnp.where(counted, jnp.cumsum(counted, -1), 0) - 1
     elif positions is None:
         positions = among
-    site = "output" if isinstance(config, RWKV) else "input"
+    ends = isinstance(config, RWKV) and config.version < 7
+    site = "output" if ends else "input"
     if output_attentions and isinstance(config, RWKV):
         raise ValueError(f"a {model.family} has no attention weights; leave output_attentions out")
     weights = ("layers/*/attention/weights",) if output_attentions else ()
@@ -80,6 +82,9 @@ def call(
             "last_hidden_state": output.hidden,
             "hidden_states": (*of_layers(output, site, config.layers), output.hidden),
         }
+        if isinstance(config, RWKV) and not ends:  # whose first layer normalises embeddings itself
+            embedded = lookup(tokens, params["embed"], output.hidden.dtype)
+            found["hidden_states"] = (embedded, *found["hidden_states"][1:])
         if output_attentions:
             found["attentions"] = of_layers(output, "attention/weights", config.layers)
         return found | headed(model, params, output.hidden, mask, inputs, execution)

@@ -185,8 +185,9 @@ class Names:
         return self.places[short(name)]
 
     def turned(self, name: str) -> bool:
-        """Whether a linear layer is stored `[outputs, inputs]`; a head is in every family."""
-        return self.table.turned or name == "head"
+        """Whether a linear layer is stored `[outputs, inputs]`; a head is in every family, and what is no module in none."""
+        plain = {ours for ours, _ in self.table.tensors.values()}
+        return name == "head" or (self.table.turned and short(name) not in plain)
 
     def kernel(self, name: str) -> bool:
         """Whether a linear layer's inputs keep their dimensions."""
@@ -198,7 +199,12 @@ class Names:
             place = self.place(name)
             for layer in self.layers(name):
                 for expert in range(spec.shape[1]) if "{expert}" in place.name else (0,):
-                    yield place.name.format(layer, expert=expert)
+                    if not self.unread(tensor := place.name.format(layer, expert=expert)):
+                        yield tensor
+
+    def unread(self, tensor: str) -> bool:
+        """Whether no file has a tensor of this name, which is nothing's."""
+        return any(fnmatchcase(tensor, pattern) for pattern in self.model.table.unread)
 
     def layers(self, name: str) -> list[int]:
         """The absolute layers of a stacked leaf; one that does not matter for others."""
@@ -284,6 +290,8 @@ def _reader(there: Mapping[str, np.ndarray], name: str, spec: ParamSpec, names: 
     one = replace(spec, shape=spec.shape[1:], axes=spec.axes[1:]) if stacked else spec
 
     def layer(number: int) -> np.ndarray:
+        if names.unread(place.name.format(number, expert=0)):
+            return np.zeros(one.shape, np.float32)
         if "{expert}" not in place.name:
             return _ours(there[place.name.format(number)], one, place, name, names)
         each = replace(one, shape=one.shape[1:], axes=one.axes[1:])
@@ -339,6 +347,8 @@ def _writers(model: Model, tree: Tree) -> dict[str, tuple[tuple[int, ...], Calla
             continue
         parts = [name] if place.fused is None else [sibling(name, part) for part in place.fused.parts]
         for repeat, layer in enumerate(names.layers(name)):
+            if names.unread(place.name.format(layer, expert=0)):
+                continue
             for expert in range(spec.shape[1]) if "{expert}" in place.name else (None,):
                 make = _Writer(leaves, parts, names, place, repeat if lead(name) else None, expert)
                 found[place.name.format(layer, expert=expert)] = (make.shape, make)

@@ -181,7 +181,8 @@ class Family:
       modules: their module, `{}` for the layer, `{expert}` for an expert, to ours (or `Fused`). A module has a weight (a norm's scale) and,
         where ours has one, a bias; a name that ends in .weight or .bias is of that tensor alone.
       variants: modules that are called so in models of some configs alone.
-      tensors: their tensors of other names than modules have, to our parameter and how many dimensions of one theirs has before it.
+      tensors: their tensors of other names than modules have, to our parameter and how many dimensions of one theirs has before it;
+        never turned.
       turned: whether linear layers are stored `[outputs, inputs]`.
       prefixes: what published files may leave out before a name, or have before it.
       renamed: ends of names, and what older files have in their place.
@@ -190,6 +191,7 @@ class Family:
       leftover: patterns of tensors in older files that are no parameters.
       copies: patterns of tensors in older files that repeat the table of embeddings; one that differs from it is refused.
       zeros: tensors that a file without a head may lack, and that are then zeros.
+      unread: patterns of tensors that no file has, for nothing reads them: a layer's without what others have (RWKV-7's first).
       tokens: ids of special tokens that config.json may leave out.
       kernels: our linear layers, by their paths, whose inputs are several dimensions in theirs too (a convolution's).
       dialects: other ways of naming all tensors, each as what it has in place of parts of the names here.
@@ -215,6 +217,7 @@ class Family:
     kind: type = Transformer
     copies: tuple[str, ...] = ()
     zeros: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
     tokens: Mapping[str, int] = field(default_factory=dict)
     kernels: tuple[str, ...] = ()
     dialects: tuple[tuple[tuple[str, str], ...], ...] = ()

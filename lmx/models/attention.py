@@ -12,7 +12,7 @@ from lmx.core.weights import linear
 from lmx.kernels.masks import Mask
 from lmx.kernels.wide import wide
 from lmx.models import dropout as drop
-from lmx.models import norms
+from lmx.models import norms, transformer_xl
 from lmx.models.config import Transformer
 from lmx.models.dropout import Dropout
 from lmx.models.linears import linear_specs
@@ -30,6 +30,7 @@ class Context:
     Attributes:
       mask, local_mask: the masks of global layers and of layers with the config's window.
       bias: what is added to every layer's scores, where positions are relative.
+      ordered: `transformer_xl.in_order` where there is no cache, for the config's Transformer-XL positions.
       source, source_mask: what an encoder made of another text, `[batch, keys, embed]`, when the cache has not its keys and values; and
         the mask of attention to it.
       rope, local_rope: cosines and sines of the positions, for global layers and for local ones, when the config rotates.
@@ -45,6 +46,7 @@ class Context:
     slot: Array | None = None
     dropout: Dropout | None = None
     bias: Array | None = None
+    ordered: Array | None = None
     source: Array | None = None
     source_mask: Mask | None = None
     sites: Sites = flax.struct.field(pytree_node=False, default=NONE)
@@ -66,6 +68,8 @@ def specs(config: Transformer) -> Tree:
             axis, count = taken[name]
             size = (count * dim, axis) if config.qk_norm_joint else (dim, "head_dim")
             projections[f"{name}_norm"] = norms.specs("rmsnorm", *size, bias=False, offset=config.norm_offset)
+    if config.positions == "transformer_xl":
+        projections["distances"] = transformer_xl.specs(config)
     return projections
 
 
@@ -100,7 +104,11 @@ def attention(
         new = {n: jax.lax.dynamic_update_slice(cache[n], new[n].swapaxes(1, 2).astype(cache[n].dtype), at) for n in new}
         cache = cache | new
         key, value = (cache[n].swapaxes(1, 2).astype(x.dtype) for n in ("key", "value"))
-    keep = None
+    bias, keep = context.bias, None
+    if config.positions == "transformer_xl":
+        scale = config.head_size**-0.5 if config.attention_scale is None else config.attention_scale
+        query, bias = transformer_xl.scored(query, params["distances"], context.mask, context.ordered, scale)
+        bias = constrain(bias, ("batch", "heads", None, None), execution.rules)
     if context.dropout is not None:
         keep = drop.keep(context.dropout, "attention/weights", layer, (config.heads, query.shape[1], key.shape[1]))
     mixed = attend(
@@ -112,7 +120,7 @@ def attention(
         scale=config.attention_scale,
         softcap=config.attention_softcap,
         slopes=_slopes(config, wide(x.dtype)) if config.positions == "alibi" else None,
-        bias=context.bias,
+        bias=bias,
         keep=keep,
         site=sites.formed("attention"),
     )

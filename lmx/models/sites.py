@@ -17,8 +17,8 @@
 | `final` | `[batch, length, embed]` | after the final norm |
 
 An encoder-decoder's own names are the decoder's; its encoder's begin with `encoder/`. An RWKV has queries (its receptance), keys, values and
-what is mixed of them by channel, `[batch, length, channels]`, and no scores or weights. In a name `*` stands for any part between slashes but
-the first, or for some of its letters: `layers/*/attention/*`.
+what is mixed of them by channel, `[batch, length, channels]` (from version 5 on by head), and no scores or weights. In a name `*` stands for
+any part between slashes but the first, or for some of its letters: `layers/*/attention/*`.
 
 With a cache, queries, keys and values are those of the new tokens (keys and values as they are then kept), and `keys` of weights are the
 cache's slots. A call that reads no source, as its cache has read one, has neither the encoder's sites nor `cross/key` and `cross/value`.

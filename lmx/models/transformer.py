@@ -18,7 +18,7 @@ from lmx.core.weights import linear, whole
 from lmx.kernels.masks import Mask
 from lmx.kernels.wide import wide
 from lmx.models import dropout as drop
-from lmx.models import heads, norms, stack
+from lmx.models import heads, norms, stack, transformer_xl
 from lmx.models import sites as named
 from lmx.models.attention import Context
 from lmx.models.config import EncoderDecoder, Transformer
@@ -320,7 +320,8 @@ def _context(config, positions, segments, prefix, cache, dropout, execution) -> 
         if config.local_rope_theta is not None:
             local_rope = rope_table(positions, config.rope_size, config.local_rope_theta, dtype)
     local = mask if config.window is None else mask.replace(window=config.window)
-    return Context(mask, local, rope, local_rope, None if cache is None else cache.used, dropout), cache
+    ordered = transformer_xl.in_order(mask, positions.shape[1]) if config.positions == "transformer_xl" and cache is None else None
+    return Context(mask, local, rope, local_rope, None if cache is None else cache.used, dropout, ordered=ordered), cache
 
 
 def _bias(params: Tree, config: Transformer, mask: Mask, queries: int, execution: Execution) -> Array | None:
@@ -336,7 +337,8 @@ def _bias(params: Tree, config: Transformer, mask: Mask, queries: int, execution
 def flops_per_token(config: Transformer, length: int) -> float:
     """FLOPs of training on one token, forward and backward, as MFU counts them (PaLM, appendix B): 6 for each weight that multiplies it
     (of experts, the share that a token passes through), and 12 x layers x heads x head_dim x length for attention's scores and sums,
-    masked halves included; nothing recomputed. Of an encoder-decoder: on a token of a target, with a source of the same length."""
+    masked halves included; nothing recomputed. Transformer-XL's positions make the 12 an 18, and their projection, which multiplies
+    distances, is not counted. Of an encoder-decoder: on a token of a target, with a source of the same length."""
 
     def active(spec: ParamSpec) -> float:
         often = config.layers // len(config.pattern) if config.shared_layers and spec.layers else 1
@@ -345,5 +347,11 @@ def flops_per_token(config: Transformer, length: int) -> float:
     leaves = jax.tree.leaves(specs(config), is_leaf=is_spec)
     tied = config.vocab * config.table_size if config.tied and config.vocabulary_head else 0
     weights = sum(active(spec) for spec in leaves if spec.inputs) + tied
-    scored = [(config, 1)] if not isinstance(config, EncoderDecoder) else [(config, 2), (config.encoder, 1)]
+    if config.positions == "transformer_xl":
+        weights -= config.layers * config.embed * config.heads * config.head_size
+    scored = (
+        [(config, 1.5 if config.positions == "transformer_xl" else 1)]
+        if not isinstance(config, EncoderDecoder)
+        else [(config, 2), (config.encoder, 1)]
+    )
     return 6.0 * weights + sum(12.0 * times * one.layers * one.heads * one.head_size * length for one, times in scored)

@@ -172,7 +172,7 @@ def _check_sequence(experiment: Experiment) -> None:
         )
     if layout.context == 1:
         return
-    if isinstance(model, EncoderDecoder) or getattr(model, "positions", None) == "relative":
+    if isinstance(model, EncoderDecoder) or getattr(model, "positions", None) in ("relative", "transformer_xl"):
         raise ConfigError(
             f"layout.context={layout.context} splits sequences, which is not there for an encoder-decoder or relative positions; set it to 1"
         )
@@ -214,6 +214,11 @@ def _check_pipeline(experiment: Experiment) -> None:
         raise ConfigError(
             f"layout.pipeline={layout.pipeline} cuts one stack whose layers need nothing but each other's output; an encoder-decoder has two, "
             "and relative positions are one table for all layers; set it to 1"
+        )
+    if stages > 1 and getattr(model, "version", 4) > 6:
+        raise ConfigError(
+            f"layout.pipeline={layout.pipeline} cuts one stack whose layers need nothing but each other's output, and those of "
+            f"model.version={model.version} take from the first one's values; set it to 1"
         )
     if stages > 1 and model.layers % (stages * len(model.pattern)):
         raise ConfigError(

@@ -124,9 +124,9 @@ def settled(experiment: Experiment) -> Experiment:
         raise ConfigError(f"layout.ordered={layout.ordered} is for debugging and cannot be planned; plan with it at 0")
     if isinstance(model, EncoderDecoder):
         raise ConfigError("model=EncoderDecoder cannot be planned yet; python -m lmx.verify takes it")
-    if model.positions == "relative":
+    if model.positions in ("relative", "transformer_xl"):
         raise ConfigError(
-            "model.positions=relative cannot be planned yet: what it adds to scores is not counted; python -m lmx.verify takes it"
+            f"model.positions={model.positions} cannot be planned yet: what it adds to scores is not counted; python -m lmx.verify takes it"
         )
     if experiment.precision == "fp64":
         raise ConfigError("precision=fp64 cannot be planned: no chip trains in it; plan with fp32")

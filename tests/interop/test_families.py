@@ -26,7 +26,7 @@ def kind(config: Transformer) -> str:
 def features(config: Transformer) -> str:
     """What tells a family from others, in models that leave every setting at its default."""
     if isinstance(config, RWKV):
-        return "a state of constant size"
+        return f"version {config.version}, a state of constant size"
     if isinstance(config, CLIP):
         return "a space that both share"
     said = [config.positions, config.norm, f"{config.norm_placement}-norm", config.activation + (", gated" if config.gated else "")]

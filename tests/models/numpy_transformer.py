@@ -9,7 +9,8 @@ One row after another, one layer, one head at a time. Parameters are a dict of p
     output [heads, head_dim, embed], gate, up [embed, mlp],
     down [mlp, embed]; each with an optional `_bias`; query_norm, key_norm [head_dim] (joint: [heads * head_dim]); and for each norm of the layer
     (attention_norm, feedforward_norm, attention_norm_post, feedforward_norm_post) `_scale` and `_bias`;
-    relative [buckets, heads]. Of an encoder-decoder: encoder, another such dict, and in the decoder's layers what attends to it, `cross_`
+    relative [buckets, heads]; distances_projection [embed, heads, head_dim], distances_content and distances_position [heads, head_dim] of a
+    layer with Transformer-XL's positions. Of an encoder-decoder: encoder, another such dict, and in the decoder's layers what attends to it, `cross_`
     before each name.
 
 Every value with a name passes through `site(name, value)`, without the batch's dimension, which may give another back.
@@ -199,6 +200,11 @@ def attention(x, p, config, positions, segments, window, relative=None, source=N
     for h in range(heads):
         q, k = query[:, h], key[:, h // share]
         scores = cap(scale * (q @ k.T), config.attention_softcap)
+        if order == "transformer_xl":  # Dai et al. (2019), section 3.3, the four terms one by one
+            content, position = p["distances_content"][h], p["distances_position"][h]
+            far = {d: sinusoid(d, x.shape[1]) @ p["distances_projection"][:, h] for d in set(behind.ravel().tolist())}
+            by_distance = np.array([[q[i] @ far[d] + position @ far[d] for d in row] for i, row in enumerate(behind.tolist())])
+            scores = scores + scale * (by_distance + (k @ content)[None])
         if order == "alibi":
             scores = scores - (scale if config.alibi_scaled else 1.0) * slope(h, heads) * behind
         if order == "relative":

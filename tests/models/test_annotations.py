@@ -56,12 +56,15 @@ for knobs in (
     {"positions": "alibi", "gated": False, "norm": "layernorm", "bias": True, "norm_placement": "post"},
     {"positions": "learned", "parallel": True, "tied": False},
     {"positions": "sinusoidal", "norm_placement": "sandwich"},
+    {"positions": "transformer_xl"},
     {"positions": "relative", "relative_buckets": 8, "relative_distance": 9, "encoder": True},
 ):
     for mode in ("training", "decoding"):
         jax.eval_shape(lambda: run(model(**knobs), mode=mode))
 for mode in ("training", "decoding"):
     jax.eval_shape(lambda: run(RWKV(vocab=8, layers=2, embed=8, channels=12, rescale_every=1), mode=mode))
+    for version in (6, 7):
+        jax.eval_shape(lambda: run(RWKV(version=version, vocab=8, layers=2, embed=8, channels=12, head_dim=4), mode=mode))
 ENCODER = {"causal": False, "embed_size": 4, "token_types": 2, "shared_layers": True, "bias": True, "embed_norm": True}
 for head, labels, mode in (("masked", 0, "training"), ("classifier", 3, "classes"), ("tokens", 3, "classes"), ("detector", 0, "classes")):
     jax.eval_shape(lambda: run(Transformer(**SIZES, **ENCODER, head=head, labels=labels), mode=mode))
