@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from lmx.data.corruption import word_starts
 from lmx.data.denoised import DenoisedBatches
-from lmx.data.denoising import Objective
+from lmx.data.denoising import Objective, fit, has_decoder
 from lmx.data.packing import PACKINGS, Packing
 from lmx.data.pipeline import Batches
 from lmx.data.sources import documents, source_files, source_hash
@@ -55,6 +55,16 @@ class Data:
 
     cache: str = ".cache/lmx"
     """Folder for tokenised text and trained tokenizers, found again by the hash of what made them. It may be deleted at any time."""
+
+
+def decoder_columns(data: Data) -> int:
+    """Columns of the decoder's side of a row, 0 where rows have one side. Raises ValueError as `lmx.data.denoising.fit` does."""
+    return 0 if data.denoising is None else fit(data.denoising, data.length, data.decoder_length)[1]
+
+
+def has_two_sides(data: Data) -> bool:
+    """Whether rows have a source, which an encoder reads, and a target."""
+    return data.denoising is not None and has_decoder(data.denoising)
 
 
 def make_batches(
