@@ -34,16 +34,24 @@ class Work:
     Attributes:
       rows, microbatches, length: of one microbatch over all devices, how many there are, tokens of a row.
       norms: norms of a layer.
-      reads: how often a layer reads its normed input (once where attention and feed-forward are parallel).
+      reads: how many normed inputs a layer reads (one where attention and feed-forward are parallel and share a norm).
+      parallel: whether they are parallel.
       positions: rows of a table of learned positions, or 0.
       period: layers of the pattern that the stack repeats, of which rematerialisation recomputes all at once.
       masks: kinds of attention masks (all earlier tokens, a window) that are arrays.
       dense: whether attention forms every score (else in tiles).
       fused: whether attention is cuDNN's, which forms neither; a mask of segments is an array all the same.
-      post: whether norms follow the residual sums.
+      embed_norm: whether embeddings are normalised.
+      after: whether a norm reads what a sublayer gives.
+      head_bias: whether logits have one.
       mixtures: how many of the layers are mixtures of experts; then
       experts, choices, expert_mlp, shared: how many there are, how many a token takes, their width, that of the shared ones.
+      shared_gate: whether what these give is gated.
       capacity: an expert's slots in a sequence, or None where it takes every token.
+      relative: whether every layer adds a learned bias to its scores.
+      source: tokens of another text's row that every layer attends to besides, or 0; then
+      dense_across: whether that attention forms every score, and
+      encoder: what reads that text.
       dropout: whether anything is dropped.
       compute, master: bytes of a number, of activations and of parameters.
       multiplies: what products are of (`lmx.core.precision.Precision.multiplies`).
@@ -63,6 +71,7 @@ class Work:
     gated: bool = True
     norms: int = 2
     reads: int = 2
+    parallel: bool = False
     qk_norm: bool = False
     tied: bool = True
     positions: int = 0
@@ -70,13 +79,20 @@ class Work:
     masks: int = 1
     dense: bool = True
     fused: bool = False
-    post: bool = False
+    embed_norm: bool = False
+    after: bool = False
+    head_bias: bool = False
     mixtures: int = 0
     experts: int = 0
     choices: int = 0
     expert_mlp: int = 0
     shared: int = 0
+    shared_gate: bool = False
     capacity: int | None = None
+    relative: bool = False
+    source: int = 0
+    dense_across: bool = True
+    encoder: "Work | None" = None
     dropout: bool = False
     compute: int = 2
     master: int = 4
@@ -99,11 +115,6 @@ class Work:
             shared=self.shared // t,
             vocab=self.vocab // t if self.vocab % t == 0 else self.vocab,
         )
-
-    @property
-    def after(self) -> bool:
-        """Whether a norm reads what a sublayer gives."""
-        return self.post or self.norms == 4
 
     @property
     def depth(self) -> int:
@@ -150,6 +161,16 @@ class Work:
         return here.rows * here.length**2 * here.heads * self.layout.context
 
     @cached_property
+    def across(self) -> int:
+        """The same of attention to another text."""
+        return self.here.rows * self.here.length * self.here.heads * self.source
+
+    @cached_property
+    def read(self) -> int:
+        """Bytes of another text's hidden states, all of its length."""
+        return self.here.rows * self.source * self.embed * self.compute
+
+    @cached_property
     def whole(self) -> int:
         """Bytes of the residual stream inside a sublayer, where all of its length that context leaves is there."""
         return self.here.rows * self.here.length * self.embed * self.compute
@@ -194,38 +215,47 @@ def kept(work: Work, *, mixture: bool = False, cpu: bool = False) -> dict[str, i
         hidden = (work.routed * here.expert_mlp + tokens * here.shared) * work.compute * (2 if work.gated else 1)
     activated = 0 if cpu else tokens * (here.shared if mixture else here.mlp) * work.compute
     returned = 4 * work.routed * work.embed  # what experts give, fp32, by which the gradients of the router's weights are formed
+    asked = (
+        queries if work.source else 0
+    )  # of attention to another text: its queries, its keys (or values), and both as each head reads them
+    there, shared = (here.rows * work.source * n * work.head_dim * work.compute for n in (here.kv_heads, here.heads))
     if remat == "full":
         return {"layer inputs": work.between}
     if remat == "sites":
-        sites = {"query": queries, "key": keys, "value": keys, "mixed": queries, "hidden": 0 if mixture else hidden}
+        both = queries + asked
+        sites = {"query": both, "key": keys + there, "value": keys + there, "mixed": both, "hidden": 0 if mixture else hidden}
         return {"layer inputs": work.between, "sites": sum(sites[site] for site in set(work.layout.sites))}
     if remat == "dots":
         outputs = work.between * (work.reads - 1 + work.after)
         routed = work.routed * work.embed * work.compute if mixture else 0
-        return {"layer inputs": work.between, "products": outputs + queries + 2 * keys + hidden + routed}
+        return {"layer inputs": work.between, "products": outputs + queries + asked + 2 * (keys + there) + hidden + routed}
     found = {
         "inputs of norms": work.norms * work.between,
-        "inputs of projections": (work.reads - mixture) * work.whole + queries,
+        "inputs of projections": (work.reads - mixture) * work.whole + queries + asked,
         "queries, keys, values": (3 * queries if work.dense else (2 if work.fused else 1) * queries + 2 * keys)
-        + (queries + keys if work.qk_norm else 0),
+        + (asked + 2 * (shared if work.dense_across else there))
+        + (queries + asked + keys + there if work.qk_norm else 0),
         "feed-forward": hidden + activated,
     }
     if mixture:
         copies = work.routed * work.embed * work.compute + (work.whole if here.shared else 0)
         found |= {"router": 4 * work.between // work.compute + 4 * tokens * work.experts * (work.choices + 3)}
         found |= {"tokens of experts": copies + returned}
-    scores = tokens * here.heads * here.length
+    scores, sums = tokens * here.heads * here.length, 4 * tokens * here.heads
     if work.dropout:  # the textbook's attention, all fp32: exponentials, masks and what both make
-        found["queries, keys, values"] = 4 * (queries + 2 * keys) // work.compute
-        return found | {"attention weights": scores * (24 if cpu else 29) // 2, "dropout masks": 2 * work.between}
-    if work.dense:
-        return found | {"attention weights": scores * work.compute}
-    return found | {"attention sums": tokens * here.heads * 4}
+        found["queries, keys, values"] = 4 * (queries + asked + 2 * (keys + there)) // work.compute
+        dropped = (3 if work.source else 2) * work.between
+        return found | {"attention weights": (scores + work.across) * (24 if cpu else 29) // 2, "dropout masks": dropped}
+    weights = scores * work.compute * work.dense + work.across * work.compute * work.dense_across
+    found |= {"attention weights": weights, "attention sums": sums * (not work.dense) + sums * (not work.dense_across and work.source > 0)}
+    return {name: size for name, size in found.items() if size}
 
 
 def activations(work: Work, *, cpu: bool = False) -> dict[str, int]:
-    """Bytes that the layers which a device runs one after another keep together."""
-    found: dict[str, int] = {}
+    """Bytes that the layers which a device runs one after another keep together, an encoder's too."""
+    found: dict[str, int] = {} if work.encoder is None else activations(work.encoder, cpu=cpu)
+    if work.embed_norm:
+        found["embeddings"] = found.get("embeddings", 0) + 2 * work.between
     for layers, mixture in ((work.depth - work.mixed, False), (work.mixed, True)):
         for name, size in kept(work, mixture=mixture, cpu=cpu).items() if layers else ():
             found[name] = found.get(name, 0) + layers * size // (work.period if name == "layer inputs" else 1)
@@ -233,28 +263,22 @@ def activations(work: Work, *, cpu: bool = False) -> dict[str, int]:
 
 
 def mask(work: Work) -> int:
-    """Bytes of the attention mask, computed once for all layers: in fp32 where every score is formed; cuDNN's in the compute type, beside
-    the booleans that it comes from. Tiles have theirs for the moment."""
+    """Bytes of the attention masks, computed once for all layers: in fp32 where every score is formed; cuDNN's in the compute type, beside
+    the booleans that it comes from. Tiles have theirs for the moment. And of relative positions: each key's bucket, and its bias in fp32."""
     size = work.compute + 1 if work.fused else 4 if work.dense else 0
-    return work.masks * size * work.here.rows * work.length**2
+    found = work.here.rows * work.length * (size * work.masks * work.length + 4 * work.source * work.dense_across)
+    return found + (4 * (work.scores + work.here.rows * work.length**2) if work.relative else 0)
 
 
 def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
     """Bytes that the backward pass of one layer holds beside what is kept: the larger of attention's and the feed-forward's."""
     here, layout = work.here, work.layout
-    tokens, n = here.rows * here.length, work.layout.context
+    tokens = here.rows * here.length
     queries, keys = (tokens * heads * work.head_dim for heads in (here.heads, here.kv_heads))
     scores = work.scores
-    if work.dropout:  # the textbook's attention, and the masks' random bits
-        attention = scores * (26 if cpu else 19 if layout.remat == "dots" else 14) + 4 * queries * work.compute
-    elif work.fused:
-        attention = (4 * queries + 4 * keys) * work.compute
-    elif work.dense:
-        attention = scores * (4 + 2 * work.compute) + 4 * queries * work.compute
-    else:
-        tile = min(TILE, here.length)
-        hop = 16 * keys if n > 1 and layout.exchange == "ring" else 0
-        attention = hop + (8 if cpu else 24) * here.rows * here.heads * tile**2 + 8 * (queries + keys) + 2 * (queries + keys) * work.compute
+    attention = _attending(work, here.length, scores, dense=work.dense, fused=work.fused, cpu=cpu)
+    if work.source:
+        attention = max(attention, _attending(work, work.source, work.across, dense=work.dense_across, fused=False, cpu=cpu))
     # What enters and what comes back, both whole, and the gradient through each projection before they are summed.
     again = layout.tensor > 1 and layout.remat in ("sites", "full") and not cpu
     feed = ((5 if work.gated else 3) + (not cpu and not again)) * tokens * here.mlp * work.compute + (4 if work.gated else 3) * work.whole
@@ -273,12 +297,30 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
     anew = {name: size for name, size in kept(everything, mixture=work.mixed > 0, cpu=cpu).items() if layout.remat != "none"}
     if cpu:
         found += sum(size for name, size in anew.items() if name != "attention weights") + 4 * work.whole
+        # Of attention to another text, and of the layer's own, one's weights are there while the other is worked on.
+        found += work.across * work.compute + (min(work.scores, work.across) * work.compute if anew else 0)
         others = sum(kept(everything, cpu=cpu).values()) + attention // 2
         if work.mixed and work.capacity is None:  # rows are padded before they are cut in tiles, for part of the time
             found += work.routed * work.embed * work.compute // 2
     else:
         others = sum(anew.values())
     return found + (work.period - 1) * others
+
+
+def _attending(work: Work, length: int, scores: int, *, dense: bool, fused: bool, cpu: bool) -> int:
+    """Bytes that the backward pass of attention to keys of a length holds."""
+    here, layout = work.here, work.layout
+    queries = here.rows * here.length * here.heads * work.head_dim
+    keys = here.rows * length * here.kv_heads * work.head_dim
+    if work.dropout:  # the textbook's attention, and the masks' random bits
+        return scores * (26 if cpu else 19 if layout.remat == "dots" else 14) + 4 * queries * work.compute
+    if fused:
+        return (4 * queries + 4 * keys) * work.compute
+    if dense:
+        return scores * (4 + 2 * work.compute) + 4 * queries * work.compute
+    tile = min(TILE, length)
+    hop = 16 * keys if layout.context > 1 and layout.exchange == "ring" else 0
+    return hop + (8 if cpu else 24) * here.rows * here.heads * tile**2 + 8 * (queries + keys) + 2 * (queries + keys) * work.compute
 
 
 def _experts_working(work: Work, *, cpu: bool) -> int:
@@ -358,9 +400,9 @@ def memory(
 
 def _of_a_pass(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
     (grads, largest), layout = gradients(work, specs), work.layout
-    kept_here, unreduced = activations(work, cpu=cpu), _unreduced(work)
-    if "activations" in layout.offload:  # one layer's are used, one's on their way
-        kept_here = {name: min(2, work.depth) * size // work.depth for name, size in kept_here.items()}
+    kept_here, unreduced = _kept_on_device(work, cpu=cpu), _unreduced(work)
+    if work.encoder is not None:
+        return _of_two_passes(work, specs, cpu=cpu)
     table = work.here.vocab * work.embed
     read = table * (work.compute + (work.master if layout.zero == 3 and layout.fsdp > 1 else 0))
     masked = {"attention mask": mask(work)}
@@ -370,6 +412,34 @@ def _of_a_pass(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
         {**kept_here, **masked, "head and loss": loss_working(work, cpu=cpu)},
         {**kept_here, **masked, "gradients": grads, "gradient of the head, whole": unreduced, "working set of a layer": busy},
     ]
+
+
+def _kept_on_device(work: Work, *, cpu: bool) -> dict[str, int]:
+    found = activations(work, cpu=cpu)
+    if "activations" in work.layout.offload:  # one layer's are used, one's on their way
+        return {name: min(2, work.depth) * size // work.depth for name, size in found.items()}
+    return found
+
+
+def _of_two_passes(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
+    """Of an encoder-decoder: the decoder's moments, each beside all that the encoder keeps, what it gives and the gradient of that; then the
+    encoder's backward pass, when the decoder's gradients are there."""
+    encoder, own = work.encoder, {name: part for name, part in specs.items() if name != "encoder"}
+    beside = {name: size for name, size in _kept_on_device(encoder, cpu=cpu).items() if size}
+    masks, (grads, largest) = mask(encoder), gradients(encoder, specs["encoder"])
+    moments = []
+    for moment in _of_a_pass(replace(work, encoder=None), own, cpu=cpu):
+        both = {name: moment.get(name, 0) + beside.get(name, 0) for name in moment | beside}
+        if cpu and "gradients" in moment:  # which has room for the encoder's from the beginning
+            both["gradients"] += 2 * grads
+            both["working set of a layer"] = both.get("working set of a layer", 0) + 4 * encoder.scores * encoder.relative
+        moments.append(both | {"attention mask": moment["attention mask"] + masks, "source": 2 * work.read})
+    every = gradients(work, specs)[0]
+    busy = working(encoder, specs["encoder"], cpu=cpu) + (every if cpu else largest)
+    last = {"attention mask": masks, "gradients": every, "gradient of the head, whole": _unreduced(work), "working set of a layer": busy}
+    if cpu and work.relative:  # whose gradient is summed last of all
+        last |= {"attention mask": masks + mask(work), "source": work.read}
+    return [*moments, beside | last]
 
 
 def _of_a_tick(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:

@@ -150,10 +150,9 @@ def columns(experiment: Experiment) -> tuple[int, int]:
     return length, decoder_columns(experiment.data) or length
 
 
-def flops_per_token(experiment: Experiment) -> float:
-    """FLOPs of training on a column of what is predicted, as MFU counts them."""
-    source, length = columns(experiment)
-    return functions(experiment.model).flops_per_token(experiment.model, length, **({"source": source} if source else {}))
+def flops_per_token(model: Model, length: int, source: int) -> float:
+    """FLOPs of training on a column of what is predicted, as MFU counts them, in rows of `columns`."""
+    return functions(model).flops_per_token(model, length, **({"source": source} if source else {}))
 
 
 def check_rows(experiment: Experiment) -> None:

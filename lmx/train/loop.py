@@ -24,7 +24,7 @@ from lmx.parallel.host import keep_pages
 from lmx.parallel.offload import fetched
 from lmx.train.advice import shortage
 from lmx.train.checkpoints import Manager
-from lmx.train.experiment import RESUMABLE, Experiment, check, check_rows, flops_per_token, resolve
+from lmx.train.experiment import RESUMABLE, Experiment, check, check_rows, columns, flops_per_token, resolve
 from lmx.train.logging import RECORD, Logger, Silence, draw_curve, read_record, write_record
 from lmx.train.program import Program, build, mean_over
 from lmx.train.samples import corrupted, written
@@ -306,8 +306,9 @@ class _Meter:
 
     def __init__(self, experiment: Experiment, program: Program):
         devices = program.mesh.devices.flat
+        source, length = columns(experiment)
         peak = peak_flops(devices[0].device_kind, program.precision.multiplies)
-        self._mfu = None if peak is None else flops_per_token(experiment) / (peak * len(list(devices)))
+        self._mfu = None if peak is None else flops_per_token(experiment.model, length, source) / (peak * len(list(devices)))
         self._since: float | None = None
         self._tokens = 0.0
 
