@@ -16,7 +16,6 @@ pytestmark = pytest.mark.usefixtures("cheaply_compiled")
 
 MODEL = RWKV(vocab=48, layers=4, embed=16, channels=24, mlp=32, context=runs.LENGTH, init_std=0.1, rescale_every=2)
 LAYOUTS = {
-    "data x fsdp x tensor": Layout(data=2, fsdp=2, tensor=2),
     "ZeRO-1, the sequence whole, remat": Layout(fsdp=4, tensor=2, zero=1, sequence=False, remat="dots"),
     "interleaved pipeline": Layout(pipeline=2, rounds=2, fsdp=2, tensor=2, remat="full"),
 }
