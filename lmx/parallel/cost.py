@@ -48,6 +48,7 @@ class Work:
       experts, choices, expert_mlp, shared: how many there are, how many a token takes, their width, that of the shared ones.
       shared_gate: whether what these give is gated.
       capacity: an expert's slots in a sequence, or None where it takes every token.
+      recurrent: whether layers are RWKV's, whose channels are counted as heads of one dimension; no score is formed.
       relative: whether every layer adds a learned bias to its scores.
       source: tokens of another text's row that every layer attends to besides, or 0; then
       dense_across: whether that attention forms every score, and
@@ -89,6 +90,7 @@ class Work:
     shared: int = 0
     shared_gate: bool = False
     capacity: int | None = None
+    recurrent: bool = False
     relative: bool = False
     source: int = 0
     dense_across: bool = True
@@ -158,7 +160,7 @@ class Work:
     def scores(self) -> int:
         """Attention scores of a layer on one device."""
         here = self.here
-        return here.rows * here.length**2 * here.heads * self.layout.context
+        return 0 if self.recurrent else here.rows * here.length**2 * here.heads * self.layout.context
 
     @cached_property
     def across(self) -> int:
@@ -209,6 +211,8 @@ def kept(work: Work, *, mixture: bool = False, cpu: bool = False) -> dict[str, i
     """Bytes that one layer keeps for its backward pass, by what they are."""
     here, remat = work.here, work.layout.remat
     tokens = here.rows * here.length
+    if work.recurrent:
+        return _kept_recurrent(work)
     queries, keys = (tokens * n * work.head_dim * work.compute for n in (here.heads, here.kv_heads))
     hidden = tokens * here.mlp * work.compute * (2 if work.gated else 1)
     if mixture:
@@ -251,6 +255,27 @@ def kept(work: Work, *, mixture: bool = False, cpu: bool = False) -> dict[str, i
     return {name: size for name, size in found.items() if size}
 
 
+def _kept_recurrent(work: Work) -> dict[str, int]:
+    """The same of an RWKV's layer."""
+    here, remat = work.here, work.layout.remat
+    tokens = here.rows * here.length
+    channels, hidden = tokens * here.heads * work.compute, tokens * here.mlp * work.compute
+    if remat == "full":
+        return {"layer inputs": work.between}
+    if remat == "sites":
+        sizes = dict.fromkeys(("query", "key", "value", "mixed"), channels) | {"hidden": hidden}
+        return {"layer inputs": work.between, "sites": sum(sizes[site] for site in set(work.layout.sites))}
+    if remat == "dots":
+        return {"layer inputs": work.between, "products": 3 * channels + hidden + 3 * work.between}
+    found = {
+        "inputs of norms": work.norms * work.between,
+        "inputs of projections": 4 * work.whole + 2 * channels,  # each token and the one before it, of both sublayers
+        "queries, keys, values": 4 * channels + 4 * tokens * here.heads,  # and the logarithms of what sums are divided by
+        "feed-forward": 2 * hidden + 2 * work.between,
+    }
+    return found | ({"dropout masks": 2 * work.between} if work.dropout else {})
+
+
 def activations(work: Work, *, cpu: bool = False) -> dict[str, int]:
     """Bytes that the layers which a device runs one after another keep together, an encoder's too."""
     found: dict[str, int] = {} if work.encoder is None else activations(work.encoder, cpu=cpu)
@@ -276,6 +301,11 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
     tokens = here.rows * here.length
     queries, keys = (tokens * heads * work.head_dim for heads in (here.heads, here.kv_heads))
     scores = work.scores
+    weights = _weights(work, specs, gradients=True, cpu=cpu)
+    if work.recurrent:  # sums from both ends are fp32; measured on XLA:CPU
+        again = layout.remat != "none"
+        channels, hidden = 4 * tokens * here.heads, tokens * here.mlp * work.compute
+        return weights + (13 if again else 11) * channels + (9 if again else 4) * hidden // 4 + 11 * work.whole
     attention = _attending(work, here.length, scores, dense=work.dense, fused=work.fused, cpu=cpu)
     if work.source:
         attention = max(attention, _attending(work, work.source, work.across, dense=work.dense_across, fused=False, cpu=cpu))
@@ -287,7 +317,6 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
         feed = max(dense, _experts_working(work, cpu=cpu))
         if layout.remat != "none" and not cpu:  # by then the layer's attention has been formed again
             feed += scores * work.compute + (3 * queries + 2 * keys) * work.compute
-    weights = _weights(work, specs, gradients=True, cpu=cpu)
     if layout.remat == "full" and layout.devices > 1 and not cpu:  # a layer's gradients are reduced in the next one's turn
         weights += layer_numbers(specs, layout) * work.master
     if again:

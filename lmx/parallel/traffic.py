@@ -99,18 +99,31 @@ def _of_weights(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
         reduced = [n for n in names if inner or not _at_ends(n)]
         scattered = [n for n in reduced if n in parted and (zero >= 2 or (zero == 1 and not cpu and _sliced(table[n], work)))]
         rest = [n for n in reduced if n not in scattered]
-        for experts in (False, True):
-            mine = [n for n in scattered if _is_expert(table[n]) == experts]
-            others = [axis for axis in replicas if not (experts and axis == "expert")]
+        for part in ("", "experts", "gate"):
+            experts = part == "experts"
+            mine = [n for n in scattered if _part(n, table[n], work) == part]
             total, kind = size(mine, master=True) // depth, "all-reduce" if cpu and not (experts and zero >= 2) else "reduce-scatter"
             found.append(Traffic(kind, fsdp, total, times, f"gradients {what}"))
-            found.append(Traffic("all-reduce", tuple(others), total // layout.fsdp, times, f"gradients {what}"))
-            mine = [n for n in rest if _is_expert(table[n]) == experts]
-            others = [axis for axis in everyone if not (experts and axis == "expert")]
-            found.append(Traffic("all-reduce", tuple(others), size(mine, master=True) // depth, times, f"gradients {what}"))
+            found.append(Traffic("all-reduce", _summed_over(layout, part, replicas), total // layout.fsdp, times, f"gradients {what}"))
+            mine = [n for n in rest if _part(n, table[n], work) == part]
+            over, total = _summed_over(layout, part, everyone), size(mine, master=True) // depth
+            found.append(Traffic("all-reduce", over, total, times, f"gradients {what}"))
     if zero in (1, 2):
         found.append(Traffic("all-gather", fsdp, size(parted, master=True), 1, "updated parameters"))
     return found
+
+
+def _part(name: str, spec: ParamSpec, work: Work) -> str:
+    """Which of a layer's parameters have a gradient that is summed over other axes than the rest's: experts, and an RWKV's gate, of which each
+    tensor device computes its part of the sequence."""
+    gate = work.recurrent and work.layout.sequence and name.endswith("feedforward/receptance/weight")
+    return "experts" if _is_expert(spec) else "gate" if gate else ""
+
+
+def _summed_over(layout: Layout, part: str, axes: tuple[str, ...]) -> tuple[str, ...]:
+    if part == "experts":
+        return tuple(axis for axis in axes if axis != "expert")
+    return _over(layout, *axes, "tensor") if part == "gate" else axes
 
 
 def _multiplies(spec: ParamSpec) -> bool:
@@ -150,6 +163,8 @@ def _sliced(spec: ParamSpec, work: Work) -> bool:
 def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
     """Megatron's: the residual stream gathered before, and summed after, attention and feed-forward; the same of its gradient."""
     axes, times, size, remat = _over(work.layout, "tensor"), work.depth * work.ticks, work.whole, work.layout.remat
+    if work.recurrent:
+        return _of_recurrent(work, cpu)
     replicated = work.kv_heads % work.layout.tensor != 0
     found, here = [], work.here
     if replicated:  # fewer key heads than devices: each has its part of their gradients
@@ -188,6 +203,19 @@ def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
         found.append(Traffic("reduce-scatter", axes, size, own, "residual stream"))
         sums -= work.forwards * mixed
     return [*found, Traffic("all-reduce" if cpu else "reduce-scatter", axes, size, sums, "residual stream")]
+
+
+def _of_recurrent(work: Work, cpu: bool) -> list[Traffic]:
+    """The same of RWKV's time and channel mixing. The projections of each have inputs of their own, whose gradients are summed one by one."""
+    axes, times, size, remat = _over(work.layout, "tensor"), work.depth * work.ticks, work.whole, work.layout.remat
+    sums = (2 * work.forwards + (2 if remat == "full" else 0) + 4) * times
+    if not work.layout.sequence:
+        return [Traffic("all-reduce", axes, size, sums, "residual stream")]
+    gathers = (2 * work.forwards + 3 + (2 if remat != "none" else 0)) * times  # the third: of the gradient of what the gate reads
+    return [
+        Traffic("all-gather", axes, size, gathers, "residual stream"),
+        Traffic("all-reduce" if cpu else "reduce-scatter", axes, size, sums, "residual stream"),
+    ]
 
 
 def _of_experts(work: Work) -> list[Traffic]:

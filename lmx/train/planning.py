@@ -114,12 +114,13 @@ def settled(experiment: Experiment) -> Experiment:
       ValueError: something does not fit together, or cannot be planned.
     """
     layout, model = experiment.layout, experiment.model
-    if isinstance(model, RWKV):
-        raise ConfigError(
-            "model=RWKV cannot be planned: what its layers keep and send is not in the tables; plan a Transformer of its size"
-        )
     if layout.ordered:
         raise ConfigError(f"layout.ordered={layout.ordered} is for debugging and cannot be planned; plan with it at 0")
+    if isinstance(model, RWKV) and layout.pipeline > 1 and layout.tensor > 1:
+        raise ConfigError(
+            f"model=RWKV with layout.pipeline={layout.pipeline} and layout.tensor={layout.tensor} cannot be planned: what XLA moves between "
+            "tensor devices inside a stage is not counted; plan it with one of them at 1"
+        )
     if experiment.precision == "fp64":
         raise ConfigError("precision=fp64 cannot be planned: no chip trains in it; plan with fp32")
     if not model.vocab:
@@ -142,6 +143,8 @@ def settled(experiment: Experiment) -> Experiment:
 def work(experiment: Experiment, *, on_gpu: bool = False) -> Work:
     """What the cost of an experiment's step depends on; `on_gpu`: whether `lmx.kernels.cudnn` is there."""
     model, (source, length) = experiment.model, columns(experiment)
+    if isinstance(model, RWKV):
+        return _recurrent(experiment, model)
     found = _work(experiment, model, length, on_gpu=on_gpu)
     if not source:
         return found
@@ -200,6 +203,34 @@ def _work(experiment: Experiment, model: Transformer, length: int, *, on_gpu: bo
         shared_gate=model.shared_gate,
         capacity=experts.capacity_of(model, length),
         relative=model.positions == "relative",
+        dropout=model.dropout > 0,
+        compute=jnp.dtype(precision.compute).itemsize,
+        master=jnp.dtype(precision.params).itemsize,
+        multiplies=precision.multiplies,
+    )
+
+
+def _recurrent(experiment: Experiment, model: RWKV) -> Work:
+    """The same of an RWKV."""
+    precision = POLICIES[experiment.precision]
+    return Work(
+        layout=experiment.layout,
+        rows=experiment.batch // experiment.microbatches,
+        microbatches=experiment.microbatches,
+        length=experiment.data.length,
+        layers=model.layers,
+        embed=model.embed,
+        heads=model.width,
+        kv_heads=model.width,
+        head_dim=1,
+        mlp=model.hidden,
+        vocab=model.vocab,
+        gated=False,
+        tied=model.tied,
+        masks=0,
+        dense=False,
+        recurrent=True,
+        embed_norm=True,
         dropout=model.dropout > 0,
         compute=jnp.dtype(precision.compute).itemsize,
         master=jnp.dtype(precision.params).itemsize,
@@ -281,7 +312,9 @@ def _besides(experiment: Experiment, work: Work) -> float:
     it."""
     model, layout, (source, length) = experiment.model, experiment.layout, columns(experiment)
     tokens = experiment.batch * length
-    scores = 4.0 * model.layers * model.heads * model.head_size * (length + source) * tokens
+    scores = 0.0
+    if not isinstance(model, RWKV):
+        scores = 4.0 * model.layers * model.heads * model.head_size * (length + source) * tokens
     if source:
         scores += 4.0 * model.encoder.layers * model.encoder.heads * model.encoder.head_size * source**2 * experiment.batch
     forward = _flops_per_token(model, length, source) / 3 * tokens - 2.0 * model.vocab * model.embed * tokens

@@ -10,7 +10,7 @@ from lmx.core import params
 from lmx.data.denoising import SpanCorruption
 from lmx.data.recipe import Data
 from lmx.models import transformer
-from lmx.models.config import EncoderDecoder, Transformer
+from lmx.models.config import RWKV, EncoderDecoder, Model, Transformer
 from lmx.parallel import chips, cost, roofline
 from lmx.parallel.layout import AXES, Layout
 from lmx.parallel.rules import rules, shardings
@@ -35,13 +35,14 @@ GPT2 = dataclasses.replace(
 )
 T5 = dataclasses.replace(MODEL, positions="relative", activation="relu", gated=False, kv_heads=None)
 BART = dataclasses.replace(GPT2, activation="gelu", norm_placement="post", embed_norm=True)
+RECURRENT = RWKV(vocab=2048, layers=16, embed=256, channels=384, mlp=768, context=512)
 EXPERTS = {"experts": 8, "experts_per_token": 2, "mlp": 384}
 LOW, HIGH = 0.95, 1.15
 """A plan's total over the compiler's."""
 MEGABYTE = 1_000_000
 
 
-def experiment(model: Transformer = MODEL, length=512, batch=16, microbatches=1, precision="fp32", optimizer=None, **degrees) -> Experiment:
+def experiment(model: Model = MODEL, length=512, batch=16, microbatches=1, precision="fp32", optimizer=None, **degrees) -> Experiment:
     data, layout = Data(train="unread", length=length), Layout(**degrees)
     pair = isinstance(model, EncoderDecoder)
     if pair:  # targets are half as long as sources
@@ -116,6 +117,9 @@ CASES = {
     "t5-deep-decoder": {"model": paired(T5, 20), "data": 2, "fsdp": 2, "tensor": 2, "remat": "full"},
     "bart": {"model": paired(BART, 14), "fsdp": 4, "zero": 1, "tensor": 2, "sequence": False, "remat": "dots", "microbatches": 2},
     "pair-dropout": {"model": paired(changed(dropout=0.1, gated=False, kv_heads=2), 14), "fsdp": 4, "tensor": 2},
+    "rwkv": {"model": RECURRENT, "fsdp": 8},
+    "rwkv-full": {"model": RECURRENT, "data": 2, "fsdp": 2, "tensor": 2, "remat": "full"},
+    "rwkv-dots": {"model": RECURRENT, "data": 2, "tensor": 4, "sequence": False, "remat": "dots"},
     "norms-on-outputs": {
         "model": changed(norm_placement="output", qk_norm=True, qk_norm_joint=True, tied=False),
         "fsdp": 2,

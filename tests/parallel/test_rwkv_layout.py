@@ -9,7 +9,7 @@ import runs
 from lmx.models.config import RWKV
 from lmx.parallel.layout import Layout
 from lmx.train.experiment import check
-from lmx.train.planning import compile_step, plan
+from lmx.train.planning import compile_step
 from lmx.verify import differences, shrink, verify
 
 pytestmark = pytest.mark.usefixtures("cheaply_compiled")
@@ -69,8 +69,3 @@ def test_verify_takes_an_rwkv_and_keeps_what_it_is():
 def test_what_does_not_divide_is_refused_by_name(layout, said):
     with pytest.raises(ValueError, match=said):
         check(runs.experiment(model=MODEL, layout=layout, batch=30))
-
-
-def test_it_has_no_plan_yet_and_says_so():
-    with pytest.raises(ValueError, match="model=RWKV cannot be planned"):
-        plan(runs.experiment(model=MODEL))
