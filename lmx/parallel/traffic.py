@@ -8,8 +8,9 @@ import jax
 from lmx.core.params import ParamSpec, is_spec
 from lmx.core.tree import Tree, name_of
 from lmx.parallel.context import repeats
-from lmx.parallel.cost import Work, share
+from lmx.parallel.cost import share
 from lmx.parallel.layout import AXES, SHARDS, Layout
+from lmx.parallel.work import Work
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ from lmx.models.config import RWKV, EncoderDecoder, Model, Transformer, is_local
 from lmx.models.families import functions
 from lmx.parallel import absent, chips, cost, hlo, roofline
 from lmx.parallel.chips import Chip
-from lmx.parallel.cost import Work
 from lmx.parallel.feed import batch_sharding
 from lmx.parallel.layout import AXES, Layout, make_mesh
 from lmx.parallel.roofline import Time
 from lmx.parallel.traffic import Traffic, traffic
+from lmx.parallel.work import Work
 from lmx.train import optimizers
 from lmx.train.experiment import Experiment, check, check_rows, columns, flops_per_token, with_vocab
 from lmx.train.program import build
@@ -103,8 +103,13 @@ def plan(experiment: Experiment, *, chip: str = "h100", compiled: bool = False, 
     return Plan(experiment, kind, memory, {name: size for name, size in host.items() if size}, tuple(sent), flops, timed, made)
 
 
-PLANNED = {"shared_layers": False, "embed_size": None}
-"""Settings of a model of which `lmx.parallel.cost` counts one value alone: another changes what a step keeps or sends."""
+PLANNED: dict[str, tuple] = {
+    "positions": ("rope", "alibi", "learned", "sinusoidal", "relative", "none"),
+    "shared_layers": (False,),
+    "embed_size": (None,),
+    "version": (4,),
+}
+"""Settings of a model, where it has them, of which `lmx.parallel.cost` counts these values alone: others change what a step keeps or sends."""
 
 
 def settled(experiment: Experiment) -> Experiment:
@@ -129,9 +134,9 @@ def settled(experiment: Experiment) -> Experiment:
             raise ConfigError("model.vocab=0 takes the tokenizer's vocabulary, which a plan does not read; set model.vocab")
         model = with_vocab(model, -(-int(size) // 8) * 8)
     stacks = {"model": model} | ({"model.encoder": model.encoder} if isinstance(model, EncoderDecoder) else {})
-    for (knob, value), (name, stack_) in itertools.product(PLANNED.items(), stacks.items()):
-        if getattr(stack_, knob, value) != value:
-            raise ConfigError(f"{name}.{knob}={getattr(stack_, knob)} cannot be planned yet: what it costs has not been measured")
+    for (knob, values), (name, one) in itertools.product(PLANNED.items(), stacks.items()):
+        if getattr(one, knob, values[0]) not in values:
+            raise ConfigError(f"{name}.{knob}={getattr(one, knob)} cannot be planned yet: what it costs has not been measured")
     experiment = replace(experiment, model=model)
     unread = {"train": "tfds:unread", "validation": "", "tokenizer": "bytes"}
     check(replace(experiment, data=replace(experiment.data, **unread)), layout.devices)
@@ -266,10 +271,13 @@ def state_bytes(model: Model, recipe: optimizers.Optimizer, steps: int, precisio
 
 def _waiting(tree: Tree, model: Model) -> Iterator[Counter]:
     """Bytes in the host's memory of one repeat of each group's pattern, and (-1) of what is no layer's."""
-    depths = [group.repeats for group in stack.groups(model)]
+    own = stack.groups(model)
+    depths = [group.repeats for group in (*own, *(stack.groups(model.encoder) if isinstance(model, EncoderDecoder) else ()))]
     for name, leaf in named_leaves(tree).items():
         words = name.split("/")
         group = int(words[words.index("layers") + 1]) if "layers" in words else -1
+        if group >= 0 and "encoder" in words:  # whose groups are counted after the decoder's
+            group += len(own)
         yield Counter({group: cost.held(leaf, in_host=True) // (depths[group] if group >= 0 else 1)})
 
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from denoising_cases import (
     CASES,
     END,
@@ -21,9 +24,6 @@ from denoising_cases import (
     case,
     make,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from lmx.core import config
 from lmx.data import (
     OBJECTIVES,

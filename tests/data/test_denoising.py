@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from denoising_cases import BEGIN, CASES, END, EOS, ID, MASK, PIECE, SEED, SENTINELS, START, STOPS, TEXT, VOCAB, WORDS, R, S, X, case, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from denoising_cases import BEGIN, CASES, END, EOS, ID, MASK, PIECE, SEED, SENTINELS, START, STOPS, TEXT, VOCAB, WORDS, R, S, X, case, make
 from lmx.data import (
     BlankInfilling,
     Denoiser,
