@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 
 from lmx.core.execution import Execution
 from lmx.core.params import Normal, ParamSpec, is_spec
-from lmx.core.tree import Tree
+from lmx.core.tree import Tree, name_of
 from lmx.core.weights import linear, whole
 from lmx.kernels.masks import Mask
 from lmx.kernels.wide import wide
@@ -334,24 +334,28 @@ def _bias(params: Tree, config: Transformer, mask: Mask, queries: int, execution
     return constrain(bias, ("batch", "heads", None, None), execution.rules)
 
 
-def flops_per_token(config: Transformer, length: int) -> float:
+def flops_per_token(config: Transformer, length: int, source: int = 0) -> float:
     """FLOPs of training on one token, forward and backward, as MFU counts them (PaLM, appendix B): 6 for each weight that multiplies it
     (of experts, the share that a token passes through), and 12 x layers x heads x head_dim x length for attention's scores and sums,
     masked halves included; nothing recomputed. Transformer-XL's positions make the 12 an 18, and their projection, which multiplies
-    distances, is not counted. Of an encoder-decoder: on a token of a target, with a source of the same length."""
+    distances, is not counted. Of an encoder-decoder: on a token of a target of that length, with its share of a `source` (of the target's
+    length when 0), which the encoder and the keys and values made of it multiply."""
+    share = (source or length) / length
 
-    def active(spec: ParamSpec) -> float:
+    def active(path: tuple, spec: ParamSpec) -> float:
         often = config.layers // len(config.pattern) if config.shared_layers and spec.layers else 1
+        names = name_of(path).split("/")
+        if names[0] == "encoder" or ("cross" in names and names[-2] in ("key", "value")):
+            often *= share
         return often * math.prod(spec.shape) * (config.experts_per_token / config.experts if "experts" in spec.axes else 1)
 
-    leaves = jax.tree.leaves(specs(config), is_leaf=is_spec)
+    leaves = jax.tree_util.tree_leaves_with_path(specs(config), is_leaf=is_spec)
     tied = config.vocab * config.table_size if config.tied and config.vocabulary_head else 0
-    weights = sum(active(spec) for spec in leaves if spec.inputs) + tied
+    weights = sum(active(path, spec) for path, spec in leaves if spec.inputs) + tied
+    scores = config.layers * config.heads * config.head_size * length
     if config.positions == "transformer_xl":
-        weights -= config.layers * config.embed * config.heads * config.head_size
-    scored = (
-        [(config, 1.5 if config.positions == "transformer_xl" else 1)]
-        if not isinstance(config, EncoderDecoder)
-        else [(config, 2), (config.encoder, 1)]
-    )
-    return 6.0 * weights + sum(12.0 * times * one.layers * one.heads * one.head_size * length for one, times in scored)
+        weights, scores = weights - config.layers * config.embed * config.heads * config.head_size, 1.5 * scores
+    if isinstance(config, EncoderDecoder):
+        encoder = config.encoder
+        scores = (1 + share) * scores + share**2 * encoder.layers * encoder.heads * encoder.head_size * length
+    return 6.0 * weights + 12.0 * scores

@@ -9,7 +9,7 @@ import runs
 from lmx.models.config import RWKV
 from lmx.parallel.layout import Layout
 from lmx.train.experiment import check
-from lmx.train.planning import compile_step, plan
+from lmx.train.planning import compile_step
 from lmx.verify import differences, shrink, verify
 
 pytestmark = pytest.mark.usefixtures("cheaply_compiled")
@@ -18,7 +18,6 @@ MODEL = RWKV(vocab=48, layers=4, embed=16, channels=24, mlp=32, context=runs.LEN
 FINCH = replace(MODEL, version=6, layers=2, channels=16, head_dim=4, mix_rank=4, decay_rank=6, rescale_every=0)
 GOOSE = replace(FINCH, version=7, mix_rank=32, rate_rank=4, value_rank=4, gate_rank=6)
 LAYOUTS = {
-    "data x fsdp x tensor": Layout(data=2, fsdp=2, tensor=2),
     "ZeRO-1, the sequence whole, remat": Layout(fsdp=4, tensor=2, zero=1, sequence=False, remat="dots"),
     "interleaved pipeline": Layout(pipeline=2, rounds=2, fsdp=2, tensor=2, remat="full"),
 }
@@ -78,8 +77,3 @@ def test_verify_takes_an_rwkv_and_keeps_what_it_is():
 def test_what_does_not_divide_is_refused_by_name(model, layout, said):
     with pytest.raises(ValueError, match=said):
         check(runs.experiment(model=model, layout=layout, batch=30))
-
-
-def test_it_has_no_plan_yet_and_says_so():
-    with pytest.raises(ValueError, match="model=RWKV cannot be planned"):
-        plan(runs.experiment(model=MODEL))
