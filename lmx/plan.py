@@ -16,7 +16,7 @@ from lmx.core.config import ConfigError, command_line, exits_with_one_line
 from lmx.parallel import absent, chips, hlo, roofline
 from lmx.parallel.layout import AXES, Layout
 from lmx.train.advice import Advice, advice, gb, search
-from lmx.train.experiment import Experiment, named
+from lmx.train.experiment import Experiment, columns, named
 from lmx.train.pictures import draw
 from lmx.train.planning import Plan, compared, plan, settled
 
@@ -122,15 +122,15 @@ def _print(found: Plan) -> None:
     title = f"{found.experiment.name} on {layout.devices} x {found.chip.kind}: {degrees}, zero {layout.zero}, remat {layout.remat}"
     rows = [[name, gb(size)] for name, size in found.memory.items()]
     rows.append(["total", f"{gb(found.total)} of {gb(found.chip.memory)}{'' if found.fits else ': it does not fit'}"])
-    columns = ["each device holds", "planned"]
+    titles = ["each device holds", "planned"]
     if made is not None:
-        columns.append(f"compiled ({made.target}, {made.seconds:.0f} s)")
+        titles.append(f"compiled ({made.target}, {made.seconds:.0f} s)")
         state = len([name for name in ("parameters", "optimizer", "batch and the rest") if name in found.memory])
         rows = [[*row, ""] for row in rows]
         rows[state - 1][2], rows[-2][2] = f"{gb(made.arguments)} so far", f"{gb(made.temporary)} of temporaries"
         rows[-1][2] = gb(made.total)
-    rows += [[f"in its host's memory: {name}", gb(size), ""][: len(columns)] for name, size in found.host.items()]
-    _table(title, columns, rows)
+    rows += [[f"in its host's memory: {name}", gb(size), ""][: len(titles)] for name, size in found.host.items()]
+    _table(title, titles, rows)
     sent = [one for one in found.traffic if one.volume >= SMALL]
     rows = [[f"{one.kind}: {one.what}", " x ".join(one.axes), gb(one.size), f"{one.times:,}", gb(one.volume)] for one in sent]
     _table("Communication", ["each step sends", "over", "one", "times", "in all"], rows)
@@ -144,7 +144,7 @@ def _print(found: Plan) -> None:
         f"{found.flops[0] / 1e12:,.1f} TFLOP a device, {found.flops[1] / found.flops[0] - 1:.0%} besides (recomputed, or experts' empty rows). "
         f"At the chip's peaks: products {t.compute:.3g} s, memory {t.memory:.3g} s; at {roofline.EFFICIENCY:.0%} of the links': communication "
         f"{t.exposed:.3g} s waited for, {t.hidden:.3g} s beside products{idle}.\nPredicted, unmeasured: {t.step:.3g} s a step, MFU "
-        f"{found.mfu:.0%}, {found.experiment.batch * found.experiment.data.length / t.step:,.0f} tokens/s."
+        f"{found.mfu:.0%}, {found.experiment.batch * sum(columns(found.experiment)) / t.step:,.0f} tokens/s."
     )
 
 

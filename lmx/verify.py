@@ -99,7 +99,8 @@ def _small(model: Model, layout: Layout, length: int) -> Model:
         "init_std": 0.1,
     }
     if isinstance(model, RWKV):
-        return replace(model, channels=24 * layout.tensor, **sizes)
+        heads = {} if model.version == 4 else {"head_dim": 8}
+        return replace(model, channels=24 * layout.tensor, **heads, **sizes)
     window = None if model.window is None else min(model.window, length // 4)
     return replace(model, window=window, **sizes, **_heads(model, layout))
 

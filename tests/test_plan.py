@@ -9,10 +9,13 @@ import pytest
 
 from experiments.gpt2_124m import experiment as gpt2
 from experiments.shakespeare import experiment as shakespeare
+from experiments.shakespeare_t5 import experiment as t5
 from lmx import plan as plans
 from lmx.core.config import ConfigError
+from lmx.models.config import RWKV
+from lmx.models.families import functions
 from lmx.parallel.layout import Layout
-from lmx.train import pictures, planning
+from lmx.train import pictures
 from lmx.train.advice import candidates
 
 LARGE = dataclasses.replace(
@@ -135,7 +138,27 @@ def test_what_cannot_be_planned_is_refused(changes, message):
         plans.plan(on(gpt2, **changes))
 
 
-@pytest.mark.parametrize(("knob", "value"), [(knob, value) for knob, values in planning.UNPLANNED.items() for value in values], ids=str)
+def test_an_rwkv_is_planned_but_for_what_is_not_counted():
+    made = on(dataclasses.replace(gpt2, model=RWKV(vocab=512, layers=4, embed=64)), fsdp=2, tensor=2)
+    found = plans.plan(made)
+    assert found.flops[0] * 4 == functions(made.model).flops_per_token(made.model, 1024) * made.batch * made.data.length
+    with pytest.raises(ConfigError, match=r"model=RWKV with layout.pipeline=2 and layout.tensor=2 cannot be planned"):
+        plans.plan(on(made, pipeline=2, tensor=2))
+
+
+def test_an_encoder_decoder_counts_the_tokens_of_both_sides(capsys):
+    longer = dataclasses.replace(t5, data=dataclasses.replace(t5.data, length=256))
+    short, long = (plans.plan(one) for one in (t5, longer))
+    multiplied = 3 * (4 * 128 * 128 + 3 * 128 * 384) + 2 * 3 * 128 * 128  # by the encoder, and to keys and values of what it gives
+    attended = 2 * 3 * 128 * (256**2 - 128**2) + 2 * 3 * 128 * 32 * 128  # scores and sums
+    assert long.flops[0] - short.flops[0] == t5.batch * (6 * multiplied * 128 + 6 * attended)
+    assert long.memory["parameters"] == short.memory["parameters"]
+    assert long.total > short.total
+    plans.main(["experiments.shakespeare_t5"])
+    assert "source" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("knob", "value"), [("shared_layers", True), ("embed_size", 64)])
 def test_models_whose_cost_is_not_known_are_refused(knob, value):
     model = dataclasses.replace(gpt2.model, **{knob: value})
     with pytest.raises(ConfigError, match=f"model.{knob}={value} cannot be planned yet"):

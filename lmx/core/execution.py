@@ -28,7 +28,7 @@ class Execution:
       sites: what `"sites"` keeps: queries, keys and values as attention takes them, what it mixes, the feed-forward's
         projections.
       offload: whether what is kept waits in the host's memory.
-      taps: names of what comes back with the output (`lmx.models.stack`).
+      taps: names of what comes back with the output (`lmx.models.sites`).
       unroll: how many repeats of a group's pattern one trip of the scan runs; more is faster on a CPU, and longer to compile.
     """
 

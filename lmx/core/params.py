@@ -109,6 +109,17 @@ def stacked(specs: Tree, layers: tuple[int, ...]) -> Tree:
     return jax.tree.map(stack, specs, is_leaf=is_spec)
 
 
+def adapted_specs(spec: ParamSpec, rank: int) -> tuple[ParamSpec, ParamSpec]:
+    """What `lmx.core.weights.Adapted` adds to a weight of a spec (a table counts as one that contracts its rows): `down`, which starts as
+    noise, and `up`, which starts at zero (Hu et al., 2021)."""
+    lead = len(spec.layers) > 0
+    split = lead + (spec.inputs or 1)
+    of_layers = (spec.shape[:lead], spec.axes[:lead])
+    down = replace(spec, shape=(*spec.shape[:split], rank), axes=(*spec.axes[:split], None), inputs=split - lead, init=FanIn(1 / 3))
+    up_shape, up_axes = (*of_layers[0], rank, *spec.shape[split:]), (*of_layers[1], None, *spec.axes[split:])
+    return down, replace(spec, shape=up_shape, axes=up_axes, inputs=1, init=ZEROS)
+
+
 def initial_values(key: Array, specs: Tree, dtype=jnp.float32) -> Tree:
     """Initial values of every parameter.
 

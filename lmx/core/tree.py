@@ -1,7 +1,6 @@
 """Trees of arrays: the names of leaves, and how two trees agree."""
 
-from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,11 +22,6 @@ def named_leaves(tree: Tree, is_leaf: Callable | None = None) -> dict[str, Any]:
 def map_named(function: Callable, tree: Tree, *rest: Tree, is_leaf: Callable | None = None) -> Tree:
     """`jax.tree.map` whose function is given the leaf's name first."""
     return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(name_of(path), *leaves), tree, *rest, is_leaf=is_leaf)
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a leaf's name matches any of some shell patterns (`"layers/*/bias"`)."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def size(tree: Tree) -> int:

@@ -90,7 +90,56 @@ class Narrow:
     value: Array | Split
 
 
-Weight = Array | Split | Part | Narrow
+@flax.struct.dataclass
+class Adapted:
+    """A weight and what an adapter adds to it: `base + (down scale) up` (LoRA, Hu et al., 2021); with a magnitude, each of that sum's
+    columns at that length (DoRA, Liu et al., 2024, to whose gradients the length that it has of itself is a constant).
+
+    Attributes:
+      base: the weight, `[*in, *out]`.
+      down: `[*in, rank]`.
+      up: `[rank, *out]`.
+      scale: of each rank, `[rank]`; zeros past a layer's own rank where others of its stack have more, all zeros where it has none.
+      magnitude: `[*out]`.
+    """
+
+    base: "Weight"
+    down: Array | Split
+    up: Array | Split
+    scale: Array
+    magnitude: Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self):
+        return self.base.dtype
+
+    @property
+    def T(self) -> "Weight":  # noqa: N802, as of arrays
+        return merged(self).T if self.magnitude is not None else Adapted(self.base.T, self.up.T, self.down.T, self.scale)
+
+
+@flax.struct.dataclass
+class Twofold:
+    """A tied table of which an adapter has changed one use: rows are looked up in `table`, and `head` gives the logits."""
+
+    table: "Weight"
+    head: "Weight"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.table.shape
+
+    @property
+    def dtype(self):
+        return self.table.dtype
+
+
+Weight = Array | Split | Part | Narrow | Adapted | Twofold
+STAND_INS = (Split, Part, Narrow, Adapted, Twofold)
 
 
 def values(weight: Weight, dtype) -> Array:
@@ -121,17 +170,36 @@ def linear(x: Array, weight: Weight, bias: Weight | None = None, *, inputs: int 
 
     Shapes: x `[..., *in]`, weight `[*in, *out]`, bias `[*out]`; gives `[..., *out]` in x's type, accumulated in fp32 at least.
     """
+    if isinstance(weight, Adapted):
+        y = _scaled(linear(x, weight.base, inputs=inputs) + _low(linear(x, weight.down, inputs=inputs), weight), weight)
+        return y if bias is None else y + whole(bias).astype(y.dtype)
     product = _narrow_linear if isinstance(weight, Narrow) else _linear
     return checkpoint_name(product(inputs, x, weight, None if bias is None else whole(bias)), PRODUCT)
 
 
 def lookup(tokens: Array, weight: Weight, dtype) -> Array:
     """Rows of a table: tokens int `[...]`, weight `[vocab, embed]`; gives `[..., embed]` in `dtype`."""
-    return jnp.take(whole(weight), tokens, axis=0, mode="clip").astype(dtype)
+    return looked_up(lambda table: jnp.take(whole(table), tokens, axis=0, mode="clip").astype(dtype), weight)
 
 
-def attend(x: Array, weight: Array) -> Array:
+def looked_up(rows: Callable[[Array | Split], Array], weight: Weight) -> Array:
+    """What `rows` finds in a table of arrays, as it is in one of any weight."""
+    if isinstance(weight, Twofold):
+        return looked_up(rows, weight.table)
+    if isinstance(weight, Adapted):
+        return _scaled(looked_up(rows, weight.base) + _low(rows(weight.down), weight), weight)
+    return rows(weight)
+
+
+def attend(x: Array, weight: Weight) -> Array:
     """Logits of a tied head: x `[..., embed]` against each row of weight `[vocab, embed]`; fp32 at least, `[..., vocab]`."""
+    if isinstance(weight, Twofold):
+        return attend(x, weight.head)
+    if isinstance(weight, Adapted) and weight.magnitude is None:
+        low = attend(x, weight.up) * weight.scale
+        return attend(x, weight.base) + attend(low.astype(x.dtype), weight.down)
+    if isinstance(weight, Adapted):
+        weight = merged(weight)
     return dot(x, weight.astype(x.dtype), x.ndim - 1, 1, wide(x.dtype))
 
 
@@ -176,7 +244,36 @@ def weight_gradient(x: Array, g: Array, dtype) -> Array:
 
 def whole(weight: Weight) -> Array:
     """A weight's numbers in its own type, for what is no product."""
+    if isinstance(weight, Adapted):
+        return merged(weight)
     return _whole(weight) if isinstance(weight, Split) else weight
+
+
+def merged(weight: Adapted) -> Array:
+    """An adapted weight as one array, in its base's type; the sum is formed in fp32 at least."""
+    full = _sum(weight)
+    return (full if weight.magnitude is None else full * _stretch(weight, full)).astype(weight.dtype)
+
+
+def _sum(weight: Adapted) -> Array:
+    base, down, up = (whole(part) for part in (weight.base, weight.down, weight.up))
+    kind = wide(weight.dtype)
+    added = jnp.tensordot(down.astype(kind) * weight.scale.astype(kind), up.astype(kind), 1, precision=jax.lax.Precision.HIGHEST)
+    return base.astype(kind) + added
+
+
+def _low(x: Array, weight: Adapted) -> Array:
+    return linear(x * weight.scale.astype(x.dtype), weight.up)
+
+
+def _stretch(weight: Adapted, full: Array) -> Array:
+    """By what each column is multiplied, `[*out]`."""
+    lengths = jnp.sqrt(jnp.sum(jnp.square(full), tuple(range(full.ndim - weight.magnitude.ndim))))
+    return jnp.where(jnp.any(weight.scale != 0), weight.magnitude / jax.lax.stop_gradient(lengths), 1)
+
+
+def _scaled(y: Array, weight: Adapted) -> Array:
+    return y if weight.magnitude is None else y * _stretch(weight, _sum(weight)).astype(y.dtype)
 
 
 @jax.custom_vjp
@@ -211,8 +308,12 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 def narrowed(sublayer: dict) -> dict:
-    """A sublayer's parameters, its linears' weights made `Narrow`."""
-    return {name: one | {"weight": Narrow(one["weight"])} if "weight" in one else one for name, one in sublayer.items()}
+    """A sublayer's parameters, its linears' weights made `Narrow`; of adapted ones what the adapter is over."""
+
+    def narrow(weight: Weight) -> Weight:
+        return weight.replace(base=narrow(weight.base)) if isinstance(weight, Adapted) else Narrow(weight)
+
+    return {name: one | {"weight": narrow(one["weight"])} if "weight" in one else one for name, one in sublayer.items()}
 
 
 def quantised(a: Array, dtype) -> tuple[Array, Array]:

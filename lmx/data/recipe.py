@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from lmx.data.corruption import word_starts
-from lmx.data.denoised import DenoisedBatches
-from lmx.data.denoising import Objective
+from lmx.data.denoised import DenoisedBatches, denoise
+from lmx.data.denoising import Objective, fit, has_decoder
 from lmx.data.packing import PACKINGS, Packing
 from lmx.data.pipeline import Batches
 from lmx.data.sources import documents, source_files, source_hash
@@ -55,6 +57,26 @@ class Data:
 
     cache: str = ".cache/lmx"
     """Folder for tokenised text and trained tokenizers, found again by the hash of what made them. It may be deleted at any time."""
+
+
+def decoder_columns(data: Data) -> int:
+    """Columns of the decoder's side of a row, 0 where rows have one side. Raises ValueError as `lmx.data.denoising.fit` does."""
+    return 0 if data.denoising is None else fit(data.denoising, data.length, data.decoder_length)[1]
+
+
+def has_two_sides(data: Data) -> bool:
+    """Whether rows have a source, which an encoder reads, and a target."""
+    return data.denoising is not None and has_decoder(data.denoising)
+
+
+def padding(data: Data) -> dict[str, np.ndarray]:
+    """A row without texts: the fields of a batch, their types and, but for the rows, their shapes. Raises as `denoise` does."""
+    if data.denoising is not None:
+        words = np.zeros(1, bool)  # any will do where no text is
+        return denoise(data.denoising, 0, [], length=data.length, decoder_length=data.decoder_length, seed=0, words=words)
+    names = ("tokens", "targets", "positions", *(() if data.packing == "stream" else ("segments",)))
+    row = {name: np.zeros(data.length, np.int32) for name in names}
+    return row | {"weights": np.zeros(data.length, np.float32), "example_id": np.uint32(0)}
 
 
 def make_batches(

@@ -5,10 +5,38 @@ model, params = interop.load("path")
 tokenizer = interop.load_tokenizer("path")
 outputs = interop.call(model, params, {"input_ids": ids})
 interop.save(model, params, "elsewhere")
+adapter = interop.load_adapter("adapter of PEFT's", model)
+adapted = interop.adapt(params, adapter)  # as params, for call, generate, and every forward
 """
 
 from lmx.interop.call import call
 from lmx.interop.checkpoint import Model, load, save, tensors
+from lmx.interop.new_adapter import new_adapter
+from lmx.interop.peft import Adapter, adapt, adapter_tensors, load_adapter, save_adapter, unmerge
+from lmx.interop.runs import export_run, import_run, load_run
 from lmx.interop.tokenizers import CheckpointTokenizer, load_tokenizer
+from lmx.interop.vocabulary import resize_vocabulary, untie
+from lmx.models.adapters import merge
 
-__all__ = ["CheckpointTokenizer", "Model", "call", "load", "load_tokenizer", "save", "tensors"]
+__all__ = [
+    "Adapter",
+    "CheckpointTokenizer",
+    "Model",
+    "adapt",
+    "adapter_tensors",
+    "call",
+    "export_run",
+    "import_run",
+    "load",
+    "load_adapter",
+    "load_run",
+    "load_tokenizer",
+    "merge",
+    "new_adapter",
+    "resize_vocabulary",
+    "save",
+    "save_adapter",
+    "tensors",
+    "unmerge",
+    "untie",
+]

@@ -19,9 +19,9 @@ from lmx.core.tree import Tree, name_of, named_leaves
 from lmx.interop.families import FAMILIES
 from lmx.interop.family import Family, Fused
 from lmx.interop.files import has_tensors, open_tensors, write_tensors
-from lmx.models import config as model_config
 from lmx.models.config import Transformer
-from lmx.models.families import functions
+from lmx.models.families import check, functions
+from lmx.models.vision_config import CLIP
 from lmx.parallel.layout import Layout
 from lmx.parallel.rules import rules, shardings
 
@@ -37,20 +37,24 @@ class Model:
       renamed: tensors that the checkpoint it was loaded from, an older one, calls otherwise than the table: their names in both.
     """
 
-    config: Transformer
+    config: Transformer | CLIP
     family: str
     about: str = "{}"
     renamed: tuple[tuple[str, str], ...] = ()
 
     @property
     def table(self) -> Family:
-        return FAMILIES[self.family]
+        return FAMILIES[self.family].of(json.loads(self.about))
 
     @property
     def hub(self) -> dict[str, Any]:
         """Its config.json. Where nothing is known of special tokens it says so: transformers would take the family's usual ones."""
         known = json.loads(self.about) or dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-        return known | self.table.write(self.config)
+        said = self.table.write(self.config)
+        for part in self.table.inside:
+            said[part.theirs] = part.said(known) | said[part.theirs]
+            known.pop(part.older, None)
+        return known | said
 
 
 def read_config(folder: Path) -> Model:
@@ -63,7 +67,7 @@ def read_config(folder: Path) -> Model:
     if kind not in FAMILIES:
         raise ValueError(f"{path}: model_type={kind!r} is not one of {', '.join(sorted(FAMILIES))}")
     model = Model(FAMILIES[kind].read(found), kind, json.dumps(found))
-    model_config.check(model.config)
+    check(model.config)
     return _untied(model, open_tensors(Path(folder))) if model.config.tied and has_tensors(Path(folder)) else model
 
 
@@ -135,7 +139,9 @@ def save(model: Model, params: Tree, folder: str | Path, *, dtype=None) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = model.hub
-    kind = np.dtype(dtype or {"bfloat16": ml_dtypes.bfloat16}.get(config.get("dtype") or config.get("torch_dtype")) or np.float32)
+    kind = np.dtype(
+        dtype or {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}.get(config.get("dtype") or config.get("torch_dtype")) or np.float32
+    )
     config["dtype"] = kind.name
     config.pop("torch_dtype", None)
     write_tensors(folder, {name: (shape, kind, make) for name, (shape, make) in _writers(model, params).items()})
@@ -161,26 +167,31 @@ class Names:
     """The checkpoint's names of a model's parameters."""
 
     def __init__(self, model: Model):
-        self.model = model
+        self.model, self.table = model, model.table
         self.specs = named_leaves(functions(model.config).specs(model.config), is_leaf=is_spec)
 
     @cached_property
     def places(self) -> dict[str, Place]:
         """By our path without group and place in the pattern: `layers/attention/query/weight`."""
         found = {}
-        for theirs, ours in self.model.table.modules_of(self.model.config).items():
+        for theirs, ours in self.table.modules_of(self.model.config).items():
             for i, part in enumerate(ours.parts if isinstance(ours, Fused) else (ours,)):
                 for suffix, own in (("", ""),) if theirs.endswith((".weight", ".bias")) else SUFFIXES:
                     found.setdefault(part + own, Place(theirs + suffix, ours if isinstance(ours, Fused) else None, i))
-        return found | {ours: Place(theirs, ones=ones) for theirs, (ours, ones) in self.model.table.tensors.items()}
+        return found | {ours: Place(theirs, ones=ones) for theirs, (ours, ones) in self.table.tensors_of(self.model.config).items()}
 
     def place(self, name: str) -> Place:
         """Of one of our leaves. Raises KeyError where the table lacks it: a defect of the table."""
         return self.places[short(name)]
 
     def turned(self, name: str) -> bool:
-        """Whether a linear layer is stored `[outputs, inputs]`; a head is in every family."""
-        return self.model.table.turned or name == "head"
+        """Whether a linear layer is stored `[outputs, inputs]`; a head is in every family, and what is no module in none."""
+        plain = {ours for ours, _ in self.table.tensors.values()}
+        return name == "head" or (self.table.turned and short(name) not in plain)
+
+    def kernel(self, name: str) -> bool:
+        """Whether a linear layer's inputs keep their dimensions."""
+        return short(name) in self.table.kernels
 
     def all(self) -> Iterator[str]:
         """Every tensor's name."""
@@ -188,7 +199,12 @@ class Names:
             place = self.place(name)
             for layer in self.layers(name):
                 for expert in range(spec.shape[1]) if "{expert}" in place.name else (0,):
-                    yield place.name.format(layer, expert=expert)
+                    if not self.unread(tensor := place.name.format(layer, expert=expert)):
+                        yield tensor
+
+    def unread(self, tensor: str) -> bool:
+        """Whether no file has a tensor of this name, which is nothing's."""
+        return any(fnmatchcase(tensor, pattern) for pattern in self.model.table.unread)
 
     def layers(self, name: str) -> list[int]:
         """The absolute layers of a stacked leaf; one that does not matter for others."""
@@ -197,11 +213,12 @@ class Names:
     def found(self, there: Mapping[str, np.ndarray]) -> tuple[dict[str, str], dict[str, np.ndarray]]:
         """What a file calls each tensor, by the names that the table has, and those that it may leave out, as zeros. Raises ValueError for
         what is missing and what is too much."""
-        table, wanted = self.model.table, dict.fromkeys(self.all())
+        table, wanted = self.table, dict.fromkeys(self.all())
+        shared = self.places["embed"].name if "embed" in self.places else None
         named = {}
         for name in wanted:
             own = _own_name(name, there, table)
-            if own is None and name == self.place("embed").name:
+            if own is None and name == shared:
                 own = next((n for n in there if any(fnmatchcase(n, p) for p in table.copies)), None)
             if own is not None:
                 named[name] = own
@@ -219,9 +236,10 @@ class Names:
             said = [f"lacks {_some(missing)}"] * bool(missing) + [f"has {_some(rest)}, which lmx knows nothing of"] * bool(rest)
             raise ValueError(f"the checkpoint of a {table.model_type} {', and '.join(said)}")
         for name in again:
-            shared = named[self.place("embed").name]
-            if not np.array_equal(there[name], there[shared]):
-                raise ValueError(f"the checkpoint of a {table.model_type} has {name}, which should repeat {shared} and differs from it")
+            if not np.array_equal(there[name], there[named[shared]]):
+                raise ValueError(
+                    f"the checkpoint of a {table.model_type} has {name}, which should repeat {named[shared]} and differs from it"
+                )
         return named, zeros
 
 
@@ -247,11 +265,18 @@ def _own_name(name: str, there: Mapping[str, np.ndarray], table: Family) -> str 
 
 
 def _variants(name: str, table: Family) -> Iterator[str]:
-    for one in (name, *(name.removesuffix(now) + before for now, before in table.renamed if name.endswith(now))):
-        yield one
-        for prefix in table.prefixes:
-            yield one.removeprefix(prefix)
-            yield prefix + one
+    for whole in (name, *(_said(name, dialect) for dialect in table.dialects)):
+        for one in (whole, *(whole.removesuffix(now) + before for now, before in table.renamed if whole.endswith(now))):
+            yield one
+            for prefix in table.prefixes:
+                yield one.removeprefix(prefix)
+                yield prefix + one
+
+
+def _said(name: str, dialect: tuple[tuple[str, str], ...]) -> str:
+    for now, then in dialect:
+        name = name.replace(now, then)
+    return name
 
 
 def _some(names: list[str]) -> str:
@@ -265,6 +290,8 @@ def _reader(there: Mapping[str, np.ndarray], name: str, spec: ParamSpec, names: 
     one = replace(spec, shape=spec.shape[1:], axes=spec.axes[1:]) if stacked else spec
 
     def layer(number: int) -> np.ndarray:
+        if names.unread(place.name.format(number, expert=0)):
+            return np.zeros(one.shape, np.float32)
         if "{expert}" not in place.name:
             return _ours(there[place.name.format(number)], one, place, name, names)
         each = replace(one, shape=one.shape[1:], axes=one.axes[1:])
@@ -286,6 +313,8 @@ def _ours(tensor: np.ndarray, spec: ParamSpec, place: Place, name: str, names: N
     outputs = sum(int(np.prod(s)) for s in shapes)
     inputs = int(np.prod(spec.shape[: spec.inputs]))
     turned = linear and names.turned(name)
+    if names.kernel(name) and tensor.shape == (outputs, *spec.shape[: spec.inputs]):
+        tensor = tensor.reshape(outputs, inputs)
     wanted = ((outputs, inputs) if turned else (inputs, outputs)) if linear else (outputs,) if place.fused else spec.shape
     if tensor.shape != tuple(wanted) and tensor.size == int(np.prod(wanted)) and not linear:
         tensor = tensor.reshape(wanted)
@@ -318,6 +347,8 @@ def _writers(model: Model, tree: Tree) -> dict[str, tuple[tuple[int, ...], Calla
             continue
         parts = [name] if place.fused is None else [sibling(name, part) for part in place.fused.parts]
         for repeat, layer in enumerate(names.layers(name)):
+            if names.unread(place.name.format(layer, expert=0)):
+                continue
             for expert in range(spec.shape[1]) if "{expert}" in place.name else (None,):
                 make = _Writer(leaves, parts, names, place, repeat if lead(name) else None, expert)
                 found[place.name.format(layer, expert=expert)] = (make.shape, make)
@@ -351,6 +382,8 @@ class _Writer:
             return (1,) * self.place.ones + (shapes[0] if whole else (sum(int(np.prod(s)) for s in shapes),))
         inputs = int(np.prod(shapes[0][: self._linear]))
         outputs = sum(int(np.prod(s[self._linear :])) for s in shapes)
+        if self.names.kernel(self.parts[0]):
+            return (outputs, *shapes[0][: self._linear])
         return (outputs, inputs) if self.names.turned(self.parts[0]) else (inputs, outputs)
 
     def __call__(self) -> np.ndarray:
@@ -361,4 +394,4 @@ class _Writer:
         if not lead:
             return joined.reshape(self.shape)
         matrix = joined.reshape(int(np.prod(joined.shape[:lead])), -1)
-        return matrix.T if self.names.turned(self.parts[0]) else matrix
+        return (matrix.T if self.names.turned(self.parts[0]) else matrix).reshape(self.shape)

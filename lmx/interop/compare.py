@@ -13,7 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from lmx.core.config import flatten, from_json
+from lmx.core.tree import named_leaves
+from lmx.interop.checkpoint import tensors
+from lmx.interop.compare_adapters import differences
 from lmx.interop.files import mapped, open_tensors
+from lmx.interop.runs import imported, is_run, load_run, run_params
+from lmx.train.experiment import Experiment
+from lmx.train.logging import read_record
 
 CLOSE = 1e-6
 """max|a - b| / max|b| up to which values are said to be rounded alike."""
@@ -28,6 +35,10 @@ class Opened:
     path: Path
     config: dict[str, Any]
     tensors: Mapping[str, np.ndarray]
+
+    @property
+    def adapter(self) -> bool:
+        return "peft_type" in self.config
 
 
 @dataclass(frozen=True)
@@ -60,8 +71,16 @@ class Report:
 
 
 def open_checkpoint(folder: str | Path) -> Opened:
-    """A Hugging Face checkpoint or a PEFT adapter. Raises ValueError for what is neither."""
+    """A Hugging Face checkpoint, a run (one that was imported by the checkpoint's names) or a PEFT adapter. Raises ValueError for what is
+    none."""
     folder = Path(folder)
+    if imported(folder):
+        model, params = load_run(folder)
+        return Opened(folder, model.hub, tensors(model, params))
+    if is_run(folder):
+        config = from_json(Experiment, read_record(folder)["config"]).model
+        leaves = named_leaves(run_params(folder, config))
+        return Opened(folder, flatten(config), {name: np.asarray(leaf) for name, leaf in leaves.items()})
     adapter = folder / "adapter_model.safetensors"
     if adapter.exists():
         return Opened(folder, json.loads((folder / "adapter_config.json").read_text()), mapped(adapter))
@@ -92,8 +111,13 @@ def compare(first: str | Path | Opened, second: str | Path | Opened) -> Report:
         for bare, (name, tensor) in own.items():
             if bare not in other:
                 say(_alone(bare, tensor, own, other, where), name)
+    if a.adapter and b.adapter:
+        found |= differences((a.config, a.tensors), (b.config, b.tensors))
+    elif a.adapter != b.adapter:
+        found["an adapter is compared with what is none"] = []
     findings = [Finding(what, tuple(names)) for what, names in found.items()]
-    findings += [Finding(what, ()) for what in _configs(a.config, b.config)]
+    file = "adapter_config.json" if a.adapter and b.adapter else "config.json"
+    findings += [Finding(f"{file}: {what}", ()) for what in _configs(a.config, b.config)]
     return Report(same, tuple(sorted(findings, key=lambda finding: -len(finding.names))))
 
 
@@ -188,4 +212,4 @@ def _configs(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
     silent = {"transformers_version", "_name_or_path", "architectures", "torch_dtype", "dtype"}
     for name in sorted({*a, *b} - silent):
         if a.get(name) != b.get(name):
-            yield f"config.json: {name} is {a.get(name, 'absent')!r} in the first and {b.get(name, 'absent')!r} in the second"
+            yield f"{name} is {a.get(name, 'absent')!r} in the first and {b.get(name, 'absent')!r} in the second"

@@ -4,7 +4,7 @@ Whatever the table does not know is refused by name, for a model that is almost 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from operator import attrgetter
 from typing import Any, Literal
@@ -32,6 +32,9 @@ GENERIC = (
     *("output_attentions", "output_hidden_states", "return_dict", "torchscript", "chunk_size_feed_forward", "gradient_checkpointing"),
     *("initializer_range", "initializer_factor", "init_std", "is_encoder_decoder", "pretraining_tp", "layerdrop"),
     *("*dropout*", "*_pdrop", "*layerdrop"),
+    *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "num_return_sequences", "temperature"),
+    *("top_k", "top_p", "typical_p", "*_penalty", "*no_repeat_ngram_size", "*suppress_tokens", "forced_*_token_id", "output_scores"),
+    *("bad_words_ids", "remove_invalid_values", "return_dict_in_generate", "use_bfloat16", "tf_legacy_loss", "pruned_heads"),
 )
 """Fields that say nothing of what a trained model computes."""
 REQUIRED = object()
@@ -82,6 +85,72 @@ class Fused:
 
 
 @dataclass(frozen=True)
+class Inside:
+    """A model inside another, of a family of its own.
+
+    Attributes:
+      theirs: the field of the outer config.json that its own is (`vision_config`).
+      ours: the field of our config that it is, and the beginning of our names of its parameters (`image`). Empty for a decoder, all of whose
+        fields and parameters are those of the whole (LLaVA's).
+      families: what it may be; the first where its config says no `model_type`.
+      lead: what stands before its tensors' names in the whole.
+      architecture: its class, where it is not its family's.
+      usual: its config where the outer one has none.
+      older: a field of older files that has precedence.
+    """
+
+    theirs: str
+    ours: str
+    families: tuple["Family", ...]
+    lead: str = ""
+    architecture: str | None = None
+    usual: Mapping[str, Any] = field(default_factory=dict)
+    older: str | None = None
+
+    def said(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Its config, from the outer one."""
+        older = config.get(self.older) if self.older else None
+        own = older if older is not None else config.get(self.theirs)
+        return dict(self.usual if own is None else own)
+
+    def of(self, config: Mapping[str, Any]) -> "Inside":
+        """The same, with the one family that it is of. Raises ValueError, with the name, where lmx has none."""
+        kind = self.said(config).get("model_type", self.families[0].model_type)
+        found = [family for family in self.families if family.model_type == kind]
+        if not found:
+            known = ", ".join(family.model_type for family in self.families)
+            raise ValueError(f"config.json: {self.theirs} has model_type={kind!r}, which is not supported; known is one of {known}")
+        return replace(self, families=(found[0].of(self.said(config)),))
+
+    def read(self, reader: "Reader") -> dict[str, Any]:
+        """Fields of the whole's config of ours."""
+        whole = {name: reader.take(name, None) for name in (self.theirs, self.older) if name}
+        family = self.of(whole).families[0]
+        config = family.read(self.said(whole) | {"architectures": [self.architecture or family.architecture]})
+        return {self.ours: config} if self.ours else {one.name: getattr(config, one.name) for one in fields(config)}
+
+    def write(self, config: Any) -> dict[str, Any]:
+        """Its config of theirs."""
+        return {self.theirs: {name: value for name, value in self.family.write(self.part(config)).items() if name != "architectures"}}
+
+    @property
+    def family(self) -> "Family":
+        return self.families[0]
+
+    def part(self, config: Any) -> Any:
+        """Its config of ours, from that of the whole."""
+        if self.ours:
+            return getattr(config, self.ours)
+        return self.family.kind(**{one.name: getattr(config, one.name) for one in fields(self.family.kind)})
+
+    def path(self, ours: str | Fused) -> str | Fused:
+        """A parameter's in the whole."""
+        if isinstance(ours, Fused):
+            return replace(ours, parts=tuple(self.path(part) for part in ours.parts))
+        return f"{self.ours}/{ours}" if self.ours else ours
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One of several classes that transformers has for a family's models, for it decides what stands on them.
 
@@ -112,7 +181,8 @@ class Family:
       modules: their module, `{}` for the layer, `{expert}` for an expert, to ours (or `Fused`). A module has a weight (a norm's scale) and,
         where ours has one, a bias; a name that ends in .weight or .bias is of that tensor alone.
       variants: modules that are called so in models of some configs alone.
-      tensors: their tensors of other names than modules have, to our parameter and how many dimensions of one theirs has before it.
+      tensors: their tensors of other names than modules have, to our parameter and how many dimensions of one theirs has before it;
+        never turned.
       turned: whether linear layers are stored `[outputs, inputs]`.
       prefixes: what published files may leave out before a name, or have before it.
       renamed: ends of names, and what older files have in their place.
@@ -121,7 +191,11 @@ class Family:
       leftover: patterns of tensors in older files that are no parameters.
       copies: patterns of tensors in older files that repeat the table of embeddings; one that differs from it is refused.
       zeros: tensors that a file without a head may lack, and that are then zeros.
+      unread: patterns of tensors that no file has, for nothing reads them: a layer's without what others have (RWKV-7's first).
       tokens: ids of special tokens that config.json may leave out.
+      kernels: our linear layers, by their paths, whose inputs are several dimensions in theirs too (a convolution's).
+      dialects: other ways of naming all tensors, each as what it has in place of parts of the names here.
+      inside: models of other families that this one is made of.
     """
 
     model_type: str
@@ -143,7 +217,24 @@ class Family:
     kind: type = Transformer
     copies: tuple[str, ...] = ()
     zeros: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
     tokens: Mapping[str, int] = field(default_factory=dict)
+    kernels: tuple[str, ...] = ()
+    dialects: tuple[tuple[tuple[str, str], ...], ...] = ()
+    inside: tuple[Inside, ...] = ()
+
+    def of(self, config: Mapping[str, Any]) -> "Family":
+        """The table of a model with this config.json: where other models are inside, with the tables of theirs."""
+        if not self.inside:
+            return self
+        inside = tuple(one.of(config) for one in self.inside)
+        return replace(
+            self,
+            inside=inside,
+            kernels=self.kernels + tuple(one.path(ours) for one in inside for ours in one.family.kernels),
+            leftover=self.leftover + tuple(pattern for one in inside for pattern in one.family.leftover),
+            renamed=self.renamed + tuple(pair for one in inside for pair in one.family.renamed),
+        )
 
     def read(self, config: Mapping[str, Any]) -> Transformer:
         """Our config from theirs. Raises ValueError, with the field, for what the table does not cover."""
@@ -154,6 +245,8 @@ class Family:
             if said not in self.architectures:
                 raise reader.refused("architectures", said, f"one of {', '.join(self.architectures)}")
             ours |= self.architectures[said].settings
+        for part in self.inside:
+            ours |= part.read(reader)
         for one in self.fields:
             value = reader.take(one.theirs, one.default)
             if one.values is not None:
@@ -186,6 +279,8 @@ class Family:
             if value is not None or one.default is not None:  # transformers takes some fields that are null for numbers
                 theirs[one.theirs] = value
         theirs |= {name: wanted[0] if isinstance(wanted, tuple) else wanted for name, wanted in self.expected.items()}
+        for part in self.inside:
+            theirs |= part.write(config)
         for _, to_theirs in self.more:
             theirs |= to_theirs(config)
         again = self.read(theirs)
@@ -211,7 +306,18 @@ class Family:
         names = variants | {name: ours for name, ours in self.modules.items() if name not in variants}
         found = {name.removeprefix(one.bare): ours for name, ours in names.items()}
         found |= one.modules
+        for part in self.inside:
+            found |= {part.lead + name: part.path(ours) for name, ours in part.family.modules_of(part.part(config)).items()}
         return dict(sorted(found.items(), key=lambda pair: (pair[1] == "head") == config.tied))
+
+    def tensors_of(self, config: Transformer) -> dict[str, tuple[str, int]]:
+        """`tensors` of a model's class."""
+        bare = self.architectures.get(self.named(config), Architecture({})).bare
+        found = {name.removeprefix(bare): what for name, what in self.tensors.items()}
+        for part in self.inside:
+            own = part.family.tensors_of(part.part(config))
+            found |= {part.lead + name: (part.path(ours), ones) for name, (ours, ones) in own.items()}
+        return found
 
 
 class Reader:

@@ -102,18 +102,26 @@ def write_tensors(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays as one file."""
+    _write(path, {name: (a.shape, a.dtype, lambda a=a: a) for name, a in tensors.items()}, {name: a.nbytes for name, a in tensors.items()})
+
+
 def _write(path: Path, tensors: Mapping, sizes: Mapping[str, int]) -> None:
+    """In the order, and with the header, of the format's own library, so that a file that is read and written is the same file."""
+    tensors = dict(sorted(tensors.items(), key=lambda pair: (-np.dtype(pair[1][1]).itemsize, pair[0])))
+
     def entries() -> Iterator[tuple[str, dict]]:
         start = 0
         for name, (shape, dtype, _) in tensors.items():
             yield name, {"dtype": NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [start, start + sizes[name]]}
             start += sizes[name]
 
-    header = json.dumps({"__metadata__": {"format": "pt"}} | dict(entries())).encode()
+    header = json.dumps({"__metadata__": {"format": "pt"}} | dict(entries()), separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
         for shape, dtype, make in tensors.values():
-            array = np.ascontiguousarray(make()).astype(dtype, copy=False)
+            array = np.asarray(make(), dtype, order="C")
             assert array.shape == tuple(shape), (array.shape, shape)
             file.write(array.tobytes())

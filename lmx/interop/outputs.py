@@ -13,9 +13,15 @@ from lmx.core.tree import Tree
 from lmx.interop.checkpoint import Model
 from lmx.models import heads
 from lmx.models.losses import cross_entropy, logits
+from lmx.models.transformer import Output
 
 IGNORED = -100
 """The label of what is not to be predicted."""
+
+
+def of_layers(output: Output, site: str, layers: int, side: str = "") -> tuple[Array, ...]:
+    """What was read at a site of each layer; of an encoder's with `side` encoder/."""
+    return tuple(output.taps[f"{side}layers/{i}/{site}"] for i in range(layers))
 
 
 def headed(
@@ -47,7 +53,7 @@ def headed(
     if config.head == "detector":
         real = jnp.ones_like(labels) if mask is None else mask
         return {"logits": rows, "loss": (real * _binary(rows, labels)).sum() / real.sum()}
-    return {"logits": rows, "loss": _of_classes(rows, labels, _problem(model, labels))}
+    return {"logits": rows, "loss": of_classes(model, rows, labels)}
 
 
 def _of_vocabulary(config, params: Tree, hidden: Array, labels: Array, execution: Execution) -> Array:
@@ -75,7 +81,9 @@ def _problem(model: Model, labels: Array) -> str:
     return said
 
 
-def _of_classes(rows: Array, labels: Array, problem: str) -> Array:
+def of_classes(model: Model, rows: Array, labels: Array) -> Array:
+    """The loss of a classifier's logits. Raises ValueError where config.json says another problem than transformers knows."""
+    problem = _problem(model, labels)
     if problem == "regression":
         return jnp.mean(jnp.square(rows - labels.reshape(rows.shape)))
     if problem == "multi_label_classification":

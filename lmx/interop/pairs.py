@@ -10,18 +10,23 @@ from jax import Array
 
 from lmx.core.execution import Execution
 from lmx.core.tree import Tree
+from lmx.interop import soft
 from lmx.interop.checkpoint import Model
-from lmx.interop.outputs import IGNORED, entropy_of
+from lmx.interop.outputs import IGNORED, entropy_of, of_layers
+from lmx.models import virtual
 from lmx.models.losses import logits
 from lmx.models.transformer import Source, forward
 
 TAKEN = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels")
 
 
-def call(model: Model, params: Tree, inputs: Mapping[str, Any], *, execution: Execution = Execution()) -> dict[str, Any]:
+def call(
+    model: Model, params: Tree, inputs: Mapping[str, Any], *, output_attentions: bool = False, execution: Execution = Execution()
+) -> dict[str, Any]:
     """What the peer's forward gives: `logits` (of the decoder), `encoder_last_hidden_state`, `encoder_hidden_states` and
     `decoder_hidden_states` (tuples: the embeddings, then each layer's output, the last one after the final norm), and with labels `loss`,
-    a mean over those that are not -100.
+    a mean over those that are not -100. With `output_attentions` also `encoder_attentions`, `decoder_attentions` and `cross_attentions`, as
+    `lmx.interop.call` gives attentions.
 
     Without `decoder_input_ids` the decoder reads the labels, shifted right. Positions as in `lmx.interop.call`. Differentiable in params.
 
@@ -38,20 +43,35 @@ def call(model: Model, params: Tree, inputs: Mapping[str, Any], *, execution: Ex
         if labels is None:
             raise ValueError(f"a {model.family} needs decoder_input_ids, or labels to make them of")
         tokens = shifted(model, labels)
-    (positions, segments), mask = places(given.get("attention_mask")), given.get("decoder_attention_mask")
-    source = Source(given["input_ids"], positions, segments)
-    positions, segments = places(mask)
-    taps = (*execution.taps, "layers/*/input", "encoder/layers/*/input")
+    prompt, prefix = virtual.prompt(params), virtual.prefix(params)
+    read = soft.behind({name: given.get(name) for name in ("input_ids", "attention_mask")}, prompt)
+    positions, segments = places(read["attention_mask"])
+    before = None
+    if prompt:
+        positions = soft.positions(model, read, segments, prompt, 0)
+        before = virtual.embedded(params, positions)
+    source = Source(read["input_ids"], positions, segments, before)
+    positions, segments = places(given.get("decoder_attention_mask"))
+    more = {}
+    if prefix:
+        positions = soft.positions(model, {"input_ids": tokens}, segments, 0, prefix)
+        more["cache"] = virtual.cache(params, config, len(tokens), prefix + tokens.shape[1], jnp.dtype(execution.precision.compute))
+    weights = ("layers/*/attention/weights", "layers/*/cross/weights", "encoder/layers/*/attention/weights") if output_attentions else ()
+    taps = (*execution.taps, "layers/*/input", "encoder/layers/*/input", *weights)
     with jax.default_matmul_precision(execution.precision.products):
         output = forward(
-            params, config, tokens, positions=positions, segments=segments, source=source, execution=replace(execution, taps=taps)
+            params, config, tokens, positions=positions, segments=segments, source=source, execution=replace(execution, taps=taps), **more
         )
         found: dict[str, Any] = {
             "logits": logits(params, config, output.hidden),
             "encoder_last_hidden_state": output.encoded,
-            "encoder_hidden_states": (*(output.taps[f"encoder/layers/{i}/input"] for i in range(config.encoder.layers)), output.encoded),
-            "decoder_hidden_states": (*(output.taps[f"layers/{i}/input"] for i in range(config.layers)), output.hidden),
+            "encoder_hidden_states": (*of_layers(output, "input", config.encoder.layers, "encoder/"), output.encoded),
+            "decoder_hidden_states": (*of_layers(output, "input", config.layers), output.hidden),
         }
+        if output_attentions:
+            found["encoder_attentions"] = of_layers(output, "attention/weights", config.encoder.layers, "encoder/")
+            found["decoder_attentions"] = of_layers(output, "attention/weights", config.layers)
+            found["cross_attentions"] = of_layers(output, "cross/weights", config.layers)
         if labels is not None:
             found["loss"] = entropy_of(config, params, output.hidden, labels, execution)
     return found

@@ -12,12 +12,13 @@ from lmx.core.weights import linear
 from lmx.kernels.masks import Mask
 from lmx.kernels.wide import wide
 from lmx.models import dropout as drop
-from lmx.models import norms
+from lmx.models import norms, transformer_xl
 from lmx.models.config import Transformer
 from lmx.models.dropout import Dropout
 from lmx.models.linears import linear_specs
 from lmx.models.positions import alibi_slopes
 from lmx.models.rope import rotate
+from lmx.models.sites import NONE, Sites
 from lmx.parallel.attention import attention as attend
 from lmx.parallel.rules import constrain
 
@@ -29,11 +30,13 @@ class Context:
     Attributes:
       mask, local_mask: the masks of global layers and of layers with the config's window.
       bias: what is added to every layer's scores, where positions are relative.
+      ordered: `transformer_xl.in_order` where there is no cache, for the config's Transformer-XL positions.
       source, source_mask: what an encoder made of another text, `[batch, keys, embed]`, when the cache has not its keys and values; and
         the mask of attention to it.
       rope, local_rope: cosines and sines of the positions, for global layers and for local ones, when the config rotates.
       slot: where in the cache the new keys go (int scalar), when there is a cache.
       dropout: None when nothing is dropped.
+      sites: of the layer at hand.
     """
 
     mask: Mask
@@ -43,8 +46,10 @@ class Context:
     slot: Array | None = None
     dropout: Dropout | None = None
     bias: Array | None = None
+    ordered: Array | None = None
     source: Array | None = None
     source_mask: Mask | None = None
+    sites: Sites = flax.struct.field(pytree_node=False, default=NONE)
 
 
 def specs(config: Transformer) -> Tree:
@@ -63,6 +68,8 @@ def specs(config: Transformer) -> Tree:
             axis, count = taken[name]
             size = (count * dim, axis) if config.qk_norm_joint else (dim, "head_dim")
             projections[f"{name}_norm"] = norms.specs("rmsnorm", *size, bias=False, offset=config.norm_offset)
+    if config.positions == "transformer_xl":
+        projections["distances"] = transformer_xl.specs(config)
     return projections
 
 
@@ -89,14 +96,19 @@ def attention(
     rope = context.local_rope if local else context.rope
     if rope is not None:
         query, key = (rotate(a, rope, interleaved=config.rope_interleaved) for a in (query, key))
-    query, key, value = (checkpoint_name(a, name) for a, name in ((query, "query"), (key, "key"), (value, "value")))
+    sites = context.sites
+    query, key, value = (_site(sites, "attention", name, a) for name, a in (("query", query), ("key", key), ("value", value)))
     if cache is not None:
         new = {"key": key, "value": value}
         at = (0, 0, context.slot, 0)
         new = {n: jax.lax.dynamic_update_slice(cache[n], new[n].swapaxes(1, 2).astype(cache[n].dtype), at) for n in new}
         cache = cache | new
         key, value = (cache[n].swapaxes(1, 2).astype(x.dtype) for n in ("key", "value"))
-    keep = None
+    bias, keep = context.bias, None
+    if config.positions == "transformer_xl":
+        scale = config.head_size**-0.5 if config.attention_scale is None else config.attention_scale
+        query, bias = transformer_xl.scored(query, params["distances"], context.mask, context.ordered, scale)
+        bias = constrain(bias, ("batch", "heads", None, None), execution.rules)
     if context.dropout is not None:
         keep = drop.keep(context.dropout, "attention/weights", layer, (config.heads, query.shape[1], key.shape[1]))
     mixed = attend(
@@ -108,10 +120,11 @@ def attention(
         scale=config.attention_scale,
         softcap=config.attention_softcap,
         slopes=_slopes(config, wide(x.dtype)) if config.positions == "alibi" else None,
-        bias=context.bias,
+        bias=bias,
         keep=keep,
+        site=sites.formed("attention"),
     )
-    return _output(mixed, params, execution), cache
+    return _output(mixed, "attention", sites, params, execution), cache
 
 
 def cross(
@@ -131,20 +144,21 @@ def cross(
       layer: as of `attention`.
       cache: with `{"source_key", "source_value"}` of `[batch, kv_heads, keys, head_dim]` from the first time on.
     """
-    query = project(x, params, "query", config, execution)
+    sites = context.sites
+    query = _site(sites, "cross", "query", project(x, params, "query", config, execution))
     if context.source is None:
         key, value = (cache[n].swapaxes(1, 2).astype(x.dtype) for n in ("source_key", "source_value"))
     else:
-        key, value = (project(context.source, params, name, config, execution) for name in ("key", "value"))
+        key, value = (_site(sites, "cross", name, project(context.source, params, name, config, execution)) for name in ("key", "value"))
         if cache is not None:
             kept = cache["key"].dtype
             cache = cache | {"source_key": key.swapaxes(1, 2).astype(kept), "source_value": value.swapaxes(1, 2).astype(kept)}
-    query, key, value = (checkpoint_name(a, name) for a, name in ((query, "query"), (key, "key"), (value, "value")))
     keep = None
     if context.dropout is not None:
         keep = drop.keep(context.dropout, "cross/weights", layer, (config.heads, query.shape[1], key.shape[1]))
     scaled = {"scale": config.attention_scale, "softcap": config.attention_softcap}
-    return _output(attend(query, key, value, context.source_mask, execution, **scaled, keep=keep), params, execution), cache
+    mixed = attend(query, key, value, context.source_mask, execution, **scaled, keep=keep, site=sites.formed("cross"))
+    return _output(mixed, "cross", sites, params, execution), cache
 
 
 def project(x: Array, params: Tree, name: str, config: Transformer, execution: Execution) -> Float[Array, "batch length some head_dim"]:
@@ -157,8 +171,13 @@ def project(x: Array, params: Tree, name: str, config: Transformer, execution: E
     return y
 
 
-def _output(mixed: Array, params: Tree, execution: Execution) -> Array:
-    mixed = checkpoint_name(constrain(mixed, ("batch", "length", "heads", None), execution.rules), "mixed")
+def _site(sites: Sites, where: str, name: str, value: Array) -> Array:
+    """A site, by whose name rematerialisation can keep it, too."""
+    return checkpoint_name(sites(f"{where}/{name}", value), name)
+
+
+def _output(mixed: Array, where: str, sites: Sites, params: Tree, execution: Execution) -> Array:
+    mixed = _site(sites, where, "mixed", constrain(mixed, ("batch", "length", "heads", None), execution.rules))
     return linear(mixed, params["output"]["weight"], params["output"].get("bias"), inputs=2)
 
 

@@ -44,7 +44,7 @@ def block(
     params = placed(params, specs(config, kind), execution)
     if execution.precision.fp8:
         params |= {name: narrowed(params[name]) for name in ("attention", "cross", "feedforward") if name in params}
-    mixture = is_mixture(config, kind)
+    mixture, sites = is_mixture(config, kind), context.sites
 
     def normed(y: Array, name: str) -> Array:
         return norms.norm(y, params[name], config.norm, config.norm_epsilon, offset=config.norm_offset) if name in params else y
@@ -61,9 +61,9 @@ def block(
         aux = {}
         if mixture:
             segments, decoding = context.mask.query_segments, cache is not None
-            y, aux = experts.experts(y, params["experts"], config, execution, segments=segments, decoding=decoding)
+            y, aux = experts.experts(y, params["experts"], config, execution, segments=segments, decoding=decoding, sites=sites)
         else:
-            y = feedforward.feedforward(y, params["feedforward"], config, execution)
+            y = feedforward.feedforward(y, params["feedforward"], config, execution, sites)
         return dropout.apply(y, context.dropout, "feedforward", layer), aux
 
     def settle(y: Array) -> Array:
@@ -76,21 +76,25 @@ def block(
     read_by_feed = (lambda y: y) if mixture else gathered
     if config.norm_placement == "post":
         y, new = attend(gathered(x))
-        x = settle(normed(x + y, "attention_norm_post"))
+        x = settle(normed(x + sites("attention/output", y), "attention_norm_post"))
         if "cross" in params:
+            x = sites("cross/input", x)
             y, new = across(gathered(x), new)
-            x = settle(normed(x + y, "cross_norm_post"))
+            x = settle(normed(x + sites("cross/output", y), "cross_norm_post"))
+        x = sites("residual", x)
         y, aux = feed(read_by_feed(x))
-        return settle(normed(x + y, "feedforward_norm_post")), new, aux
+        return settle(normed(x + sites("feedforward/output", y), "feedforward_norm_post")), new, aux
     read = gathered(normed(x, "attention_norm"))
     y, new = attend(read)
-    y = normed(y, "attention_norm_post")
+    y = sites("attention/output", normed(y, "attention_norm_post"))
     if config.parallel:
         fed, aux = feed(read_by_feed(normed(x, "feedforward_norm")) if config.parallel_norms else read)
-        return settle(x + y + normed(fed, "feedforward_norm_post")), new, aux
+        return settle(x + y + sites("feedforward/output", normed(fed, "feedforward_norm_post"))), new, aux
     x = settle(x + y)
     if "cross" in params:
+        x = sites("cross/input", x)
         y, new = across(gathered(normed(x, "cross_norm")), new)
-        x = settle(x + normed(y, "cross_norm_post"))
+        x = settle(x + sites("cross/output", normed(y, "cross_norm_post")))
+    x = sites("residual", x)
     y, aux = feed(read_by_feed(normed(x, "feedforward_norm")))
-    return settle(x + normed(y, "feedforward_norm_post")), new, aux
+    return settle(x + sites("feedforward/output", normed(y, "feedforward_norm_post"))), new, aux

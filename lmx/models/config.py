@@ -1,16 +1,18 @@
 """What a model is: one frozen value."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal, Protocol, runtime_checkable
 
+from lmx.models import rwkv_config
 from lmx.models.rope import RopeScaling, check_scaling
+from lmx.models.rwkv_config import RWKV
 
 Activation = Literal["gelu", "gelu_tanh", "gelu_quick", "relu", "relu_squared", "silu", "tanh"]
 Norm = Literal["layernorm", "rmsnorm"]
 Placement = Literal["pre", "post", "sandwich", "output"]
-Positions = Literal["rope", "alibi", "learned", "sinusoidal", "relative", "none"]
+Positions = Literal["rope", "alibi", "learned", "sinusoidal", "relative", "transformer_xl", "none"]
 LayerKind = Literal["global", "local", "global_dense", "local_dense"]
-Head = Literal["lm", "masked", "none", "pooler", "classifier", "tokens", "spans", "detector"]
+Head = Literal["lm", "masked", "none", "pooler", "classifier", "tokens", "spans", "detector", "projection"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Transformer:
     causal: bool = True
     """Whether a token sees only those up to itself (a decoder), or all of its text (an encoder)."""
     positions: Positions = "rope"
-    """How tokens know where they are."""
+    """How tokens know where they are. relative: T5's buckets of distances; transformer_xl: projected sinusoids of distances, as Gopher has
+    them."""
     alibi_scaled: bool = False
     """Whether ALiBi is added to products of queries and keys before they are multiplied by attention_scale (Falcon), not after."""
     first_position: int = 0
@@ -196,63 +199,35 @@ class EncoderDecoder(Transformer):
         return super().mixtures + self.encoder.mixtures
 
 
-@dataclass(frozen=True)
-class RWKV:
-    """A decoder whose layers carry a state of constant size from token to token: RWKV-4 (Peng et al., 2023, arXiv 2305.13048).
+@runtime_checkable
+class Model(Protocol):
+    """What the config of any model says, whatever computes it (`lmx.models.families`): what the stack, the heads and losses, the training loop
+    and checkpoints read without asking which it is. Of a model that has no such choice it is a class variable."""
 
-    Token embedding and its norm, a stack of layers (time mixing, channel mixing, a LayerNorm before each), a final norm, a head.
-    """
-
-    vocab: int = 0
-    """Rows of the embedding table. 0: the tokenizer's vocabulary, rounded up to a multiple of 8."""
-    layers: int = 4
-    """Layers in the stack."""
-    embed: int = 128
-    """Width of the residual stream."""
-    channels: int | None = None
-    """Width of time mixing. None: that of embed."""
-    mlp: int | None = None
-    """Width of channel mixing's hidden layer. None: 4 x embed."""
-    context: int = 1024
-    """Longest sequence. Nothing of the model depends on it."""
-    norm_epsilon: float = 1e-5
-    """Added to the variance by every norm but the last."""
-    final_norm_epsilon: float = 1e-5
-    """Added to the variance by the last norm."""
-    rescale_every: int = 0
-    """The residual stream is halved after every so many layers, and as much smaller what later layers add: fp16 does not overflow, and norms see
-    the same but for their epsilon. 0: never."""
-    tied: bool = False
-    """Whether the head is the embedding table."""
-    dropout: float = 0.0
-    """Share dropped of embeddings and each sublayer's output, in training."""
-    init_std: float = 0.02
-    """Standard deviation of initial weights; projections into the residual stream start at this / sqrt(2 layers)."""
-
-    pattern: ClassVar[tuple[str, ...]] = ("recurrent",)
-    bias: ClassVar[bool] = False
-    experts: ClassVar[int] = 0
-    logit_softcap: ClassVar[None] = None
-    logit_scale: ClassVar[None] = None
-    head_bias: ClassVar[bool] = False
-    head: ClassVar[str] = "lm"
-    labels: ClassVar[int] = 0
-    vocabulary_head: ClassVar[bool] = True
-    causal: ClassVar[bool] = True
-    shared_layers: ClassVar[bool] = False
-    token_types: ClassVar[int] = 0
+    vocab: int
+    layers: int
+    embed: int
+    context: int
+    tied: bool
+    dropout: float
+    init_std: float
+    pattern: tuple[str, ...]
+    shared_layers: bool
+    bias: bool
+    experts: int
+    token_types: int
+    causal: bool
+    head: str
+    head_bias: bool
+    labels: int
+    logit_scale: float | None
+    logit_softcap: float | None
 
     @property
-    def width(self) -> int:
-        return self.embed if self.channels is None else self.channels
+    def hidden(self) -> int: ...
 
     @property
-    def hidden(self) -> int:
-        return 4 * self.embed if self.mlp is None else self.mlp
-
-
-Model = Transformer | RWKV
-"""Any of them. Which functions compute it: `lmx.models.families`."""
+    def vocabulary_head(self) -> bool: ...
 
 
 def is_local(kind: LayerKind) -> bool:
@@ -274,7 +249,7 @@ def check(config: Model) -> None:
         raise ValueError(f"model.dropout={config.dropout} must be at least 0 and below 1")
     if isinstance(config, EncoderDecoder):
         _check_pair(config)
-    (_check_rwkv if isinstance(config, RWKV) else _check_transformer)(config)
+    (rwkv_config.check if isinstance(config, RWKV) else _check_transformer)(config)
 
 
 def divided(config: Model, tensor: int) -> dict[str, dict[str, int]]:
@@ -283,7 +258,10 @@ def divided(config: Model, tensor: int) -> dict[str, dict[str, int]]:
     vocab = {"model.vocab": config.vocab} if config.vocab else {}
     sizes = {"tensor": hidden | vocab, "fsdp": {"model.embed": config.embed}}
     if isinstance(config, RWKV):
-        return sizes | {"tensor": {"the width of time mixing (model.channels)": config.width} | hidden | vocab}
+        mixing = {"the width of time mixing (model.channels)": config.width}
+        if config.version > 4:
+            mixing = {"the heads of time mixing (model.channels / model.head_dim)": config.heads}
+        return sizes | {"tensor": mixing | hidden | vocab}
     # Fewer key heads than tensor shards are replicated; more must divide.
     uneven = config.key_heads % tensor and tensor % config.key_heads
     sizes["tensor"] = {"model.heads": config.heads} | hidden | ({"model.kv_heads": config.key_heads} if uneven else {}) | vocab
@@ -295,13 +273,6 @@ def divided(config: Model, tensor: int) -> dict[str, dict[str, int]]:
             own = {name.replace("model.", "model.encoder."): size for name, size in named.items()}
             sizes[axis] = sizes.get(axis, {}) | own
     return sizes
-
-
-def _check_rwkv(config: RWKV) -> None:
-    if config.channels is not None and config.channels < 1:
-        raise ValueError(f"model.channels={config.channels} must be at least 1")
-    if config.rescale_every < 0:
-        raise ValueError(f"model.rescale_every={config.rescale_every} must be at least 0; 0 halves nothing")
 
 
 def _check_transformer(config: Transformer) -> None:
@@ -326,6 +297,14 @@ def _check_transformer(config: Transformer) -> None:
             raise ValueError(
                 f"model.relative_buckets={config.relative_buckets} with model.relative_distance={config.relative_distance}: half of the "
                 f"buckets of a side ({exact}) are for one distance each and the rest for those up to relative_distance; both must be more"
+            )
+    if config.positions == "transformer_xl":
+        if config.embed % 2:
+            raise ValueError(f"model.embed={config.embed} is odd; positions transformer_xl are sines and cosines in pairs")
+        if config.attention_softcap is not None:
+            raise ValueError(
+                f"model.attention_softcap={config.attention_softcap} caps products of queries and keys alone, and positions transformer_xl "
+                "add another; set it to None"
             )
     if config.first_position < 0:
         raise ValueError(f"model.first_position={config.first_position} must be at least 0")
@@ -370,6 +349,8 @@ def _check_encoder(config: Transformer) -> None:
         raise ValueError(
             f"model.labels={config.labels} with model.head={config.head}: labels are of classifier and tokens; set both or neither"
         )
+    if config.head == "projection" and not hasattr(config, "summary"):
+        raise ValueError("model.head=projection is of what reads images or captions (lmx.models.vision_config), not of any transformer")
     if config.head_bias and not config.vocabulary_head:
         raise ValueError(f"model.head_bias is of logits of the vocabulary, which model.head={config.head} does not give")
     if config.embed_size is not None and config.head == "lm" and config.tied:
@@ -396,6 +377,8 @@ def _check_pair(config: EncoderDecoder) -> None:
         raise ValueError("model.encoder has an encoder itself; give it a Transformer")
     if not encoder.tied or encoder.head_bias:
         raise ValueError("model.encoder has no head: leave its tied and head_bias as they are")
+    if "transformer_xl" in (config.positions, encoder.positions):
+        raise ValueError("model.positions=transformer_xl is of a stack of its own, not of an encoder-decoder; use relative")
     if config.parallel:
         raise ValueError("model.parallel is of layers with two sublayers; one that attends to an encoder has three")
     try:

@@ -35,6 +35,7 @@ from lmx.kernels.wide import wide, widened
 from lmx.models import feedforward
 from lmx.models.config import Transformer
 from lmx.models.linears import linear_specs
+from lmx.models.sites import NONE, Sites
 from lmx.parallel.manual import axes, manual, names
 from lmx.parallel.rules import constrain, move, partition
 
@@ -70,6 +71,7 @@ def experts(
     *,
     segments: Int[Array, "batch length"] | None = None,
     decoding: bool = False,
+    sites: Sites = NONE,
 ) -> tuple[Float[Array, "batch length embed"], Aux]:
     """The sum of each token's experts, weighted by the router, and of the shared ones; and, unless decoding, auxiliary values.
 
@@ -88,7 +90,7 @@ def experts(
     capacity = None if decoding else capacity_of(config, x.shape[1])
     x = constrain(x, ("batch", "sequence", None), execution.rules)
     real = jnp.ones(x.shape[:2], bool) if segments is None else segments != 0
-    routing, aux = _route(x, params["router"]["weight"], real, config, capacity)
+    routing, aux = _route(x, params["router"]["weight"], real, config, capacity, sites)
     own = {name: params[name]["weight"] for name in params if name not in ("router", "shared", "shared_gate")}
     y = _on_mesh(x, routing, own, config, execution, capacity)
     if config.shared_experts:
@@ -120,8 +122,8 @@ class Routing(NamedTuple):
     weights: Array
 
 
-def _route(x: Array, weight: Array | Split, real: Array, config: Transformer, capacity: int | None) -> tuple[Routing, Aux]:
-    logits = linear(widened(x), weight)
+def _route(x: Array, weight: Array | Split, real: Array, config: Transformer, capacity: int | None, sites: Sites) -> tuple[Routing, Aux]:
+    logits = sites("router/logits", linear(widened(x), weight))
     probabilities = jax.nn.softmax(logits)
     chosen = _likeliest(jax.lax.stop_gradient(logits), config.experts_per_token)
     hits = jax.nn.one_hot(chosen, config.experts, dtype=logits.dtype) * real[..., None, None]

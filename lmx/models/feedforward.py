@@ -15,6 +15,7 @@ from lmx.kernels import devices
 from lmx.kernels.wide import widened
 from lmx.models.config import Transformer
 from lmx.models.linears import linear_specs
+from lmx.models.sites import NONE, Sites
 from lmx.parallel.rules import constrain
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -38,7 +39,7 @@ def specs(config: Transformer) -> Tree:
 
 
 def feedforward(
-    x: Float[Array, "batch length embed"], params: Tree, config: Transformer, execution: Execution
+    x: Float[Array, "batch length embed"], params: Tree, config: Transformer, execution: Execution, sites: Sites = NONE
 ) -> Float[Array, "batch length embed"]:
     """`down(activation(up(x)))`, or gated `down(activation(gate(x)) * up(x))` (GLU variants)."""
     activation = ACTIVATIONS[config.activation]
@@ -56,6 +57,6 @@ def feedforward(
 
     projected = [project(name) for name in (("gate", "up") if config.gated else ("up",))]
     # For the backward pass a CPU keeps only the projections: the activation is cheaper to do again than to write and read.
-    if devices.on_cpu():
+    if devices.on_cpu() and not sites.asked("feedforward/hidden"):
         return jax.checkpoint(lambda *projected: down(activated(*projected)))(*projected)
-    return down(jax.checkpoint(activated)(*projected))
+    return down(sites("feedforward/hidden", jax.checkpoint(activated)(*projected)))

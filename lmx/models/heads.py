@@ -32,6 +32,8 @@ def specs(config: Transformer) -> Tree:
         tree["transform_norm"] = norms.specs(config.norm, config.table_size, "embed", bias=config.bias, offset=config.norm_offset)
     if outputs := {"classifier": config.labels, "tokens": config.labels, "spans": 2, "detector": 1}.get(head):
         tree["classifier"] = dense((outputs,))
+    if head == "projection":
+        tree["projection"] = dense((config.summary_size,), bias=False)
     if config.vocabulary_head and not config.tied:
         width = config.table_size if head == "masked" else config.embed
         tree["head"] = ParamSpec((width, config.vocab), ("embed", "vocab"), 1, Normal(config.init_std))

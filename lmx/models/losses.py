@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from lmx.core.execution import Execution
 from lmx.core.params import ParamSpec
 from lmx.core.tree import Tree
-from lmx.core.weights import attend, dot, gradient_of, values, weight_gradient
+from lmx.core.weights import Twofold, attend, dot, gradient_of, values, weight_gradient, whole
 from lmx.kernels import devices
 from lmx.models import heads
 from lmx.models.config import Model
@@ -61,6 +61,7 @@ def cross_entropy(
     if not config.vocabulary_head:
         raise ValueError(f"model.head={config.head} gives no logits of the vocabulary to train; use lm or masked")
     head = params["embed"] if config.tied else params["head"].T
+    head = whole(head.head if isinstance(head, Twofold) else head)
     hidden = _scaled(heads.transformed(params, config, hidden, execution), config)
     if config.head_bias:  # one column more, that every hidden state has a one for
         head = jnp.concatenate([head, params["head_bias"][:, None]], 1)

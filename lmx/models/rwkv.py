@@ -1,4 +1,6 @@
-"""RWKV-4 (Peng et al., 2023, arXiv 2305.13048) as pure functions: a parameter table and one forward, in parallel and from token to token."""
+"""RWKV (Peng et al., 2023, arXiv 2305.13048; 2024, arXiv 2404.05892; 2025, arXiv 2503.14456) as pure functions: a parameter table and one
+forward, in parallel and from token to token. Time mixing of RWKV-4 is here, that of 5 and 6 in `lmx.models.rwkv_heads`, of 7 in
+`lmx.models.rwkv_delta`."""
 
 import math
 from dataclasses import dataclass
@@ -9,25 +11,27 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from lmx.core.execution import Execution
 from lmx.core.params import Normal, OfLayer, ParamSpec, is_spec
 from lmx.core.tree import Tree
-from lmx.core.weights import PRODUCT, Weight, linear, narrowed, whole
+from lmx.core.weights import linear, narrowed, whole
 from lmx.kernels.wide import wide, widened
 from lmx.kernels.wkv import empty, wkv, wkv_from
 from lmx.models import dropout as drop
-from lmx.models import norms, stack
+from lmx.models import norms, rwkv_delta, rwkv_heads, stack, token_shift
+from lmx.models import sites as named
 from lmx.models.config import RWKV
 from lmx.models.dropout import Dropout
 from lmx.models.experts import Aux
 from lmx.models.linears import linear_specs
+from lmx.models.sites import Edits
+from lmx.models.token_shift import BETWEEN, INSIDE, Context, latest, own_share, projected, token_before
 from lmx.models.transformer import Output
+from lmx.parallel.offload import fetched
 from lmx.parallel.rules import constrain, move, placed
 from lmx.parallel.tensor import lookup
-
-BETWEEN, INSIDE = ("batch", "sequence", None), ("batch", "length", None)
 
 
 @flax.struct.dataclass
@@ -36,32 +40,13 @@ class State:
 
     Attributes:
       layers: for each group of the stack, in the form of its parameters: of each sublayer what it last read, `{"attention": {"last", "sums"},
-        "feedforward": {"last"}}` with `last` of `[batch, embed]`, and the `lmx.kernels.wkv.Sums` of `[batch, channels]`.
+        "feedforward": {"last"}}` with `last` of `[batch, embed]`, and sums `lmx.kernels.wkv.Sums` of `[batch, channels]` or, from RWKV-5 on,
+        a matrix of each head `[batch, heads, head_dim, head_dim]`.
       segments: the segment of the last token, 0 before the first.
     """
 
     layers: Tree
     segments: Int[Array, "batch"]
-
-
-@flax.struct.dataclass
-class Context:
-    """What the layers of one forward share.
-
-    Attributes:
-      real: False at padding.
-      fresh: where a text begins.
-      follows: whether the token before in the row is of the same text.
-      resumes: of the first token of each row, whether it goes on from the state.
-      last: the index of each row's last token, -1 where all are padding.
-    """
-
-    real: Bool[Array, "batch length"]
-    fresh: Bool[Array, "batch length"]
-    follows: Bool[Array, "batch length"]
-    resumes: Bool[Array, "batch length"]
-    last: Int[Array, "batch"]
-    dropout: Dropout | None = None
 
 
 @dataclass(frozen=True)
@@ -83,19 +68,6 @@ class Bonus(OfLayer):
         return math.log(0.3) + 0.5 * ((jnp.arange(shape[0]) + 1) % 3 - 1)
 
 
-@dataclass(frozen=True)
-class Shift(OfLayer):
-    """The share of a token itself, the rest being the token's before: more of it in later dimensions and in deeper layers."""
-
-    layers: int
-    power: float = 1.0
-    more: float = 0.0
-
-    def at(self, layer: Array, shape: tuple[int, ...]) -> Array:
-        share = jnp.arange(shape[0]) / shape[0]
-        return share ** (self.power * (1 - layer / self.layers)) + self.more * layer / max(self.layers - 1, 1)
-
-
 def specs(config: RWKV) -> Tree:
     """The parameter table."""
     norm = norms.specs("layernorm", config.embed, "embed", bias=True)
@@ -112,31 +84,38 @@ def specs(config: RWKV) -> Tree:
 
 def layer_specs(config: RWKV, kind: str) -> Tree:
     """Parameters of one layer. A sublayer's `shift` holds, for each of its projections, the share of a token itself in what is projected."""
-    embed, width, hidden = ((size,) for size in (config.embed, config.width, config.hidden))
-
-    def shift(**inits: OfLayer) -> Tree:
-        return {name: ParamSpec(embed, ("embed",), init=init) for name, init in inits.items()}
-
-    plain, value = Shift(config.layers), Shift(config.layers, more=0.3)
-    attention = {name: linear_specs(embed, width, ("embed",), ("heads",), config) for name in ("key", "value", "receptance")}
     return {
         "attention_norm": norms.specs("layernorm", config.embed, "embed", bias=True),
-        "attention": attention
-        | {
-            "output": linear_specs(width, embed, ("heads",), ("embed",), config, residual=True),
-            "time": {
-                "decay": ParamSpec(width, ("heads",), init=Decay(config.layers)),
-                "bonus": ParamSpec(width, ("heads",), init=Bonus()),
-            },
-            "shift": shift(key=plain, value=value, receptance=Shift(config.layers, power=0.5)),
-        },
+        "attention": {4: time_specs, 7: rwkv_delta.specs}.get(config.version, rwkv_heads.specs)(config),
         "feedforward_norm": norms.specs("layernorm", config.embed, "embed", bias=True),
-        "feedforward": {
-            "key": linear_specs(embed, hidden, ("embed",), ("mlp",), config),
-            "receptance": linear_specs(embed, embed, ("embed",), (None,), config),
-            "value": linear_specs(hidden, embed, ("mlp",), ("embed",), config, residual=True),
-            "shift": shift(key=plain, receptance=plain),
+        "feedforward": _channel_specs(config),
+    }
+
+
+def _channel_specs(config: RWKV) -> Tree:
+    """Parameters of one layer's channel mixing, which has no gate in RWKV-7."""
+    embed, hidden = (config.embed,), (config.hidden,)
+    tree = {
+        "key": linear_specs(embed, hidden, ("embed",), ("mlp",), config),
+        "value": linear_specs(hidden, embed, ("mlp",), ("embed",), config, residual=True),
+    }
+    if config.version > 6:
+        return tree | {"shift": token_shift.specs(config, steep=4, key=(1.0, 0.0))}
+    gate = {"receptance": linear_specs(embed, embed, ("embed",), (None,), config)}
+    return tree | gate | {"shift": token_shift.specs(config, key=(1.0, 0.0), receptance=(1.0, 0.0))}
+
+
+def time_specs(config: RWKV) -> Tree:
+    """Parameters of one layer's time mixing in RWKV-4."""
+    embed, width = (config.embed,), (config.width,)
+    tree = {name: linear_specs(embed, width, ("embed",), ("heads",), config) for name in ("key", "value", "receptance")}
+    return tree | {
+        "output": linear_specs(width, embed, ("heads",), ("embed",), config, residual=True),
+        "time": {
+            "decay": ParamSpec(width, ("heads",), init=Decay(config.layers)),
+            "bonus": ParamSpec(width, ("heads",), init=Bonus()),
         },
+        "shift": token_shift.specs(config, key=(1.0, 0.0), value=(1.0, 0.3), receptance=(0.5, 0.0)),
     }
 
 
@@ -144,7 +123,8 @@ def empty_cache(config: RWKV, batch: int, slots: int = 0, dtype=jnp.float32, *, 
     """The state before the first token, for parameters as tuples of layers (`unrolled`) or stacked. It has no `slots`, however many a
     cache would need."""
     last = jnp.zeros((batch, config.embed), dtype)
-    layer = {"attention": {"last": last, "sums": empty(batch, config.width, wide(dtype))}, "feedforward": {"last": last}}
+    sums = empty(batch, config.width, wide(dtype)) if config.version == 4 else rwkv_heads.empty(config, batch, wide(dtype))
+    layer = {"attention": {"last": last, "sums": sums}, "feedforward": {"last": last}}
     stacked = {"0": jax.tree.map(lambda a: jnp.broadcast_to(a, (config.layers, *a.shape)), layer)}
     layers = (layer,) * config.layers if unrolled else stacked
     return State((layers,), jnp.zeros(batch, jnp.int32))
@@ -159,6 +139,7 @@ def forward(
     segments: Int[Array, "batch length"] | None = None,
     cache: State | None = None,
     dropout: Dropout | None = None,
+    edits: Edits | None = None,
     execution: Execution = Execution(),
 ) -> Output:
     """Hidden states of tokens, as `lmx.models.transformer.forward` gives them.
@@ -170,16 +151,23 @@ def forward(
         All one text when None. A text's tokens lie side by side.
       cache: the state after earlier tokens. The row's first text goes on from it where it has the segment of the last token (1, or None).
       dropout: None, or what is dropped from where.
+      edits: what is changed inside, by the names of `lmx.models.sites`.
     """
+    edits = edits or {}
+    named.check(config, execution, edits)
+    sites = named.outside(execution.taps, edits)
     context = _context(tokens.shape, segments, cache, dropout)
-    x = enter(params, config, tokens, positions, dropout, execution)
+    x = sites("embeddings", enter(params, config, tokens, positions, dropout, execution))
     before = None if cache is None else cache.layers
-    x, layers, aux, taps = stack.run_layers(x, params["layers"], config, context, execution, before, block)
-    hidden = leave(params, config, x, execution)
+    if config.version > 6:
+        context = context.replace(first=_first(x, params["layers"][0], config, context, execution, None if before is None else before[0]))
+    x, layers, aux, taps = stack.run_layers(x, params["layers"], config, context, execution, before, block, edits)
+    hidden = sites("final", leave(params, config, x, execution))
+    taps |= sites.found
     if cache is None:
         return Output(hidden, None, aux, taps)
     segments = jnp.ones_like(tokens) if segments is None else segments.astype(jnp.int32)
-    return Output(hidden, State(layers, _latest(segments[..., None], cache.segments[:, None], context)[:, 0]), aux, taps)
+    return Output(hidden, State(layers, latest(segments[..., None], cache.segments[:, None], context)[:, 0]), aux, taps)
 
 
 def enter(
@@ -236,13 +224,17 @@ def block(
     if execution.precision.fp8:
         params |= {name: narrowed(params[name]) for name in ("attention", "feedforward")}
     new = {}
-    for name, sublayer in (("attention", time_mixing), ("feedforward", channel_mixing)):
+    mixing = {4: time_mixing, 7: partial(rwkv_delta.time_mixing, layer=layer)}.get(config.version, rwkv_heads.time_mixing)
+    for name, sublayer in (("attention", mixing), ("feedforward", channel_mixing)):
         y = norms.norm(x, params[f"{name}_norm"], "layernorm", config.norm_epsilon)
         y = move(y, INSIDE, BETWEEN, execution.rules)
-        y, new[name] = sublayer(y, params[name], context, execution, None if cache is None else cache[name])
+        y, new[name] = sublayer(y, params[name], config, context, execution, None if cache is None else cache[name])
         if config.rescale_every:
             y = jnp.ldexp(y, -(layer // config.rescale_every)).astype(x.dtype)
-        x = constrain(x + drop.apply(y, context.dropout, name, layer), BETWEEN, execution.rules)
+        y = context.sites(f"{name}/output", drop.apply(y, context.dropout, name, layer))
+        x = constrain(x + y, BETWEEN, execution.rules)
+        if name == "attention":
+            x = context.sites("residual", x)
     if config.rescale_every:
         x = jnp.where((layer + 1) % config.rescale_every == 0, x / 2, x)
     return x, None if cache is None else new, {}
@@ -252,15 +244,29 @@ run_part = partial(stack.run_part, layer=block)
 """Consecutive layers: a stage of a pipeline."""
 
 
+def _first(x: Array, group: Tree, config: RWKV, context: Context, execution: Execution, cache: Tree | None) -> Array:
+    """The first layer's values, of what it reads, from the first group of parameters and states."""
+    stacked = isinstance(group, dict)
+    params = fetched(jax.tree.map(lambda a: a[0], group["0"])) if stacked else group[0]
+    state = None if cache is None else jax.tree.map(lambda a: a[0], cache["0"]) if stacked else cache[0]
+    params = placed(params, layer_specs(config, config.pattern[0]), execution)
+    attention = narrowed(params["attention"]) if execution.precision.fp8 else params["attention"]
+    y = norms.norm(x, params["attention_norm"], "layernorm", config.norm_epsilon)
+    y = move(y, INSIDE, BETWEEN, execution.rules)
+    before = token_before(y, context, None if state is None else state["attention"], execution)
+    return rwkv_delta.values(y, before, attention, config, execution)
+
+
 def time_mixing(
-    x: Float[Array, "batch length embed"], params: Tree, context: Context, execution: Execution, state: Tree | None
+    x: Float[Array, "batch length embed"], params: Tree, config: RWKV, context: Context, execution: Execution, state: Tree | None
 ) -> tuple[Float[Array, "batch length embed"], Tree | None]:
     """The sublayer that mixes tokens: `output(sigmoid(receptance) * wkv(key, value))`."""
-    before = _before(x, context, state, execution)
+    before = token_before(x, context, state, execution)
 
     def project(name: str, site: str) -> Array:
-        y = _projected(x, before, params["shift"][name], params[name]["weight"], execution, INSIDE)
-        return checkpoint_name(constrain(y, ("batch", "length", "heads"), execution.rules), site)
+        y = projected(x, before, lambda: own_share(params["shift"][name], config), params[name]["weight"], execution, INSIDE)
+        y = context.sites(f"attention/{site}", constrain(y, ("batch", "length", "heads"), execution.rules))
+        return checkpoint_name(y, site)
 
     receptance, key, value = project("receptance", "query"), project("key", "key"), project("value", "value")
     decay, bonus = -jnp.exp(widened(whole(params["time"]["decay"]))), widened(whole(params["time"]["bonus"]))
@@ -268,41 +274,30 @@ def time_mixing(
         mixed, new = wkv(key, value, decay, bonus, context.real, context.fresh), None
     else:
         mixed, sums = wkv_from(key, value, decay, bonus, context.real, context.fresh, state["sums"])
-        new = {"last": _latest(x, state["last"], context), "sums": sums}
-    mixed = checkpoint_name(constrain(mixed, ("batch", "length", "heads"), execution.rules), "mixed")
+        new = {"last": latest(x, state["last"], context), "sums": sums}
+    mixed = context.sites("attention/mixed", constrain(mixed, ("batch", "length", "heads"), execution.rules))
+    mixed = checkpoint_name(mixed, "mixed")
     return linear(_gated(receptance, mixed), params["output"]["weight"]), new
 
 
 def channel_mixing(
-    x: Float[Array, "batch length embed"], params: Tree, context: Context, execution: Execution, state: Tree | None
+    x: Float[Array, "batch length embed"], params: Tree, config: RWKV, context: Context, execution: Execution, state: Tree | None
 ) -> tuple[Float[Array, "batch length embed"], Tree | None]:
-    """The sublayer that mixes channels: `sigmoid(receptance) * value(relu(key)^2)`."""
-    before = _before(x, context, state, execution)
-    hidden = _projected(x, before, params["shift"]["key"], params["key"]["weight"], execution, INSIDE)
+    """The sublayer that mixes channels: `sigmoid(receptance) * value(relu(key)^2)`, in RWKV-7 without the gate."""
+    before = token_before(x, context, state, execution)
+    own = {name: partial(own_share, share, config) for name, share in params["shift"].items()}
+    hidden = projected(x, before, own["key"], params["key"]["weight"], execution, INSIDE)
     hidden = checkpoint_name(constrain(hidden, ("batch", "length", "mlp"), execution.rules), "hidden")
-    value = linear(jax.checkpoint(_squared)(hidden), params["value"]["weight"])
+    hidden = context.sites("feedforward/hidden", jax.checkpoint(_squared)(hidden))
+    value = linear(hidden, params["value"]["weight"])
+    new = None if state is None else {"last": latest(x, state["last"], context)}
+    if config.version > 6:
+        return constrain(value, BETWEEN, execution.rules), new
     # The gate is as wide as the residual stream: each tensor device computes that of its own part of the sequence.
-    receptance = _projected(x, before, params["shift"]["receptance"], params["receptance"]["weight"], execution, BETWEEN)
+    receptance = projected(x, before, own["receptance"], params["receptance"]["weight"], execution, BETWEEN)
     receptance = constrain(receptance, BETWEEN, execution.rules)
     y = _gated(receptance, constrain(value, BETWEEN, execution.rules))
-    return y, None if state is None else {"last": _latest(x, state["last"], context)}
-
-
-def _projected(
-    x: Array, before: Array, share: Weight, weight: Weight, execution: Execution, names: tuple[str | None, ...]
-) -> Float[Array, "batch length channels"]:
-    """A projection of each token mixed with the one before. The mixture is done again for the backward pass rather than kept.
-
-    Tokens are mixed where all of the sequence is, and then are where `names` say: else XLA would shift them from device to device.
-    """
-
-    @jax.checkpoint
-    def project(x: Array, before: Array) -> Array:
-        own = widened(whole(share))
-        mixture = (widened(x) * own + widened(before) * (1 - own)).astype(x.dtype)
-        return linear(move(mixture, names, INSIDE, execution.rules), weight)
-
-    return checkpoint_name(project(x, before), PRODUCT)
+    return y, new
 
 
 @jax.checkpoint
@@ -314,22 +309,9 @@ def _squared(hidden: Array) -> Array:
     return jnp.square(jax.nn.relu(widened(hidden))).astype(hidden.dtype)
 
 
-def _before(x: Array, context: Context, state: Tree | None, execution: Execution) -> Array:
-    """What was read of the token before, within the text."""
-    before = jnp.where(context.follows[..., None], jnp.roll(x, 1, 1), 0)
-    if state is not None:
-        before = jnp.where(context.resumes[..., None], state["last"][:, None].astype(x.dtype), before)
-    return constrain(before, INSIDE, execution.rules)
-
-
-def _latest(x: Array, last: Array, context: Context) -> Array:
-    """x `[batch, length, n]` at each row's last token; what was so before where all are padding."""
-    found = jnp.take_along_axis(x, jnp.maximum(context.last, 0)[:, None, None], 1)[:, 0]
-    return jnp.where(context.last[:, None] >= 0, found.astype(last.dtype), last)
-
-
 def flops_per_token(config: RWKV, length: int) -> float:
-    """FLOPs of training on one token, forward and backward, as MFU counts them: 6 for each weight that multiplies it. What is done channel
-    by channel is not counted; it does not depend on the length."""
+    """FLOPs of training on one token, forward and backward, as MFU counts them: 6 for each weight that multiplies it, and for
+    each time that a number of heads' matrices is written or read. What is done channel by channel is not counted; nothing depends on the length."""
+    heads = {4: 0.0, 7: 24.0}.get(config.version, 12.0) * config.layers * config.width * config.head_dim
     weights = sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs(config), is_leaf=is_spec) if spec.inputs)
-    return 6.0 * (weights + (config.vocab * config.embed if config.tied else 0))
+    return 6.0 * (weights + (config.vocab * config.embed if config.tied else 0)) + heads

@@ -8,12 +8,11 @@ A group's parameters (and its cache) are held in one of two forms, which `unstac
 
 Where all repeats share their parameters (ALBERT), either form holds those of one.
 
-What a layer has inside comes back by its name where `Execution.taps` has a pattern for it: `layers/3/input` is the residual stream as layer 3
-reads it, `layers/*/output` what each layer leaves.
+What a layer has inside comes back by its name where `Execution.taps` asks for it, and is changed by edits (`lmx.models.sites`).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +22,12 @@ from jaxtyping import Float
 
 from lmx.core.execution import Execution
 from lmx.core.params import stacked
-from lmx.core.tree import Tree, matches
+from lmx.core.tree import Tree
 from lmx.core.weights import PRODUCT
-from lmx.models import block
+from lmx.models import block, sites
 from lmx.models.config import Model
 from lmx.models.experts import Aux
+from lmx.models.sites import Asked, Edits
 from lmx.parallel.offload import HOST, fetched
 
 INPUT = "layer input"
@@ -95,15 +95,16 @@ def run_layers(
     execution: Execution,
     cache: Tree | None = None,
     layer: Callable = block.block,
+    edits: Edits | None = None,
 ) -> tuple[Float[Array, "batch length embed"], Tree | None, Aux, dict[str, Array]]:
     """Runs every layer, whichever form each group is in; gives the output, the cache in the form it came in, auxiliary values summed
-    over layers, and what is tapped, by its name. `context` is what layers share; `layer` is one layer, `lmx.models.block.block` or a
-    function of its form."""
+    over layers, and what is tapped, by its name. `context` is what layers share, with the `sites` of each; `layer` is one layer,
+    `lmx.models.block.block` or a function of its form."""
     caches, aux, tapped = [], {}, {}
     for g, (group, layers) in enumerate(zip(groups(config), params, strict=True)):
         before = None if cache is None else cache[g]
         run = _scan if isinstance(layers, dict) else _unrolled
-        x, after, more, inside = run(x, layers, before, group, config, context, execution, layer)
+        x, after, more, inside = run(x, layers, before, group, config, context, execution, edits or {}, layer)
         caches.append(after)
         aux, tapped = added(aux, more), tapped | inside
     return x, None if cache is None else tuple(caches), aux, tapped
@@ -117,53 +118,56 @@ def added(aux: Aux, more: Aux) -> Aux:
 def run_part(
     x: Array, layers: Tree, config: Model, context: Tree, execution: Execution, first: Array, layer: Callable = block.block
 ) -> tuple[Float[Array, "batch length embed"], Aux]:
-    """Runs consecutive repeats of a stack that is one group, from the repeat `first` on: a stage of a pipeline."""
+    """Runs consecutive repeats of a stack that is one group, from the repeat `first` on: a stage of a pipeline. Its sites have no names."""
     period = len(config.pattern)
     group = Group(config.pattern, jax.tree.leaves(layers)[0].shape[0], first * period)
-    x, _, aux, _ = _scan(x, layers, None, group, config, context, execution, layer)
+    x, _, aux, _ = _scan(x, layers, None, group, config, context, replace(execution, taps=()), {}, layer)
     return x, aux
 
 
-def _unrolled(x, layers, cache, group, config, context, execution, run):
+def _unrolled(x, layers, cache, group, config, context, execution, edits, run):
     new, aux, tapped = [], {}, {}
     for i, params in enumerate(layers * group.repeats if config.shared_layers else layers):
         repeat, place = divmod(i, len(group.pattern))
         kept = None if cache is None else cache[i]
         kind, layer = group.pattern[place], group.layer(repeat, place)
-        y, after, more = run(x, params, config, context, execution, kind=kind, layer=layer, cache=kept)
-        inside = {f"layers/{layer}/input": x, f"layers/{layer}/output": y}
-        tapped |= {name: value for name, value in inside.items() if matches(name, execution.taps)}
-        x = y
+        asked = sites.ask(sites.of_layer(config, kind), (layer,), execution.taps, edits)
+        here = asked.sites(jax.tree.map(lambda a: a[0], asked.inputs))
+        x = here("input", x)
+        x, after, more = run(x, params, config, context.replace(sites=here), execution, kind=kind, layer=layer, cache=kept)
+        x = here("output", x)
+        tapped |= {asked.taps[site][0]: value for site, value in here.found.items()}
         new.append(after)
         aux = added(aux, more)
     return x, None if cache is None else tuple(new), aux, tapped
 
 
-def _scan(x, layers, cache, group, config, context, execution, run):
+def _scan(x, layers, cache, group, config, context, execution, edits, run):
     def repeat(x, inputs):
-        index, params, kept = inputs
+        index, params, kept, changes = inputs
         params = shared if params is None else params
         x, params = checkpoint_name(x, INPUT), fetched(params)
         new, aux, inside = {}, {}, {}
         for p, kind in enumerate(group.pattern):
-            if (p, "input") in tapped:
-                inside[p, "input"] = x
+            here = asked[p].sites(changes[p])
+            x = here("input", x)
             before = None if kept is None else kept[str(p)]
             at = group.layer(index, p)
-            x, new[str(p)], more = run(x, params[str(p)], config, context, execution, kind=kind, layer=at, cache=before)
-            if (p, "output") in tapped:
-                inside[p, "output"] = x
+            own = context.replace(sites=here)
+            x, new[str(p)], more = run(x, params[str(p)], config, own, execution, kind=kind, layer=at, cache=before)
+            x, inside[p] = here("output", x), here.found
             aux = added(aux, more)
         return x, (None if kept is None else new, aux, inside)
 
-    places = range(len(group.pattern))
-    names = {(p, s): {r: f"layers/{group.layer(r, p)}/{s}" for r in range(group.repeats)} for p in places for s in ("input", "output")}
-    tapped = {at: {r: name for r, name in of.items() if matches(name, execution.taps)} for at, of in names.items()}
-    tapped = {at: of for at, of in tapped.items() if of}
+    def ask(p: int, kind: str) -> Asked:
+        layers = [group.layer(r, p) for r in range(group.repeats)]
+        return sites.ask(sites.of_layer(config, kind), layers, execution.taps, edits)
+
+    asked = [ask(p, kind) for p, kind in enumerate(group.pattern)]
     shared = jax.tree.map(lambda a: a[0], layers) if config.shared_layers else None
-    inputs = (jnp.arange(group.repeats), None if config.shared_layers else layers, cache)
+    inputs = (jnp.arange(group.repeats), None if config.shared_layers else layers, cache, [of.inputs for of in asked])
     x, (new, aux, inside) = jax.lax.scan(_remat(repeat, execution), x, inputs, unroll=execution.unroll)
-    found = {name: inside[at][r] for at, of in tapped.items() for r, name in of.items()}
+    found = {name: value[r] for p, of in inside.items() for site, value in of.items() for r, name in asked[p].taps[site].items()}
     return x, new, jax.tree.map(lambda a: a.sum(0), aux), found
 
 

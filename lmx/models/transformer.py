@@ -9,16 +9,17 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from lmx.core.execution import Execution
 from lmx.core.params import Normal, ParamSpec, is_spec
-from lmx.core.tree import Tree
+from lmx.core.tree import Tree, name_of
 from lmx.core.weights import linear, whole
 from lmx.kernels.masks import Mask
 from lmx.kernels.wide import wide
 from lmx.models import dropout as drop
-from lmx.models import heads, norms, stack
+from lmx.models import heads, norms, stack, transformer_xl
+from lmx.models import sites as named
 from lmx.models.attention import Context
 from lmx.models.config import EncoderDecoder, Transformer
 from lmx.models.dropout import Dropout
@@ -26,6 +27,7 @@ from lmx.models.experts import Aux
 from lmx.models.linears import linear_specs
 from lmx.models.positions import bucket_bias, buckets, sinusoids
 from lmx.models.rope import rope_table
+from lmx.models.sites import Edits
 from lmx.parallel.rules import constrain, placed
 from lmx.parallel.tensor import lookup
 
@@ -51,12 +53,26 @@ class Cache:
 
 
 @flax.struct.dataclass
+class Embedded:
+    """Vectors in place of tokens' embeddings (of an image's patches, of a soft prompt); positions are added to them as to others.
+
+    Attributes:
+      vectors: what the first layer is to read there; others do not matter.
+      where: which tokens they stand for.
+    """
+
+    vectors: Float[Array, "batch length embed"]
+    where: Bool[Array, "batch length"]
+
+
+@flax.struct.dataclass
 class Source:
     """The text that an encoder reads, as `forward` takes one."""
 
     tokens: Int[Array, "batch source"]
     positions: Int[Array, "batch source"] | None = None
     segments: Int[Array, "batch source"] | None = None
+    given: Embedded | None = None
 
 
 @flax.struct.dataclass
@@ -67,7 +83,7 @@ class Output:
       hidden: hidden states after the final norm, in the compute type.
       cache: the cache, if there was one, of whatever kind the model's is.
       aux: auxiliary values, a number a row, summed over layers (`lmx.models.experts.Aux`).
-      taps: what `Execution.taps` asks for, by name (`lmx.models.stack`); the encoder's are `encoder/layers/...`.
+      taps: what `Execution.taps` asks for, by name (`lmx.models.sites`).
       encoded: hidden states of the encoder, where it has just read a source.
     """
 
@@ -130,9 +146,11 @@ def forward(
     prefix: Int[Array, "batch length"] | None = None,
     block_positions: Int[Array, "batch length"] | None = None,
     token_types: Int[Array, "batch length"] | None = None,
+    given: Embedded | None = None,
     cache: Cache | None = None,
     source: Source | None = None,
     dropout: Dropout | None = None,
+    edits: Edits | None = None,
     execution: Execution = Execution(),
 ) -> Output:
     """Hidden states of tokens. Training, scoring, prefill and decoding are this one function.
@@ -145,14 +163,19 @@ def forward(
         cache.
       block_positions: each token's place in the span that it fills (GLM), 0 outside of one; for models that have such positions.
       token_types: each token's kind, in a model that has kinds; 0 when None.
+      given: vectors that are read in place of some tokens' embeddings.
       cache: keys and values of earlier tokens. New ones are written to its next slots; the caller keeps count of what fits.
       source: what the encoder of an encoder-decoder reads; a token attends to what is of its own segment there. With a cache it is given
         the first time alone: each layer's keys and values of it are kept.
       dropout: None, or what is dropped from where.
+      edits: what is changed inside, by the names of `lmx.models.sites`.
 
     Raises:
-      ValueError: a source that is missing, or that nothing reads.
+      ValueError: a source that is missing, or that nothing reads; a name that is no site's.
     """
+    edits = edits or {}
+    named.check(config, execution, edits)
+    sites = named.outside(execution.taps, edits)
     batch, length = tokens.shape
     if positions is None:
         start = 0 if cache is None else cache.used
@@ -162,7 +185,7 @@ def forward(
     read = None
     if isinstance(config, EncoderDecoder):
         if source is not None:
-            read = _encode(params, config, source, dropout, execution)
+            read = _encode(params, config, source, dropout, edits, execution)
             context = context.replace(source=read.hidden)
             seen = jnp.ones_like(source.tokens) if source.segments is None else source.segments
             cache = None if cache is None else cache.replace(source_segments=seen)
@@ -175,24 +198,25 @@ def forward(
     elif source is not None:
         raise ValueError("the model has no encoder to read a source; leave it out")
 
-    x = enter(params, config, tokens, positions, dropout, execution, block_positions, token_types)
-    x, layers, aux, tapped = stack.run_layers(x, params["layers"], config, context, execution, None if cache is None else cache.layers)
-    hidden = leave(params, config, x, execution)
+    x = sites("embeddings", enter(params, config, tokens, positions, dropout, execution, block_positions, token_types, given))
+    before = None if cache is None else cache.layers
+    x, layers, aux, tapped = stack.run_layers(x, params["layers"], config, context, execution, before, edits=edits)
+    hidden = sites("final", leave(params, config, x, execution))
+    tapped |= sites.found
     after = None if cache is None else cache.replace(layers=layers, used=cache.used + length)
     if read is None:
         return Output(hidden, after, aux, tapped)
     return Output(hidden, after, stack.added(read.aux, aux), read.taps | tapped, read.hidden)
 
 
-def _encode(params: Tree, config: EncoderDecoder, source: Source, dropout: Dropout | None, execution: Execution) -> Output:
-    """What the encoder makes of a source: the same forward, with the decoder's embeddings, and sites of dropout and taps of its own."""
+def _encode(params: Tree, config: EncoderDecoder, source: Source, dropout: Dropout | None, edits: Edits, execution: Execution) -> Output:
+    """What the encoder makes of a source: the same forward, with the decoder's embeddings, and sites of its own."""
     if dropout is not None:
         dropout = dropout.replace(key=jax.random.fold_in(dropout.key, zlib.crc32(b"encoder")))
-    taps = tuple(name.removeprefix("encoder/") for name in execution.taps if name.startswith("encoder/"))
-    own, execution = params["encoder"] | {"embed": params["embed"]}, replace(execution, taps=taps)
-    output = forward(
-        own, config.encoder, source.tokens, positions=source.positions, segments=source.segments, dropout=dropout, execution=execution
-    )
+    inner = named.inner(dict.fromkeys(execution.taps), "encoder/"), named.inner(edits, "encoder/")
+    own, execution = params["encoder"] | {"embed": params["embed"]}, replace(execution, taps=tuple(inner[0]))
+    read = {"positions": source.positions, "segments": source.segments, "given": source.given}
+    output = forward(own, config.encoder, source.tokens, **read, dropout=dropout, edits=inner[1], execution=execution)
     return output.replace(taps={f"encoder/{name}": value for name, value in output.taps.items()})
 
 
@@ -205,6 +229,7 @@ def enter(
     execution: Execution,
     block_positions: Array | None = None,
     token_types: Array | None = None,
+    given: Embedded | None = None,
 ) -> Float[Array, "batch length embed"]:
     """What the first layer reads."""
     if block_positions is not None and not config.block_positions:
@@ -213,6 +238,8 @@ def enter(
     x = lookup(tokens, params["embed"], dtype, execution.rules)
     if config.embed_scale:
         x = x * jnp.asarray(math.sqrt(config.embed), dtype)
+    if given is not None:
+        x = jnp.where(given.where[..., None], given.vectors.astype(dtype), x)
     if config.token_types:
         kinds = jnp.zeros_like(tokens) if token_types is None else token_types
         x = x + lookup(kinds, params["token_types"], dtype, execution.rules, None)
@@ -239,8 +266,8 @@ def leave(params: Tree, config: Transformer, x: Array, execution: Execution) -> 
 
 def _own(params: Tree, config: Transformer, execution: Execution) -> Tree:
     """The parameters outside the stack."""
-    own = {name: value for name, value in params.items() if name not in ("layers", "encoder")}
-    return placed(own, {name: spec for name, spec in specs(config).items() if name in own}, execution)
+    own = {name: spec for name, spec in specs(config).items() if name not in ("layers", "encoder") and name in params}
+    return placed({name: params[name] for name in own}, own, execution)
 
 
 def share(
@@ -293,7 +320,8 @@ def _context(config, positions, segments, prefix, cache, dropout, execution) -> 
         if config.local_rope_theta is not None:
             local_rope = rope_table(positions, config.rope_size, config.local_rope_theta, dtype)
     local = mask if config.window is None else mask.replace(window=config.window)
-    return Context(mask, local, rope, local_rope, None if cache is None else cache.used, dropout), cache
+    ordered = transformer_xl.in_order(mask, positions.shape[1]) if config.positions == "transformer_xl" and cache is None else None
+    return Context(mask, local, rope, local_rope, None if cache is None else cache.used, dropout, ordered=ordered), cache
 
 
 def _bias(params: Tree, config: Transformer, mask: Mask, queries: int, execution: Execution) -> Array | None:
@@ -306,17 +334,28 @@ def _bias(params: Tree, config: Transformer, mask: Mask, queries: int, execution
     return constrain(bias, ("batch", "heads", None, None), execution.rules)
 
 
-def flops_per_token(config: Transformer, length: int) -> float:
+def flops_per_token(config: Transformer, length: int, source: int = 0) -> float:
     """FLOPs of training on one token, forward and backward, as MFU counts them (PaLM, appendix B): 6 for each weight that multiplies it
     (of experts, the share that a token passes through), and 12 x layers x heads x head_dim x length for attention's scores and sums,
-    masked halves included; nothing recomputed. Of an encoder-decoder: on a token of a target, with a source of the same length."""
+    masked halves included; nothing recomputed. Transformer-XL's positions make the 12 an 18, and their projection, which multiplies
+    distances, is not counted. Of an encoder-decoder: on a token of a target of that length, with its share of a `source` (of the target's
+    length when 0), which the encoder and the keys and values made of it multiply."""
+    share = (source or length) / length
 
-    def active(spec: ParamSpec) -> float:
+    def active(path: tuple, spec: ParamSpec) -> float:
         often = config.layers // len(config.pattern) if config.shared_layers and spec.layers else 1
+        names = name_of(path).split("/")
+        if names[0] == "encoder" or ("cross" in names and names[-2] in ("key", "value")):
+            often *= share
         return often * math.prod(spec.shape) * (config.experts_per_token / config.experts if "experts" in spec.axes else 1)
 
-    leaves = jax.tree.leaves(specs(config), is_leaf=is_spec)
+    leaves = jax.tree_util.tree_leaves_with_path(specs(config), is_leaf=is_spec)
     tied = config.vocab * config.table_size if config.tied and config.vocabulary_head else 0
-    weights = sum(active(spec) for spec in leaves if spec.inputs) + tied
-    scored = [(config, 1)] if not isinstance(config, EncoderDecoder) else [(config, 2), (config.encoder, 1)]
-    return 6.0 * weights + sum(12.0 * times * one.layers * one.heads * one.head_size * length for one, times in scored)
+    weights = sum(active(path, spec) for path, spec in leaves if spec.inputs) + tied
+    scores = config.layers * config.heads * config.head_size * length
+    if config.positions == "transformer_xl":
+        weights, scores = weights - config.layers * config.embed * config.heads * config.head_size, 1.5 * scores
+    if isinstance(config, EncoderDecoder):
+        encoder = config.encoder
+        scores = (1 + share) * scores + share**2 * encoder.layers * encoder.heads * encoder.head_size * length
+    return 6.0 * weights + 12.0 * scores

@@ -1,11 +1,13 @@
 """The attention door under a mesh: each device computes its rows and heads, and where sequences are split, its part of each."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 from jax import Array
 
 from lmx.core.execution import Execution
+from lmx.kernels import reference
 from lmx.kernels.attention import attention as kernel
 from lmx.kernels.masks import Mask
 from lmx.parallel import context
@@ -25,14 +27,18 @@ def attention(
     slopes: Array | None = None,
     bias: Array | None = None,
     keep: Array | None = None,
+    site: Callable[[str, Array], Array] | None = None,
 ) -> Array:
-    """As `lmx.kernels.attention.attention`, for arrays that the execution's rules place on the surrounding mesh.
+    """As `lmx.kernels.attention.attention`, for arrays that the execution's rules place on the surrounding mesh. With `site`, which wants to see
+    scores and weights, as `lmx.kernels.reference.attention`: every score is formed, and XLA splits it as its inputs are.
 
     Raises:
       ValueError: a split sequence with dropout of attention weights or a learned bias, with a cache, or of a length that does not divide.
     """
     sizes = axes()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if site is not None:
+        return reference.attention(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes, bias=bias, keep=keep, site=site)
     run = partial(kernel, scale=scale, softcap=softcap, implementation=execution.attention)
     if execution.rules is None or not sizes:
         return run(q, k, v, mask, slopes=slopes, bias=bias, keep=keep)

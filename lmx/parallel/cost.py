@@ -6,8 +6,8 @@ of it. Sizes are of one device and in bytes, collectives as `lmx.parallel.hlo` r
 """
 
 import math
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import replace
+from functools import lru_cache
 
 import jax
 
@@ -17,147 +17,14 @@ from lmx.kernels.chunked import TILE
 from lmx.parallel import manual
 from lmx.parallel.layout import AXES, Layout
 from lmx.parallel.offload import HOST
-from lmx.parallel.pipeline import Schedule, schedule
 from lmx.parallel.rules import partition, rules
 from lmx.parallel.tensor import chunks
+from lmx.parallel.work import Work
 
 REMATS = ("none", "dots", "full")
 """From the most that a layer keeps to the least."""
 LESS = {"none": ("dots", "full"), "dots": ("full",), "sites": ("full",), "full": ()}
 """What keeps less than each."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """A step, as far as its cost depends on it: a model's sizes, a batch, types and a layout.
-
-    Attributes:
-      rows, microbatches, length: of one microbatch over all devices, how many there are, tokens of a row.
-      norms: norms of a layer.
-      reads: how often a layer reads its normed input (once where attention and feed-forward are parallel).
-      positions: rows of a table of learned positions, or 0.
-      period: layers of the pattern that the stack repeats, of which rematerialisation recomputes all at once.
-      masks: kinds of attention masks (all earlier tokens, a window) that are arrays.
-      dense: whether attention forms every score (else in tiles).
-      fused: whether attention is cuDNN's, which forms neither; a mask of segments is an array all the same.
-      post: whether norms follow the residual sums.
-      mixtures: how many of the layers are mixtures of experts; then
-      experts, choices, expert_mlp, shared: how many there are, how many a token takes, their width, that of the shared ones.
-      capacity: an expert's slots in a sequence, or None where it takes every token.
-      dropout: whether anything is dropped.
-      compute, master: bytes of a number, of activations and of parameters.
-      multiplies: what products are of (`lmx.core.precision.Precision.multiplies`).
-    """
-
-    layout: Layout
-    rows: int
-    microbatches: int
-    length: int
-    layers: int
-    embed: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
-    vocab: int
-    gated: bool = True
-    norms: int = 2
-    reads: int = 2
-    qk_norm: bool = False
-    tied: bool = True
-    positions: int = 0
-    period: int = 1
-    masks: int = 1
-    dense: bool = True
-    fused: bool = False
-    post: bool = False
-    mixtures: int = 0
-    experts: int = 0
-    choices: int = 0
-    expert_mlp: int = 0
-    shared: int = 0
-    capacity: int | None = None
-    dropout: bool = False
-    compute: int = 2
-    master: int = 4
-    multiplies: str = "bfloat16"
-
-    @cached_property
-    def here(self) -> "Work":
-        """The same with the sizes of one device, inside a sublayer."""
-        t = self.layout.tensor
-        kv = self.kv_heads // t if self.kv_heads % t == 0 else max(1, self.kv_heads // t)
-        return replace(
-            self,
-            rows=self.rows // self.layout.shards,
-            length=self.length // self.layout.context,
-            heads=self.heads // t,
-            kv_heads=kv,
-            mlp=self.mlp // t,
-            experts=self.experts // self.layout.expert,
-            expert_mlp=self.expert_mlp // t,
-            shared=self.shared // t,
-            vocab=self.vocab // t if self.vocab % t == 0 else self.vocab,
-        )
-
-    @property
-    def after(self) -> bool:
-        """Whether a norm reads what a sublayer gives."""
-        return self.post or self.norms == 4
-
-    @property
-    def depth(self) -> int:
-        """Layers that a device runs one after another: all, or those of a stage."""
-        return self.layers // (self.layout.pipeline * self.layout.rounds)
-
-    @property
-    def mixed(self) -> int:
-        """How many of these are mixtures."""
-        return self.mixtures // (self.layout.pipeline * self.layout.rounds)
-
-    @property
-    def ticks(self) -> int:
-        """How often in a step these layers run forwards, and backwards."""
-        return self.microbatches if self.flow is None else self.flow.items + self.layout.pipeline - 1
-
-    @property
-    def forwards(self) -> int:
-        """How often a layer runs forwards for each time backwards, beside what rematerialisation adds: a stage does again with its backward
-        pass."""
-        return 1 if self.flow is None else 2
-
-    @property
-    def written_out(self) -> bool:
-        """Whether a pipeline's last phase is one tick, which is then no loop."""
-        return self.flow is not None and self.flow.ticks[2] == 1
-
-    @cached_property
-    def flow(self) -> Schedule | None:
-        return None if self.layout.pipeline == 1 else schedule(self.layout, self.microbatches)
-
-    @property
-    def routed(self) -> int:
-        """Rows that one device's experts are given in a layer."""
-        here = self.here
-        if self.capacity is not None:
-            return self.experts * here.rows * self.capacity
-        return here.rows * here.length * self.choices * self.layout.expert
-
-    @cached_property
-    def scores(self) -> int:
-        """Attention scores of a layer on one device."""
-        here = self.here
-        return here.rows * here.length**2 * here.heads * self.layout.context
-
-    @cached_property
-    def whole(self) -> int:
-        """Bytes of the residual stream inside a sublayer, where all of its length that context leaves is there."""
-        return self.here.rows * self.here.length * self.embed * self.compute
-
-    @cached_property
-    def between(self) -> int:
-        """Bytes of the residual stream between sublayers."""
-        return self.whole // (self.layout.tensor if self.layout.sequence else 1)
 
 
 def held(tree: Tree, *, in_host: bool = False) -> int:
@@ -188,44 +55,76 @@ def kept(work: Work, *, mixture: bool = False, cpu: bool = False) -> dict[str, i
     """Bytes that one layer keeps for its backward pass, by what they are."""
     here, remat = work.here, work.layout.remat
     tokens = here.rows * here.length
+    if work.recurrent:
+        return _kept_recurrent(work)
     queries, keys = (tokens * n * work.head_dim * work.compute for n in (here.heads, here.kv_heads))
     hidden = tokens * here.mlp * work.compute * (2 if work.gated else 1)
     if mixture:
         hidden = (work.routed * here.expert_mlp + tokens * here.shared) * work.compute * (2 if work.gated else 1)
     activated = 0 if cpu else tokens * (here.shared if mixture else here.mlp) * work.compute
     returned = 4 * work.routed * work.embed  # what experts give, fp32, by which the gradients of the router's weights are formed
+    asked = (
+        queries if work.source else 0
+    )  # of attention to another text: its queries, its keys (or values), and both as each head reads them
+    there, shared = (here.rows * work.source * n * work.head_dim * work.compute for n in (here.kv_heads, here.heads))
     if remat == "full":
         return {"layer inputs": work.between}
     if remat == "sites":
-        sites = {"query": queries, "key": keys, "value": keys, "mixed": queries, "hidden": 0 if mixture else hidden}
+        both = queries + asked
+        sites = {"query": both, "key": keys + there, "value": keys + there, "mixed": both, "hidden": 0 if mixture else hidden}
         return {"layer inputs": work.between, "sites": sum(sites[site] for site in set(work.layout.sites))}
     if remat == "dots":
         outputs = work.between * (work.reads - 1 + work.after)
         routed = work.routed * work.embed * work.compute if mixture else 0
-        return {"layer inputs": work.between, "products": outputs + queries + 2 * keys + hidden + routed}
+        return {"layer inputs": work.between, "products": outputs + queries + asked + 2 * (keys + there) + hidden + routed}
     found = {
         "inputs of norms": work.norms * work.between,
-        "inputs of projections": (work.reads - mixture) * work.whole + queries,
+        "inputs of projections": (work.reads - mixture) * work.whole + queries + asked,
         "queries, keys, values": (3 * queries if work.dense else (2 if work.fused else 1) * queries + 2 * keys)
-        + (queries + keys if work.qk_norm else 0),
+        + (asked + 2 * (shared if work.dense_across else there))
+        + (queries + asked + keys + there if work.qk_norm else 0),
         "feed-forward": hidden + activated,
     }
     if mixture:
         copies = work.routed * work.embed * work.compute + (work.whole if here.shared else 0)
         found |= {"router": 4 * work.between // work.compute + 4 * tokens * work.experts * (work.choices + 3)}
         found |= {"tokens of experts": copies + returned}
-    scores = tokens * here.heads * here.length
+    scores, sums = tokens * here.heads * here.length, 4 * tokens * here.heads
     if work.dropout:  # the textbook's attention, all fp32: exponentials, masks and what both make
-        found["queries, keys, values"] = 4 * (queries + 2 * keys) // work.compute
-        return found | {"attention weights": scores * (24 if cpu else 29) // 2, "dropout masks": 2 * work.between}
-    if work.dense:
-        return found | {"attention weights": scores * work.compute}
-    return found | {"attention sums": tokens * here.heads * 4}
+        found["queries, keys, values"] = 4 * (queries + asked + 2 * (keys + there)) // work.compute
+        dropped = (3 if work.source else 2) * work.between
+        return found | {"attention weights": (scores + work.across) * (24 if cpu else 29) // 2, "dropout masks": dropped}
+    weights = scores * work.compute * work.dense + work.across * work.compute * work.dense_across
+    found |= {"attention weights": weights, "attention sums": sums * (not work.dense) + sums * (not work.dense_across and work.source > 0)}
+    return {name: size for name, size in found.items() if size}
+
+
+def _kept_recurrent(work: Work) -> dict[str, int]:
+    """The same of an RWKV's layer."""
+    here, remat = work.here, work.layout.remat
+    tokens = here.rows * here.length
+    channels, hidden = tokens * here.heads * work.compute, tokens * here.mlp * work.compute
+    if remat == "full":
+        return {"layer inputs": work.between}
+    if remat == "sites":
+        sizes = dict.fromkeys(("query", "key", "value", "mixed"), channels) | {"hidden": hidden}
+        return {"layer inputs": work.between, "sites": sum(sizes[site] for site in set(work.layout.sites))}
+    if remat == "dots":
+        return {"layer inputs": work.between, "products": 3 * channels + hidden + 3 * work.between}
+    found = {
+        "inputs of norms": work.norms * work.between,
+        "inputs of projections": 4 * work.whole + 2 * channels,  # each token and the one before it, of both sublayers
+        "queries, keys, values": 4 * channels + 4 * tokens * here.heads,  # and the logarithms of what sums are divided by
+        "feed-forward": 2 * hidden + 2 * work.between,
+    }
+    return found | ({"dropout masks": 2 * work.between} if work.dropout else {})
 
 
 def activations(work: Work, *, cpu: bool = False) -> dict[str, int]:
-    """Bytes that the layers which a device runs one after another keep together."""
-    found: dict[str, int] = {}
+    """Bytes that the layers which a device runs one after another keep together, an encoder's too."""
+    found: dict[str, int] = {} if work.encoder is None else activations(work.encoder, cpu=cpu)
+    if work.embed_norm:
+        found["embeddings"] = found.get("embeddings", 0) + 2 * work.between
     for layers, mixture in ((work.depth - work.mixed, False), (work.mixed, True)):
         for name, size in kept(work, mixture=mixture, cpu=cpu).items() if layers else ():
             found[name] = found.get(name, 0) + layers * size // (work.period if name == "layer inputs" else 1)
@@ -233,28 +132,27 @@ def activations(work: Work, *, cpu: bool = False) -> dict[str, int]:
 
 
 def mask(work: Work) -> int:
-    """Bytes of the attention mask, computed once for all layers: in fp32 where every score is formed; cuDNN's in the compute type, beside
-    the booleans that it comes from. Tiles have theirs for the moment."""
+    """Bytes of the attention masks, computed once for all layers: in fp32 where every score is formed; cuDNN's in the compute type, beside
+    the booleans that it comes from. Tiles have theirs for the moment. And of relative positions: each key's bucket, and its bias in fp32."""
     size = work.compute + 1 if work.fused else 4 if work.dense else 0
-    return work.masks * size * work.here.rows * work.length**2
+    found = work.here.rows * work.length * (size * work.masks * work.length + 4 * work.source * work.dense_across)
+    return found + (4 * (work.scores + work.here.rows * work.length**2) if work.relative else 0)
 
 
 def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
     """Bytes that the backward pass of one layer holds beside what is kept: the larger of attention's and the feed-forward's."""
     here, layout = work.here, work.layout
-    tokens, n = here.rows * here.length, work.layout.context
+    tokens = here.rows * here.length
     queries, keys = (tokens * heads * work.head_dim for heads in (here.heads, here.kv_heads))
     scores = work.scores
-    if work.dropout:  # the textbook's attention, and the masks' random bits
-        attention = scores * (26 if cpu else 19 if layout.remat == "dots" else 14) + 4 * queries * work.compute
-    elif work.fused:
-        attention = (4 * queries + 4 * keys) * work.compute
-    elif work.dense:
-        attention = scores * (4 + 2 * work.compute) + 4 * queries * work.compute
-    else:
-        tile = min(TILE, here.length)
-        hop = 16 * keys if n > 1 and layout.exchange == "ring" else 0
-        attention = hop + (8 if cpu else 24) * here.rows * here.heads * tile**2 + 8 * (queries + keys) + 2 * (queries + keys) * work.compute
+    weights = _weights(work, specs, gradients=True, cpu=cpu)
+    if work.recurrent:  # sums from both ends are fp32; measured on XLA:CPU
+        again = layout.remat != "none"
+        channels, hidden = 4 * tokens * here.heads, tokens * here.mlp * work.compute
+        return weights + (13 if again else 11) * channels + (9 if again else 4) * hidden // 4 + 11 * work.whole
+    attention = _attending(work, here.length, scores, dense=work.dense, fused=work.fused, cpu=cpu)
+    if work.source:
+        attention = max(attention, _attending(work, work.source, work.across, dense=work.dense_across, fused=False, cpu=cpu))
     # What enters and what comes back, both whole, and the gradient through each projection before they are summed.
     again = layout.tensor > 1 and layout.remat in ("sites", "full") and not cpu
     feed = ((5 if work.gated else 3) + (not cpu and not again)) * tokens * here.mlp * work.compute + (4 if work.gated else 3) * work.whole
@@ -263,7 +161,6 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
         feed = max(dense, _experts_working(work, cpu=cpu))
         if layout.remat != "none" and not cpu:  # by then the layer's attention has been formed again
             feed += scores * work.compute + (3 * queries + 2 * keys) * work.compute
-    weights = _weights(work, specs, gradients=True, cpu=cpu)
     if layout.remat == "full" and layout.devices > 1 and not cpu:  # a layer's gradients are reduced in the next one's turn
         weights += layer_numbers(specs, layout) * work.master
     if again:
@@ -273,12 +170,30 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
     anew = {name: size for name, size in kept(everything, mixture=work.mixed > 0, cpu=cpu).items() if layout.remat != "none"}
     if cpu:
         found += sum(size for name, size in anew.items() if name != "attention weights") + 4 * work.whole
+        # Of attention to another text, and of the layer's own, one's weights are there while the other is worked on.
+        found += work.across * work.compute + (min(work.scores, work.across) * work.compute if anew else 0)
         others = sum(kept(everything, cpu=cpu).values()) + attention // 2
         if work.mixed and work.capacity is None:  # rows are padded before they are cut in tiles, for part of the time
             found += work.routed * work.embed * work.compute // 2
     else:
         others = sum(anew.values())
     return found + (work.period - 1) * others
+
+
+def _attending(work: Work, length: int, scores: int, *, dense: bool, fused: bool, cpu: bool) -> int:
+    """Bytes that the backward pass of attention to keys of a length holds."""
+    here, layout = work.here, work.layout
+    queries = here.rows * here.length * here.heads * work.head_dim
+    keys = here.rows * length * here.kv_heads * work.head_dim
+    if work.dropout:  # the textbook's attention, and the masks' random bits
+        return scores * (26 if cpu else 19 if layout.remat == "dots" else 14) + 4 * queries * work.compute
+    if fused:
+        return (4 * queries + 4 * keys) * work.compute
+    if dense:
+        return scores * (4 + 2 * work.compute) + 4 * queries * work.compute
+    tile = min(TILE, length)
+    hop = 16 * keys if layout.context > 1 and layout.exchange == "ring" else 0
+    return hop + (8 if cpu else 24) * here.rows * here.heads * tile**2 + 8 * (queries + keys) + 2 * (queries + keys) * work.compute
 
 
 def _experts_working(work: Work, *, cpu: bool) -> int:
@@ -358,9 +273,9 @@ def memory(
 
 def _of_a_pass(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
     (grads, largest), layout = gradients(work, specs), work.layout
-    kept_here, unreduced = activations(work, cpu=cpu), _unreduced(work)
-    if "activations" in layout.offload:  # one layer's are used, one's on their way
-        kept_here = {name: min(2, work.depth) * size // work.depth for name, size in kept_here.items()}
+    kept_here, unreduced = _kept_on_device(work, cpu=cpu), _unreduced(work)
+    if work.encoder is not None:
+        return _of_two_passes(work, specs, cpu=cpu)
     table = work.here.vocab * work.embed
     read = table * (work.compute + (work.master if layout.zero == 3 and layout.fsdp > 1 else 0))
     masked = {"attention mask": mask(work)}
@@ -370,6 +285,34 @@ def _of_a_pass(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
         {**kept_here, **masked, "head and loss": loss_working(work, cpu=cpu)},
         {**kept_here, **masked, "gradients": grads, "gradient of the head, whole": unreduced, "working set of a layer": busy},
     ]
+
+
+def _kept_on_device(work: Work, *, cpu: bool) -> dict[str, int]:
+    found = activations(work, cpu=cpu)
+    if "activations" in work.layout.offload:  # one layer's are used, one's on their way
+        return {name: min(2, work.depth) * size // work.depth for name, size in found.items()}
+    return found
+
+
+def _of_two_passes(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
+    """Of an encoder-decoder: the decoder's moments, each beside all that the encoder keeps, what it gives and the gradient of that; then the
+    encoder's backward pass, when the decoder's gradients are there."""
+    encoder, own = work.encoder, {name: part for name, part in specs.items() if name != "encoder"}
+    beside = {name: size for name, size in _kept_on_device(encoder, cpu=cpu).items() if size}
+    masks, (grads, largest) = mask(encoder), gradients(encoder, specs["encoder"])
+    moments = []
+    for moment in _of_a_pass(replace(work, encoder=None), own, cpu=cpu):
+        both = {name: moment.get(name, 0) + beside.get(name, 0) for name in moment | beside}
+        if cpu and "gradients" in moment:  # which has room for the encoder's from the beginning
+            both["gradients"] += 2 * grads
+            both["working set of a layer"] = both.get("working set of a layer", 0) + 4 * encoder.scores * encoder.relative
+        moments.append(both | {"attention mask": moment["attention mask"] + masks, "source": 2 * work.read})
+    every = gradients(work, specs)[0]
+    busy = working(encoder, specs["encoder"], cpu=cpu) + (every if cpu else largest)
+    last = {"attention mask": masks, "gradients": every, "gradient of the head, whole": _unreduced(work), "working set of a layer": busy}
+    if cpu and work.relative:  # whose gradient is summed last of all
+        last |= {"attention mask": masks + mask(work), "source": work.read}
+    return [*moments, beside | last]
 
 
 def _of_a_tick(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:

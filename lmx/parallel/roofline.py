@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass, replace
 
 from lmx.parallel.chips import Chip
-from lmx.parallel.cost import Work, activations
+from lmx.parallel.cost import activations
 from lmx.parallel.layout import AXES, Layout
 from lmx.parallel.traffic import Traffic
+from lmx.parallel.work import Work
 
 
 def moved(work: Work, parameters: int, optimizer: int) -> int:

@@ -9,9 +9,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmx.core.execution import Execution, Rules
-from lmx.core.params import ParamSpec, is_spec
+from lmx.core.params import ParamSpec, adapted_specs, is_spec
 from lmx.core.tree import Tree, name_of
-from lmx.core.weights import Split, Weight
+from lmx.core.weights import Adapted, Split, Twofold, Weight
 from lmx.parallel.layout import SHARDS, Layout
 from lmx.parallel.manual import axes
 from lmx.parallel.offload import HOST
@@ -92,7 +92,12 @@ def placed(params: Tree, specs: Tree, execution: Execution) -> Tree:
     if execution.split is None or not sizes:
         return params
 
-    def place(spec: ParamSpec, value: Array) -> Weight:
+    def place(spec: ParamSpec, value: Weight) -> Weight:
+        if isinstance(value, Twofold):
+            return Twofold(place(spec, value.table), place(spec, value.head))
+        if isinstance(value, Adapted):
+            down, up = adapted_specs(spec, value.scale.shape[-1])
+            return value.replace(base=place(spec, value.base), down=place(down, value.down), up=place(up, value.up))
         return Split(value, *(partition(spec.axes, spec.shape, rules, sizes) for rules in (execution.rules, execution.split)))
 
     return jax.tree.map(place, specs, params, is_leaf=is_spec)

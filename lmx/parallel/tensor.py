@@ -86,7 +86,7 @@ def lookup(
     """Rows of a table `[axis, embed]`, as `lmx.core.weights.lookup`; rows beyond the table are those at its ends."""
     if rules is None or not manual.axes():
         return weights.lookup(tokens, weight, dtype)
-    return _lookup((dtype, rules, axis), tokens, weight)
+    return weights.looked_up(partial(_lookup, (dtype, rules, axis), tokens), weight)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

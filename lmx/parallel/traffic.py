@@ -8,8 +8,9 @@ import jax
 from lmx.core.params import ParamSpec, is_spec
 from lmx.core.tree import Tree, name_of
 from lmx.parallel.context import repeats
-from lmx.parallel.cost import Work, share
+from lmx.parallel.cost import share
 from lmx.parallel.layout import AXES, SHARDS, Layout
+from lmx.parallel.work import Work
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Traffic:
         return self.size * self.times
 
 
+TABLES = ("positions", "block_positions", "token_types")
+"""Tables that are added to the tokens'."""
 SITES = {"up": "hidden", "gate": "hidden"}
 """Where `remat` sites keeps the products that are not called as the site is."""
 
@@ -44,9 +47,16 @@ def traffic(work: Work, specs: Tree, *, cpu: bool = False) -> list[Traffic]:
     """
     if work.layout.remat == "sites":  # what is kept saves products, and the gathers of their weights
         work = replace(work, layout=replace(work.layout, remat="full"))
-    found = [*_of_weights(work, specs, cpu), *_of_sublayers(work, cpu), *_of_experts(work), *_of_ends(work, specs, cpu)]
-    found += [*_of_attention(work), *_of_pipeline(work, specs)]
+    own = {name: part for name, part in specs.items() if name != "encoder"}
+    found = [*_of_stack(work, own, cpu), *_of_ends(work, specs, cpu), *_of_attention(work), *_of_pipeline(work, specs)]
+    if work.encoder is not None:
+        found += [*_of_stack(work.encoder, specs["encoder"], cpu), *_of_source(work)]
+        found += _of_tables(work.encoder, specs["encoder"], dict.fromkeys(TABLES, 1), cpu)
     return sorted((t for t in found if t.size and t.times and t.axes), key=lambda t: -t.volume)
+
+
+def _of_stack(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
+    return [*_of_weights(work, specs, cpu), *_of_sublayers(work, cpu), *_of_experts(work)]
 
 
 def _over(layout: Layout, *axes: str) -> tuple[str, ...]:
@@ -90,18 +100,31 @@ def _of_weights(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
         reduced = [n for n in names if inner or not _at_ends(n)]
         scattered = [n for n in reduced if n in parted and (zero >= 2 or (zero == 1 and not cpu and _sliced(table[n], work)))]
         rest = [n for n in reduced if n not in scattered]
-        for experts in (False, True):
-            mine = [n for n in scattered if _is_expert(table[n]) == experts]
-            others = [axis for axis in replicas if not (experts and axis == "expert")]
+        for part in ("", "experts", "gate"):
+            experts = part == "experts"
+            mine = [n for n in scattered if _part(n, table[n], work) == part]
             total, kind = size(mine, master=True) // depth, "all-reduce" if cpu and not (experts and zero >= 2) else "reduce-scatter"
             found.append(Traffic(kind, fsdp, total, times, f"gradients {what}"))
-            found.append(Traffic("all-reduce", tuple(others), total // layout.fsdp, times, f"gradients {what}"))
-            mine = [n for n in rest if _is_expert(table[n]) == experts]
-            others = [axis for axis in everyone if not (experts and axis == "expert")]
-            found.append(Traffic("all-reduce", tuple(others), size(mine, master=True) // depth, times, f"gradients {what}"))
+            found.append(Traffic("all-reduce", _summed_over(layout, part, replicas), total // layout.fsdp, times, f"gradients {what}"))
+            mine = [n for n in rest if _part(n, table[n], work) == part]
+            over, total = _summed_over(layout, part, everyone), size(mine, master=True) // depth
+            found.append(Traffic("all-reduce", over, total, times, f"gradients {what}"))
     if zero in (1, 2):
         found.append(Traffic("all-gather", fsdp, size(parted, master=True), 1, "updated parameters"))
     return found
+
+
+def _part(name: str, spec: ParamSpec, work: Work) -> str:
+    """Which of a layer's parameters have a gradient that is summed over other axes than the rest's: experts, and an RWKV's gate, of which each
+    tensor device computes its part of the sequence."""
+    gate = work.recurrent and work.layout.sequence and name.endswith("feedforward/receptance/weight")
+    return "experts" if _is_expert(spec) else "gate" if gate else ""
+
+
+def _summed_over(layout: Layout, part: str, axes: tuple[str, ...]) -> tuple[str, ...]:
+    if part == "experts":
+        return tuple(axis for axis in axes if axis != "expert")
+    return _over(layout, *axes, "tensor") if part == "gate" else axes
 
 
 def _multiplies(spec: ParamSpec) -> bool:
@@ -113,7 +136,7 @@ def _is_expert(spec: ParamSpec) -> bool:
 
 
 def _at_ends(name: str) -> bool:
-    return name.split("/")[0] in ("embed", "head", "positions")
+    return name.split("/")[0] in ("embed", "head", *TABLES)
 
 
 def _gathered_again(work: Work, name: str, spec: ParamSpec, cpu: bool) -> bool:
@@ -141,25 +164,35 @@ def _sliced(spec: ParamSpec, work: Work) -> bool:
 def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
     """Megatron's: the residual stream gathered before, and summed after, attention and feed-forward; the same of its gradient."""
     axes, times, size, remat = _over(work.layout, "tensor"), work.depth * work.ticks, work.whole, work.layout.remat
+    if work.recurrent:
+        return _of_recurrent(work, cpu)
     replicated = work.kv_heads % work.layout.tensor != 0
     found, here = [], work.here
     if replicated:  # fewer key heads than devices: each has its part of their gradients
         keys = here.rows * here.length * work.kv_heads * work.head_dim * work.compute
-        found.append(Traffic("all-reduce", axes, 2 * keys, times, "gradients of keys and values"))
+        there = here.rows * work.source * work.kv_heads * work.head_dim * work.compute
+        found.append(Traffic("all-reduce", axes, 2 * (keys + there), times, "gradients of keys and values"))
     # What a norm or the second sublayer reads is summed again where it is not kept.
-    again = (2 if work.after else work.reads - 1) if remat == "full" else 0
+    again = 0 if remat != "full" else 2 if work.after else 0 if work.parallel else work.reads - 1
     between = (
         (work.depth - work.depth // work.period) * work.ticks if remat == "full" and not work.after else 0
     )  # layers of a repeat but its last
     # XLA:CPU sums the gradients of several projections of one input one by one.
-    attention, feed = (1 if replicated else 3, 2 if work.gated else 1) if cpu else (1, work.reads - 1)
+    across = 1 if work.source else 0  # which reads the residual stream for its queries alone
+    attention, feed = (1 if replicated else 3, 2 if work.gated else 1) if cpu else (1, work.reads - 1 - across)
+    projected = (1 if replicated else 2) if cpu else 1
+    if across:  # reduced as a whole: every layer reads all of it
+        found.append(Traffic("all-reduce", axes, projected * work.read, times, "gradients of the source"))
     dense, mixed = (work.depth - work.mixed) * work.ticks, work.mixed * work.ticks
     shared = mixed if work.shared else 0
-    sums = (2 * work.forwards + again + attention) * times + feed * (dense + shared) + work.forwards * shared + between
+    sums = ((2 + across) * work.forwards + again + attention + across) * times + feed * (dense + shared) + work.forwards * shared + between
     if not work.layout.sequence:
         return [*found, Traffic("all-reduce", axes, size, sums + mixed, "residual stream")]
     kept = work.reads if remat != "none" else 0
-    gathers = (work.reads * work.forwards + 2 + kept) * times + (work.forwards + 1 + (remat != "none")) * shared
+    gathers = (work.reads * work.forwards + 2 + across + kept) * times
+    gated = shared if work.shared_gate else 0  # reads its input again, but for the recomputed forward pass, which sums its product instead
+    gathers += (work.forwards + 1 + (remat != "none")) * shared + (work.forwards - (remat != "none")) * gated
+    sums += gated if remat == "full" else 0
     if work.written_out and remat != "full":  # a gradient is gathered for the input's and for the weight's apart
         gathers += times if cpu else times + dense
     found.append(Traffic("all-gather", axes, size, gathers, "residual stream"))
@@ -171,6 +204,19 @@ def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
         found.append(Traffic("reduce-scatter", axes, size, own, "residual stream"))
         sums -= work.forwards * mixed
     return [*found, Traffic("all-reduce" if cpu else "reduce-scatter", axes, size, sums, "residual stream")]
+
+
+def _of_recurrent(work: Work, cpu: bool) -> list[Traffic]:
+    """The same of RWKV's time and channel mixing. The projections of each have inputs of their own, whose gradients are summed one by one."""
+    axes, times, size, remat = _over(work.layout, "tensor"), work.depth * work.ticks, work.whole, work.layout.remat
+    sums = (2 * work.forwards + (2 if remat == "full" else 0) + 4) * times
+    if not work.layout.sequence:
+        return [Traffic("all-reduce", axes, size, sums, "residual stream")]
+    gathers = (2 * work.forwards + 3 + (2 if remat != "none" else 0)) * times  # the third: of the gradient of what the gate reads
+    return [
+        Traffic("all-gather", axes, size, gathers, "residual stream"),
+        Traffic("all-reduce" if cpu else "reduce-scatter", axes, size, sums, "residual stream"),
+    ]
 
 
 def _of_experts(work: Work) -> list[Traffic]:
@@ -193,7 +239,7 @@ def _of_experts(work: Work) -> list[Traffic]:
 def _of_ends(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
     """Embedding, head and loss, which say themselves what they send."""
     layout, here, m, found = work.layout, work.here, work.ticks, []
-    tensor, fsdp, replicas = (_over(layout, *axes) for axes in (("tensor",), ("fsdp",), ("data", "expert", "context")))
+    tensor, fsdp = _over(layout, "tensor"), _over(layout, "fsdp")
     tokens = here.rows * here.length
     found.append(Traffic("all-reduce", tensor, 4 * tokens, 3 * m, "loss: largest logit, sum, target"))
     if layout.sequence:
@@ -201,7 +247,20 @@ def _of_ends(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
         found.append(Traffic("reduce-scatter", tensor, work.whole, 2 * m, "embeddings, and gradient of hidden states"))
     else:
         found.append(Traffic("all-reduce", tensor, work.whole, 2 * m, "embeddings, and gradient of hidden states"))
-    uses = {"embed": 2 if work.tied else 1, "head": 1, "positions": 1}
+    uses = {"embed": (2 if work.tied else 1) + (work.encoder is not None), "head": 1} | dict.fromkeys(TABLES, 1)
+    head = "embed" if work.tied else "head"
+    if work.head_bias and fsdp and layout.zero >= 1:  # with a column more, which does not divide
+        size = share(specs[head], layout, split=False) * work.master
+        found.append(Traffic("all-gather", fsdp, size * (work.tied and layout.zero == 3), m, "head, with its bias"))
+        found.append(Traffic("all-reduce", _over(layout, *SHARDS, "context"), size, m, "gradient of head, with its bias"))
+        uses[head] -= 1
+    return found + _of_tables(work, specs, uses, cpu)
+
+
+def _of_tables(work: Work, specs: Tree, uses: dict[str, int], cpu: bool) -> list[Traffic]:
+    """Gradients of tables, of each as often as it is used."""
+    layout, m, found = work.layout, work.ticks, []
+    fsdp, replicas = _over(layout, "fsdp"), _over(layout, "data", "expert", "context")
     for name, often in uses.items():
         if name in specs:
             size = often * share(specs[name], layout, split=False) * work.master
@@ -211,6 +270,17 @@ def _of_ends(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
             else:
                 found.append(Traffic("all-reduce", _over(layout, *SHARDS, "context"), size, m, f"gradient of {name}"))
     return found
+
+
+def _of_source(work: Work) -> list[Traffic]:
+    """What an encoder reads, and what it gives to every layer of a decoder."""
+    axes, m = _over(work.layout, "tensor"), work.ticks
+    if not work.layout.sequence:
+        return [Traffic("all-reduce", axes, work.read, m, "embeddings of the source")]
+    return [
+        Traffic("all-gather", axes, work.read, 3 * m, "source, and gradients of it and of its embeddings"),
+        Traffic("reduce-scatter", axes, work.read, m, "embeddings of the source"),
+    ]
 
 
 def _of_attention(work: Work) -> list[Traffic]:

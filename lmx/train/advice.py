@@ -30,6 +30,7 @@ LOWERED_BY: dict[str, tuple[str, ...]] = {
     "stage inputs": MADE,
     "on their way": MADE,
     "fetched from the host": ("tensor",),
+    "embeddings": MADE,
     "layer inputs": (*MADE, "activations"),
     "products": (*KEPT, "activations"),
     "sites": (*KEPT, "activations"),
@@ -43,6 +44,7 @@ LOWERED_BY: dict[str, tuple[str, ...]] = {
     "attention sums": KEPT,
     "dropout masks": KEPT,
     "attention mask": MADE,
+    "source": MADE,
     "head and loss": ("tensor",),
     "working set of a layer": MADE,
 }

@@ -11,10 +11,12 @@ import jax
 
 from lmx.core.config import ConfigError
 from lmx.core.precision import PrecisionName, policy
-from lmx.data.recipe import Data, Prepared
+from lmx.data.denoising import MaskedLM as MaskedText
+from lmx.data.recipe import Data, Prepared, decoder_columns, has_two_sides
 from lmx.data.recipe import check as check_data
 from lmx.models import config as model_config
 from lmx.models.config import RWKV, EncoderDecoder, Model, Transformer
+from lmx.models.families import functions
 from lmx.parallel import layout as layouts
 from lmx.parallel.hosts import Hosts
 from lmx.parallel.layout import Layout
@@ -88,6 +90,9 @@ class Experiment:
     """When text is sampled."""
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     """When the state is saved."""
+    initial: str = ""
+    """The folder of a run whose newest parameters this one begins with: an imported checkpoint's (`python -m lmx.interop import`), or any of
+    the same model. Empty: initial values."""
     folder: str = "runs"
     """Where runs live."""
     start: Literal["new", "resume", "overwrite"] = "new"
@@ -125,10 +130,7 @@ def check(experiment: Experiment, devices: int | None = None) -> None:
         raise ConfigError(f"precision={experiment.precision} is not there for mixtures (model.experts={model.experts}); use bf16")
     model_config.check(with_vocab(model, model.vocab or 8))
     _check_objective(experiment)
-    if experiment.data.length > model.context:
-        raise ConfigError(
-            f"data.length={experiment.data.length} is longer than model.context={model.context}; lower the one or raise the other"
-        )
+    _check_lengths(experiment)
     if experiment.batch % experiment.microbatches:
         raise ConfigError(f"batch={experiment.batch} is not divisible by microbatches={experiment.microbatches}")
     layout = experiment.layout
@@ -140,6 +142,45 @@ def check(experiment: Experiment, devices: int | None = None) -> None:
     _check_sequence(experiment)
     _check_pipeline(experiment)
     check_data(experiment.data)
+
+
+def columns(experiment: Experiment) -> tuple[int, int]:
+    """Columns of a row: of the source that an encoder-decoder's encoder reads, 0 for other models; and of what is predicted. Without a
+    denoising that makes pairs (a recipe that only `lmx.verify` and `lmx.plan` take) both sides are as long."""
+    length = experiment.data.length
+    if not isinstance(experiment.model, EncoderDecoder):
+        return 0, length
+    return length, decoder_columns(experiment.data) or length
+
+
+def flops_per_token(model: Model, length: int, source: int) -> float:
+    """FLOPs of training on a column of what is predicted, as MFU counts them, in rows of `columns`."""
+    return functions(model).flops_per_token(model, length, **({"source": source} if source else {}))
+
+
+def check_rows(experiment: Experiment) -> None:
+    """Refuses an objective that cannot read the rows that the experiment's data makes. Raises ConfigError."""
+    denoising, objective = experiment.data.denoising, experiment.objective
+    named = f"objective={type(objective).__name__} with data.denoising={type(denoising).__name__}"
+    if isinstance(denoising, MaskedText) == objective.causal:
+        raise ConfigError(
+            f"{named}: both are MaskedLM or neither; only text in which tokens are masked has something to predict in an encoder"
+        )
+    if has_two_sides(experiment.data) != isinstance(objective, Seq2Seq):
+        raise ConfigError(
+            f"{named}: Seq2Seq, and nothing else, reads rows of a source and a target; they are made by SpanCorruption, TextInfilling, PrefixLM "
+            'or a Mixture of form="encoder_decoder"'
+        )
+
+
+def _check_lengths(experiment: Experiment) -> None:
+    data, model = experiment.data, experiment.model
+    source, length = columns(experiment)
+    decoder = "data.decoder_length" if has_two_sides(data) else "data.length"
+    longest = [("data.length", source, "model.encoder.context", model.encoder.context)] if source else []
+    for knob, size, limit, context in [*longest, (decoder if source else "data.length", length, "model.context", model.context)]:
+        if size > context:
+            raise ConfigError(f"{knob}={size} is longer than {limit}={context}; lower the one or raise the other")
 
 
 def _check_objective(experiment: Experiment) -> None:
@@ -162,6 +203,11 @@ def _check_objective(experiment: Experiment) -> None:
 def _check_sequence(experiment: Experiment) -> None:
     layout, model, length = experiment.layout, experiment.model, experiment.data.length
     between = layout.context * (layout.tensor if layout.sequence else 1)
+    if has_two_sides(experiment.data) and (short := columns(experiment)[1]) % between:
+        raise ConfigError(
+            f"data.decoder_length={short} is not divisible by layout.context={layout.context} x layout.tensor={layout.tensor}, which split it; "
+            f"set it to {-(-short // between) * between}, or layout.sequence to False"
+        )
     if length % between:
         raise ConfigError(
             f"data.length={length} is not divisible by layout.context={layout.context} x layout.tensor={layout.tensor}, which split it"
@@ -169,7 +215,7 @@ def _check_sequence(experiment: Experiment) -> None:
         )
     if layout.context == 1:
         return
-    if isinstance(model, EncoderDecoder) or getattr(model, "positions", None) == "relative":
+    if isinstance(model, EncoderDecoder) or getattr(model, "positions", None) in ("relative", "transformer_xl"):
         raise ConfigError(
             f"layout.context={layout.context} splits sequences, which is not there for an encoder-decoder or relative positions; set it to 1"
         )
@@ -211,6 +257,11 @@ def _check_pipeline(experiment: Experiment) -> None:
         raise ConfigError(
             f"layout.pipeline={layout.pipeline} cuts one stack whose layers need nothing but each other's output; an encoder-decoder has two, "
             "and relative positions are one table for all layers; set it to 1"
+        )
+    if stages > 1 and getattr(model, "version", 4) > 6:
+        raise ConfigError(
+            f"layout.pipeline={layout.pipeline} cuts one stack whose layers need nothing but each other's output, and those of "
+            f"model.version={model.version} take from the first one's values; set it to 1"
         )
     if stages > 1 and model.layers % (stages * len(model.pattern)):
         raise ConfigError(

@@ -13,24 +13,21 @@ from pathlib import Path
 
 import jax
 
-from lmx.core.config import ConfigError, command_line, exits_with_one_line, from_json, refuse_changes
+from lmx.core.config import ConfigError, command_line, diff, exits_with_one_line, from_json, refuse_changes, to_json
 from lmx.core.tree import Tree
-from lmx.data.denoising import MaskedLM as MaskedText
 from lmx.data.pipeline import iterate, require_supervised
-from lmx.data.recipe import Prepared, make_batches, prepare
-from lmx.infer import generate
-from lmx.models.families import functions
+from lmx.data.recipe import Prepared, has_two_sides, make_batches, prepare
 from lmx.parallel import hosts
 from lmx.parallel.chips import peak_flops
 from lmx.parallel.feed import batch_sharding, local_rows, place
 from lmx.parallel.host import keep_pages
 from lmx.parallel.offload import fetched
 from lmx.train.advice import shortage
-from lmx.train.checkpoints import Manager
-from lmx.train.experiment import RESUMABLE, Experiment, check, resolve
+from lmx.train.checkpoints import Manager, load_params
+from lmx.train.experiment import RESUMABLE, Experiment, check, check_rows, columns, flops_per_token, resolve
 from lmx.train.logging import RECORD, Logger, Silence, draw_curve, read_record, write_record
-from lmx.train.objectives import Seq2Seq
 from lmx.train.program import Program, build, mean_over
+from lmx.train.samples import corrupted, written
 from lmx.train.state import TrainState
 
 
@@ -114,6 +111,9 @@ def prepare_run(experiment: Experiment, sources: dict[str, str] | None = None) -
     """
     prepared = hosts.first(lambda: _settle(experiment)) or prepare(experiment.data)  # which the others find in the cache
     experiment = resolve(experiment, prepared)
+    _check_initial(experiment)
+    if experiment.samples.prompt and has_two_sides(experiment.data):
+        corrupted(experiment, prepared.tokenizer)
     program = build(experiment)
     folder, start = experiment.path, Start(experiment, prepared, program, sources=sources or {})
     if experiment.start != "resume":
@@ -133,19 +133,25 @@ def prepare_run(experiment: Experiment, sources: dict[str, str] | None = None) -
     return replace(start, state=state, example=position["example"])
 
 
+UNSHAPED = ("dropout", "init_std", "context")
+"""Settings of a model in which a run may differ from the one whose parameters it begins with."""
+
+
+def _check_initial(experiment: Experiment) -> None:
+    """Refuses another run's parameters that are not of this one's model."""
+    if not experiment.initial:
+        return
+    model = from_json(Experiment, read_record(experiment.initial)["config"]).model
+    changed = {n: pair for n, pair in diff(to_json(model), to_json(experiment.model)).items() if n.rsplit(".", 1)[-1] not in UNSHAPED}
+    if changed:
+        said = ", ".join(f"model.{name} is {old} there and {new} here" for name, (old, new) in changed.items())
+        raise ConfigError(f"initial={experiment.initial} is a run of another model: {said}")
+
+
 def _settle(experiment: Experiment) -> Prepared:
     """Refuses what is wrong with an experiment or its folder, and reads its text."""
-    if isinstance(experiment.objective, Seq2Seq):
-        raise ConfigError(
-            "objective=Seq2Seq reads pairs of texts, which no recipe of data makes yet; feed lmx.train.program.build yourself"
-        )
     check(experiment)
-    masked = isinstance(experiment.data.denoising, MaskedText)
-    if masked == experiment.objective.causal:
-        raise ConfigError(
-            f"objective={type(experiment.objective).__name__} with data.denoising={type(experiment.data.denoising).__name__}: both are MaskedLM "
-            "or neither; only text in which tokens are masked has something to predict in an encoder"
-        )
+    check_rows(experiment)
     processes, devices = jax.process_count(), len(jax.devices())
     if processes > 1 and experiment.layout.devices != devices:
         raise ConfigError(
@@ -191,6 +197,9 @@ def _explaining_shortage(start: Start) -> Iterator[None]:
 def _run(start: Start) -> Result:
     experiment, program, folder = start.experiment, start.program, start.experiment.path
     state = program.initial() if start.state is None else start.state
+    if experiment.initial and start.state is None:
+        params = load_params(Path(experiment.initial) / "checkpoints", program.abstract.params)
+        state = state.replace(params=program.arranged(params))
     resumed_at = int(state.step) if experiment.start == "resume" else None
     first = hosts.is_first()
     if first:
@@ -288,21 +297,8 @@ def evaluate(start: Start, params: Tree) -> dict[str, float]:
 
 def _sample(start: Start, params: Tree) -> str:
     """Text that process 0 alone writes, on its first device if there are several processes; empty elsewhere."""
-    if (params := hosts.gathered(fetched(params))) is None:
-        return ""
-    experiment, wanted = start.experiment, start.experiment.samples
-    tokenizer = start.prepared.tokenizer
-    new = generate(
-        experiment.model,
-        params,
-        [wanted.prompt],
-        max_new_tokens=wanted.tokens,
-        temperature=wanted.temperature,
-        seed=experiment.seed,
-        stop_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
-        tokenizer=tokenizer,
-    )
-    return wanted.prompt + new[0]
+    params = hosts.gathered(fetched(params))
+    return "" if params is None else written(start.experiment, start.prepared.tokenizer, params)
 
 
 def _append(experiment: Experiment, step: int, sample: str) -> None:
@@ -329,9 +325,9 @@ class _Meter:
 
     def __init__(self, experiment: Experiment, program: Program):
         devices = program.mesh.devices.flat
+        source, length = columns(experiment)
         peak = peak_flops(devices[0].device_kind, program.precision.multiplies)
-        flops = functions(experiment.model).flops_per_token(experiment.model, experiment.data.length)
-        self._mfu = None if peak is None else flops / (peak * len(list(devices)))
+        self._mfu = None if peak is None else flops_per_token(experiment.model, length, source) / (peak * len(list(devices)))
         self._since: float | None = None
         self._tokens = 0.0
 

@@ -1,5 +1,6 @@
 """What a step of an experiment costs each device, before anything runs: `plan`. `python -m lmx.plan` is its door."""
 
+import itertools
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -14,23 +15,23 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from lmx.core.config import ConfigError
 from lmx.core.precision import POLICIES
 from lmx.core.tree import Tree, named_leaves
-from lmx.data.recipe import Data
+from lmx.data.recipe import padding
 from lmx.kernels import cudnn
 from lmx.kernels.attention import LONG
 from lmx.kernels.masks import Mask
 from lmx.models import experts, stack
-from lmx.models.config import RWKV, EncoderDecoder, Model, is_local
+from lmx.models.config import RWKV, EncoderDecoder, Model, Transformer, is_local
 from lmx.models.families import functions
 from lmx.parallel import absent, chips, cost, hlo, roofline
 from lmx.parallel.chips import Chip
-from lmx.parallel.cost import Work
 from lmx.parallel.feed import batch_sharding
 from lmx.parallel.host import compiled_here
 from lmx.parallel.layout import AXES, Layout, make_mesh
 from lmx.parallel.roofline import Time
 from lmx.parallel.traffic import Traffic, traffic
+from lmx.parallel.work import Work
 from lmx.train import optimizers
-from lmx.train.experiment import Experiment, check
+from lmx.train.experiment import Experiment, check, check_rows, columns, flops_per_token, with_vocab
 from lmx.train.program import build
 from lmx.train.state import initial_state, state_shardings
 
@@ -93,8 +94,9 @@ def plan(experiment: Experiment, *, chip: str = "h100", compiled: bool = False, 
     waiting = sum(cost.activations(found, cpu=cpu).values()) if "activations" in experiment.layout.offload else 0
     host = {"parameters": whole["parameters, host"], "optimizer": whole["optimizer, host"], "activations": waiting}
     sent = traffic(found, specs, cpu=cpu)
-    tokens = experiment.batch * experiment.data.length
-    model = _flops_per_token(experiment.model, experiment.data.length) * tokens / experiment.layout.devices
+    source, length = columns(experiment)
+    tokens = experiment.batch * length
+    model = _flops_per_token(experiment.model, length, source) * tokens / experiment.layout.devices
     flops = (model, model + _besides(experiment, found) / experiment.layout.devices)
     moved = roofline.moved(found, memory["parameters"] + host["parameters"], memory["optimizer"] + host["optimizer"])
     timed = roofline.seconds(found, sent, flops[1], kind, moved, roofline.fetched(found, host))
@@ -102,11 +104,13 @@ def plan(experiment: Experiment, *, chip: str = "h100", compiled: bool = False, 
     return Plan(experiment, kind, memory, {name: size for name, size in host.items() if size}, tuple(sent), flops, timed, made)
 
 
-UNPLANNED: dict[str, tuple] = {
-    "norm_placement": ("output",),
-    **dict.fromkeys(("parallel_norms", "embed_norm", "qk_norm_joint", "shared_gate", "head_bias"), (True,)),
+PLANNED: dict[str, tuple] = {
+    "positions": ("rope", "alibi", "learned", "sinusoidal", "relative", "none"),
+    "shared_layers": (False,),
+    "embed_size": (None,),
+    "version": (4,),
 }
-"""Settings of a model that change what a step keeps or sends and that `lmx.parallel.cost` does not count."""
+"""Settings of a model, where it has them, of which `lmx.parallel.cost` counts these values alone: others change what a step keeps or sends."""
 
 
 def settled(experiment: Experiment) -> Experiment:
@@ -116,17 +120,12 @@ def settled(experiment: Experiment) -> Experiment:
       ValueError: something does not fit together, or cannot be planned.
     """
     layout, model = experiment.layout, experiment.model
-    if isinstance(model, RWKV):
-        raise ConfigError(
-            "model=RWKV cannot be planned: what its layers keep and send is not in the tables; plan a Transformer of its size"
-        )
     if layout.ordered:
         raise ConfigError(f"layout.ordered={layout.ordered} is for debugging and cannot be planned; plan with it at 0")
-    if isinstance(model, EncoderDecoder):
-        raise ConfigError("model=EncoderDecoder cannot be planned yet; python -m lmx.verify takes it")
-    if model.positions == "relative":
+    if isinstance(model, RWKV) and layout.pipeline > 1 and layout.tensor > 1:
         raise ConfigError(
-            "model.positions=relative cannot be planned yet: what it adds to scores is not counted; python -m lmx.verify takes it"
+            f"model=RWKV with layout.pipeline={layout.pipeline} and layout.tensor={layout.tensor} cannot be planned: what XLA moves between "
+            "tensor devices inside a stage is not counted; plan it with one of them at 1"
         )
     if experiment.precision == "fp64":
         raise ConfigError("precision=fp64 cannot be planned: no chip trains in it; plan with fp32")
@@ -134,27 +133,45 @@ def settled(experiment: Experiment) -> Experiment:
         kind, _, size = experiment.data.tokenizer.partition(":")
         if kind not in ("bpe", "unigram") or not size.isdigit():
             raise ConfigError("model.vocab=0 takes the tokenizer's vocabulary, which a plan does not read; set model.vocab")
-        model = replace(model, vocab=-(-int(size) // 8) * 8)
-    for knob, values in UNPLANNED.items():
-        if getattr(model, knob) in values:
-            raise ConfigError(f"model.{knob}={getattr(model, knob)} cannot be planned yet: what it costs has not been measured")
+        model = with_vocab(model, -(-int(size) // 8) * 8)
+    stacks = {"model": model} | ({"model.encoder": model.encoder} if isinstance(model, EncoderDecoder) else {})
+    for (knob, values), (name, one) in itertools.product(PLANNED.items(), stacks.items()):
+        if getattr(one, knob, values[0]) not in values:
+            raise ConfigError(f"{name}.{knob}={getattr(one, knob)} cannot be planned yet: what it costs has not been measured")
     experiment = replace(experiment, model=model)
-    check(replace(experiment, data=Data(train="tfds:unread", length=experiment.data.length)), layout.devices)
+    unread = {"train": "tfds:unread", "validation": "", "tokenizer": "bytes"}
+    check(replace(experiment, data=replace(experiment.data, **unread)), layout.devices)
+    if isinstance(model, EncoderDecoder):
+        check_rows(experiment)
     return experiment
 
 
 def work(experiment: Experiment, *, on_gpu: bool = False) -> Work:
     """What the cost of an experiment's step depends on; `on_gpu`: whether `lmx.kernels.cudnn` is there."""
-    model, layout, precision = experiment.model, experiment.layout, POLICIES[experiment.precision]
-    stream = experiment.data.packing == "stream"
+    model, (source, length) = experiment.model, columns(experiment)
+    if isinstance(model, RWKV):
+        return _recurrent(experiment, model)
+    found = _work(experiment, model, length, on_gpu=on_gpu)
+    if not source:
+        return found
+    encoder = _work(experiment, model.encoder, source, on_gpu=on_gpu)
+    norms = found.norms * 3 // 2
+    return replace(found, source=source, dense_across=source <= LONG and not model.attention_softcap, encoder=encoder, norms=norms, reads=3)
+
+
+def _work(experiment: Experiment, model: Transformer, length: int, *, on_gpu: bool) -> Work:
+    """The same of one stack, on rows of `length`."""
+    layout, precision = experiment.layout, POLICIES[experiment.precision]
+    stream = experiment.data.packing == "stream" and experiment.data.denoising is None
     ring = layout.context > 1 and layout.exchange == "ring"
-    heads = jax.ShapeDtypeStruct((1, experiment.data.length, 1, model.head_size), precision.compute)
+    heads = jax.ShapeDtypeStruct((1, length, 1, model.head_size), precision.compute)
     refused = cudnn.refusal(
         heads,
         heads,
         Mask(query_segments=None if stream else jax.ShapeDtypeStruct(heads.shape[:2], "int32")),
         softcap=model.attention_softcap,
         slopes=model.positions if model.positions == "alibi" else None,
+        bias=model.positions if model.positions == "relative" else None,
         keep=model.dropout or None,
     )
     fused = on_gpu and not ring and not layout.offload and refused is None
@@ -162,7 +179,7 @@ def work(experiment: Experiment, *, on_gpu: bool = False) -> Work:
         layout=layout,
         rows=experiment.batch // experiment.microbatches,
         microbatches=experiment.microbatches,
-        length=experiment.data.length,
+        length=length,
         layers=model.layers,
         embed=model.embed,
         heads=model.heads,
@@ -171,22 +188,55 @@ def work(experiment: Experiment, *, on_gpu: bool = False) -> Work:
         mlp=model.hidden,
         vocab=model.vocab,
         gated=model.gated,
-        norms=4 if model.norm_placement == "sandwich" else 1 if model.parallel else 2,
-        reads=1 if model.parallel else 2,
+        norms=(1 if model.parallel and not model.parallel_norms else 2) + 2 * (model.norm_placement == "sandwich"),
+        reads=1 if model.parallel and not model.parallel_norms else 2,
+        parallel=model.parallel,
         qk_norm=model.qk_norm,
         tied=model.tied,
         positions=model.context if model.positions == "learned" else 0,
         period=min(len(model.pattern), model.layers),
         masks=0 if stream and fused else len({is_local(kind) for kind in model.pattern}),
         fused=fused,
-        dense=not fused and not ring and experiment.data.length <= LONG and model.attention_softcap is None,
-        post=model.norm_placement == "post",
+        dense=not fused and not ring and length <= LONG and model.attention_softcap is None,
+        embed_norm=model.embed_norm,
+        after=model.norm_placement != "pre",
+        head_bias=model.head_bias,
         mixtures=model.mixtures,
         experts=model.experts,
         choices=model.experts_per_token if model.experts else 0,
         expert_mlp=model.expert_hidden if model.experts else 0,
         shared=model.shared_hidden,
-        capacity=experts.capacity_of(model, experiment.data.length),
+        shared_gate=model.shared_gate,
+        capacity=experts.capacity_of(model, length),
+        relative=model.positions == "relative",
+        dropout=model.dropout > 0,
+        compute=jnp.dtype(precision.compute).itemsize,
+        master=jnp.dtype(precision.params).itemsize,
+        multiplies=precision.multiplies,
+    )
+
+
+def _recurrent(experiment: Experiment, model: RWKV) -> Work:
+    """The same of an RWKV."""
+    precision = POLICIES[experiment.precision]
+    return Work(
+        layout=experiment.layout,
+        rows=experiment.batch // experiment.microbatches,
+        microbatches=experiment.microbatches,
+        length=experiment.data.length,
+        layers=model.layers,
+        embed=model.embed,
+        heads=model.width,
+        kv_heads=model.width,
+        head_dim=1,
+        mlp=model.hidden,
+        vocab=model.vocab,
+        gated=False,
+        tied=model.tied,
+        masks=0,
+        dense=False,
+        recurrent=True,
+        embed_norm=True,
         dropout=model.dropout > 0,
         compute=jnp.dtype(precision.compute).itemsize,
         master=jnp.dtype(precision.params).itemsize,
@@ -222,10 +272,13 @@ def state_bytes(model: Model, recipe: optimizers.Optimizer, steps: int, precisio
 
 def _waiting(tree: Tree, model: Model) -> Iterator[Counter]:
     """Bytes in the host's memory of one repeat of each group's pattern, and (-1) of what is no layer's."""
-    depths = [group.repeats for group in stack.groups(model)]
+    own = stack.groups(model)
+    depths = [group.repeats for group in (*own, *(stack.groups(model.encoder) if isinstance(model, EncoderDecoder) else ()))]
     for name, leaf in named_leaves(tree).items():
         words = name.split("/")
         group = int(words[words.index("layers") + 1]) if "layers" in words else -1
+        if group >= 0 and "encoder" in words:  # whose groups are counted after the decoder's
+            group += len(own)
         yield Counter({group: cost.held(leaf, in_host=True) // (depths[group] if group >= 0 else 1)})
 
 
@@ -235,8 +288,8 @@ def _specs(model: Model) -> Tree:
 
 
 @lru_cache(64)
-def _flops_per_token(model: Model, length: int) -> float:
-    return functions(model).flops_per_token(model, length)
+def _flops_per_token(model: Model, length: int, source: int) -> float:
+    return flops_per_token(model, length, source)
 
 
 @lru_cache(64)
@@ -249,28 +302,31 @@ def _shapes(model: Model, recipe: optimizers.Optimizer, steps: int, precision: s
 def batch_structs(experiment: Experiment, sharding: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch's shapes, as a step takes it."""
     shape = (experiment.microbatches, experiment.batch // experiment.microbatches)
-    kinds = {"tokens": "int32", "targets": "int32", "weights": "float32", "segments": "int32", "positions": "int32"}
-    if experiment.data.packing == "stream":
-        del kinds["segments"]
-    tokens = {n: jax.ShapeDtypeStruct((*shape, experiment.data.length), kind, sharding=sharding) for n, kind in kinds.items()}
-    return tokens | {"example_id": jax.ShapeDtypeStruct(shape, "int32", sharding=sharding)}
+    row = padding(experiment.data)
+    return {name: jax.ShapeDtypeStruct((*shape, *field.shape), field.dtype, sharding=sharding) for name, field in row.items()}
 
 
 def _batch_bytes(experiment: Experiment) -> int:
     """Of a batch on one device, as far as the step reads it: not unused positions, and the example ids for dropout alone."""
-    rows = experiment.batch // experiment.layout.shards
-    arrays = 3 + (experiment.data.packing != "stream") + (experiment.model.positions != "none")
-    return 4 * rows * (arrays * experiment.data.length + (experiment.model.dropout > 0))
+    model, row = experiment.model, padding(experiment.data)
+    unread = set() if model.dropout else {"example_id"}
+    sides = {"decoder_": model, "": model.encoder} if isinstance(model, EncoderDecoder) else {"": model}
+    unread |= {f"{side}positions" for side, one in sides.items() if getattr(one, "positions", "none") == "none"}
+    return experiment.batch // experiment.layout.shards * sum(field.nbytes for name, field in row.items() if name not in unread)
 
 
 def _besides(experiment: Experiment, work: Work) -> float:
     """FLOPs of a step over all devices that MFU does not count: forward passes of layers done again, by rematerialisation and by a pipeline
     with its backward pass; products of empty slots of experts; and, dropless, each row with every expert of its device, as XLA:GPU has
     it."""
-    model, length, layout = experiment.model, experiment.data.length, experiment.layout
+    model, layout, (source, length) = experiment.model, experiment.layout, columns(experiment)
     tokens = experiment.batch * length
-    scores = 4.0 * model.layers * model.heads * model.head_size * length * tokens
-    forward = _flops_per_token(model, length) / 3 * tokens - 2.0 * model.vocab * model.embed * tokens
+    scores = 0.0
+    if not isinstance(model, RWKV):
+        scores = 4.0 * model.layers * model.heads * model.head_size * (length + source) * tokens
+    if source:
+        scores += 4.0 * model.encoder.layers * model.encoder.heads * model.encoder.head_size * source**2 * experiment.batch
+    forward = _flops_per_token(model, length, source) / 3 * tokens - 2.0 * model.vocab * model.embed * tokens
     again = {"none": 0.0, "dots": scores, "sites": forward, "full": forward}[layout.remat] + (forward if layout.pipeline > 1 else 0.0)
     routed = work.routed * work.microbatches * layout.devices // (layout.tensor * layout.pipeline)
     rows = routed * (1 if work.capacity is not None else work.here.experts) - tokens * work.choices

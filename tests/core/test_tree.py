@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmx.core.tree import disagreement, map_named, matches, name_of, named_leaves, size
+from lmx.core.tree import disagreement, map_named, name_of, named_leaves, size
 
 
 @flax.struct.dataclass
@@ -28,12 +28,6 @@ def test_a_leafs_name_is_its_path_whatever_the_containers():
 def test_a_function_is_given_the_name_and_every_trees_leaf():
     found = map_named(lambda name, a, b: (name, float(a.sum() + b)), {"a": np.ones(2), "b": {"c": np.ones(3)}}, {"a": 10, "b": {"c": 20}})
     assert found == {"a": ("a", 12.0), "b": {"c": ("b/c", 23.0)}}
-
-
-def test_patterns_are_those_of_the_shell_over_the_whole_name():
-    assert matches("layers/0/attention/query/bias", ["*/scale", "layers/*/bias"])
-    assert not matches("layers/0/attention/query/bias", ["bias", "layers/*/Bias"])
-    assert not matches("norm/scale", [])
 
 
 def test_size_counts_the_numbers_of_arrays_and_of_abstract_arrays():

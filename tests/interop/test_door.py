@@ -35,7 +35,7 @@ def test_compare_says_what_differs(shared, capsys):
     [
         (["inspekt", "x"], "inspekt x: not understood"),
         (["inspect", "nowhere"], "nowhere has no config.json"),
-        (["export", "nowhere", "there", "--family", "lama"], "--family lama is not one of"),
+        (["export", "nowhere", "there", "--family", "llama"], "nowhere is not a run"),
     ],
 )
 def test_what_is_wrong_is_one_line(argv, message, capsys):

@@ -3,9 +3,19 @@
 from lmx.data.denoising import OBJECTIVES
 from lmx.interop.families import FAMILIES
 from lmx.models.config import RWKV, EncoderDecoder, Transformer
+from lmx.models.vision_config import CLIP, CaptionTransformer, LLaVA, VisionTransformer
+
+SEEING = {
+    VisionTransformer: "encoder of images",
+    CaptionTransformer: "encoder of captions",
+    CLIP: "encoders of images and captions",
+    LLaVA: "decoder that reads images",
+}
 
 
 def kind(config: Transformer) -> str:
+    if type(config) in SEEING:
+        return SEEING[type(config)]
     if isinstance(config, EncoderDecoder):
         return "encoder-decoder"
     if isinstance(config, RWKV):
@@ -16,7 +26,9 @@ def kind(config: Transformer) -> str:
 def features(config: Transformer) -> str:
     """What tells a family from others, in models that leave every setting at its default."""
     if isinstance(config, RWKV):
-        return "a state of constant size"
+        return f"version {config.version}, a state of constant size"
+    if isinstance(config, CLIP):
+        return "a space that both share"
     said = [config.positions, config.norm, f"{config.norm_placement}-norm", config.activation + (", gated" if config.gated else "")]
     said += [name for name in ("parallel", "qk_norm", "shared_layers", "embed_norm", "norm_offset") if getattr(config, name)]
     said += ["local layers"] * (config.window is not None) + [f"{config.experts} experts"] * (config.experts > 0)

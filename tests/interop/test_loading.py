@@ -10,7 +10,7 @@ from lmx.interop.files import mapped, open_tensors, write_tensors
 from lmx.parallel.layout import Layout, make_mesh
 
 
-@pytest.mark.parametrize("case", ["llama", "mixtral", "gpt2"])
+@pytest.mark.parametrize("case", ["llama", "mixtral", "gpt2", "llava"])
 def test_each_device_gets_its_part(shared, case):
     layout = Layout(fsdp=2, tensor=2, expert=2)
     _, whole = interop.load(shared / "goldens" / case)

@@ -9,8 +9,11 @@ One row after another, one layer, one head at a time. Parameters are a dict of p
     output [heads, head_dim, embed], gate, up [embed, mlp],
     down [mlp, embed]; each with an optional `_bias`; query_norm, key_norm [head_dim] (joint: [heads * head_dim]); and for each norm of the layer
     (attention_norm, feedforward_norm, attention_norm_post, feedforward_norm_post) `_scale` and `_bias`;
-    relative [buckets, heads]. Of an encoder-decoder: encoder, another such dict, and in the decoder's layers what attends to it, `cross_`
+    relative [buckets, heads]; distances_projection [embed, heads, head_dim], distances_content and distances_position [heads, head_dim] of a
+    layer with Transformer-XL's positions. Of an encoder-decoder: encoder, another such dict, and in the decoder's layers what attends to it, `cross_`
     before each name.
+
+Every value with a name passes through `site(name, value)`, without the batch's dimension, which may give another back.
 """
 
 import math
@@ -158,7 +161,15 @@ def project(x, parameters, name):
     return y + parameters[f"{name}_bias"] if f"{name}_bias" in parameters else y
 
 
-def attention(x, p, config, positions, segments, window, relative=None, source=None):
+def plain(name, value):
+    return value
+
+
+def within(site, where):
+    return lambda name, value: site(f"{where}/{name}", value)
+
+
+def attention(x, p, config, positions, segments, window, relative=None, source=None, site=plain):
     """Attention of one row x [length, embed], to itself or to a source, an encoder's output and its segments; a token of segment 0 sees
     nothing and gets the output bias alone."""
     length, heads = len(x), config.heads
@@ -175,55 +186,79 @@ def attention(x, p, config, positions, segments, window, relative=None, source=N
         query, key = qk_normalised(query, p["query_norm"], config), qk_normalised(key, p["key_norm"], config)
     dim = query.shape[-1]
     scale = config.attention_scale or 1 / math.sqrt(dim)
+    if order == "rope":
+        for h in range(heads):
+            query[:, h] = turned(query[:, h], positions, config, window is not None)
+        for h in range(heads // share):
+            key[:, h] = turned(key[:, h], positions, config, window is not None)
+    query, key, value = site("query", query), site("key", key), site("value", value)
     mixed = np.zeros((length, heads, dim))
+    scored, weighed = np.zeros((2, heads, length, len(read)))
     seen = seen & (segments[:, None] == own[None, :]) & (segments[:, None] != 0)
     if window is not None:
         seen &= behind < window
     for h in range(heads):
-        q, k, v = query[:, h], key[:, h // share], value[:, h // share]
-        if order == "rope":
-            q, k = (turned(a, positions, config, window is not None) for a in (q, k))
+        q, k = query[:, h], key[:, h // share]
         scores = cap(scale * (q @ k.T), config.attention_softcap)
+        if order == "transformer_xl":  # Dai et al. (2019), section 3.3, the four terms one by one
+            content, position = p["distances_content"][h], p["distances_position"][h]
+            far = {d: sinusoid(d, x.shape[1]) @ p["distances_projection"][:, h] for d in set(behind.ravel().tolist())}
+            by_distance = np.array([[q[i] @ far[d] + position @ far[d] for d in row] for i, row in enumerate(behind.tolist())])
+            scores = scores + scale * (by_distance + (k @ content)[None])
         if order == "alibi":
             scores = scores - (scale if config.alibi_scaled else 1.0) * slope(h, heads) * behind
         if order == "relative":
             scores = scores + np.array([[relative[bucket(int(d), config), h] for d in row] for row in behind])
-        weights = np.where(seen, np.exp(scores), 0.0)
-        mixed[:, h] = weights @ v / np.maximum(weights.sum(1, keepdims=True), 1e-300)
-    y = np.tensordot(mixed, p["output"], 2)
+        scored[h] = scores
+    scored = site("scores", scored)
+    for h in range(heads):
+        weights = np.where(seen, np.exp(scored[h]), 0.0)
+        weighed[h] = weights / np.maximum(weights.sum(1, keepdims=True), 1e-300)
+    weighed = site("weights", weighed)
+    for h in range(heads):
+        mixed[:, h] = weighed[h] @ value[:, h // share]
+    y = np.tensordot(site("mixed", mixed), p["output"], 2)
     return y + p["output_bias"] if "output_bias" in p else y
 
 
-def feedforward(x, p, config):
+def feedforward(x, p, config, site=plain):
     """Plain, or gated (Shazeer, 2020)."""
     activation = ACTIVATIONS[config.activation]
-    if config.gated:
-        return project(activation(project(x, p, "gate")) * project(x, p, "up"), p, "down")
-    return project(activation(project(x, p, "up")), p, "down")
+    hidden = activation(project(x, p, "gate" if config.gated else "up")) * (project(x, p, "up") if config.gated else 1.0)
+    return project(site("feedforward/hidden", hidden), p, "down")
 
 
-def layer(x, p, config, positions, segments, window, relative=None, source=None):
+def layer(x, p, config, positions, segments, window, relative=None, source=None, site=plain):
     """One layer of one row, its norms where the config has them."""
     of_cross = {name.removeprefix("cross_"): value for name, value in p.items() if name.startswith("cross_")}
 
     def norm(y, name):
         return normalise(y, p, name, config)
 
+    here, there = within(site, "attention"), within(site, "cross")
     if config.norm_placement == "post":
-        x = norm(x + attention(x, p, config, positions, segments, window, relative), "attention_norm_post")
+        attended = here("output", attention(x, p, config, positions, segments, window, relative, site=here))
+        x = norm(x + attended, "attention_norm_post")
         if source is not None:
-            x = norm(x + attention(x, of_cross, config, positions, segments, None, source=source), "cross_norm_post")
-        return norm(x + feedforward(x, p, config), "feedforward_norm_post")
+            x = there("input", x)
+            crossed = there("output", attention(x, of_cross, config, positions, segments, None, source=source, site=there))
+            x = norm(x + crossed, "cross_norm_post")
+        x = site("residual", x)
+        return norm(x + site("feedforward/output", feedforward(x, p, config, site)), "feedforward_norm_post")
     read = norm(x, "attention_norm")
-    attended = norm(attention(read, p, config, positions, segments, window, relative), "attention_norm_post")
+    attended = norm(attention(read, p, config, positions, segments, window, relative, site=here), "attention_norm_post")
+    attended = here("output", attended)
     if config.parallel:
         other = norm(x, "feedforward_norm") if config.parallel_norms else read
-        return x + attended + norm(feedforward(other, p, config), "feedforward_norm_post")
+        return x + attended + site("feedforward/output", norm(feedforward(other, p, config, site), "feedforward_norm_post"))
     x = x + attended
     if source is not None:
-        crossed = attention(norm(x, "cross_norm"), of_cross, config, positions, segments, None, source=source)
-        x = x + norm(crossed, "cross_norm_post")
-    return x + norm(feedforward(norm(x, "feedforward_norm"), p, config), "feedforward_norm_post")
+        x = there("input", x)
+        crossed = attention(norm(x, "cross_norm"), of_cross, config, positions, segments, None, source=source, site=there)
+        x = x + there("output", norm(crossed, "cross_norm_post"))
+    x = site("residual", x)
+    fed = feedforward(norm(x, "feedforward_norm"), p, config, site)
+    return x + site("feedforward/output", norm(fed, "feedforward_norm_post"))
 
 
 def transform(x, parameters, config):
@@ -232,23 +267,25 @@ def transform(x, parameters, config):
     return normalise(y, parameters, "transform_norm", config)
 
 
-def logits(parameters, config, tokens, positions, segments, source=None, token_types=None, blocks=None):
+def logits(parameters, config, tokens, positions, segments, source=None, token_types=None, blocks=None, sites=None):
     """Logits [batch, length, vocab] of tokens [batch, length]; `config` is read for its knobs alone. `source`: tokens, positions and segments
-    that an encoder reads."""
-    hidden = states(parameters, config, tokens, positions, segments, source, token_types, blocks)
+    that an encoder reads; `sites`: the function `site` of each row."""
+    hidden = states(parameters, config, tokens, positions, segments, source, token_types, blocks, sites)
     if config.head == "masked":
         hidden = np.stack([transform(x, parameters, config) for x in hidden])
     heard = (config.logit_scale or 1.0) * (hidden @ (parameters["embed"].T if config.tied else parameters["head"]))
     return cap(heard + parameters.get("head_bias", 0.0), config.logit_softcap)
 
 
-def states(parameters, config, tokens, positions, segments, source=None, token_types=None, blocks=None):
+def states(parameters, config, tokens, positions, segments, source=None, token_types=None, blocks=None, sites=None):
     """What the last layer gives, normalised, [batch, length, embed]."""
     rows = []
     if source is not None:
-        encoded = states(parameters["encoder"], config.encoder, *source)
+        of_encoder = sites and [within(site, "encoder") for site in sites]
+        encoded = states(parameters["encoder"], config.encoder, *source, sites=of_encoder)
     config = SimpleNamespace(**vars(config), longest=positions.max() + 1)
     for row in range(len(tokens)):
+        site = sites[row] if sites else plain
         x = parameters["embed"][tokens[row]]
         if config.embed_scale:
             x = x * math.sqrt(config.embed)
@@ -263,12 +300,16 @@ def states(parameters, config, tokens, positions, segments, source=None, token_t
         x = normalise(x, parameters, "embed_norm", config)
         if config.embed_size:
             x = project(x, parameters, "embed_projection")
+        x = site("embeddings", x)
         for i in range(config.layers):
+            here = within(site, f"layers/{i}")
             p = parameters["layers"][i % len(parameters["layers"])]
             window = config.window if config.pattern[i % len(config.pattern)] == "local" else None
             across = source and (encoded[row], source[2][row])
-            x = layer(x, p, config, positions[row], segments[row], window, parameters.get("relative"), across)
-        rows.append(normalise(x, parameters, "norm", config))
+            x = here("input", x)
+            x = layer(x, p, config, positions[row], segments[row], window, parameters.get("relative"), across, here)
+            x = here("output", x)
+        rows.append(site("final", normalise(x, parameters, "norm", config)))
     return np.stack(rows)
 
 

@@ -96,6 +96,9 @@ CASES = {
                                qk_norm=True, tied=False))),
     "C": ("left", pair(model("g", **PLAIN, positions="learned", activation="gelu", norm_placement="post", bias=True),
                        model("g", **PLAIN, positions="rope", activation="gelu", norm_placement="post", bias=True, logit_softcap=3.0))),
+    "D": ("packed", model("lg", kv_heads=2, positions="transformer_xl", attention_scale=0.4, qk_norm=True, tied=False)),
+    "E": ("left", model("g", positions="transformer_xl", activation="gelu", gated=False, head_dim=10)),
+    "F": ("right", model("g", kv_heads=1, positions="transformer_xl", causal=False, head="masked", shared_layers=True, embed_size=10)),
 }  # fmt: skip
 
 

@@ -22,7 +22,8 @@ from lmx.models.families import functions
 from lmx.models.heads import classes
 from lmx.models.dropout import Dropout
 from lmx.models.losses import cross_entropy, logits
-from lmx.models.transformer import Source
+from lmx.models.transformer import Embedded, Source
+from lmx.models.vision_config import CLIP, CaptionTransformer, LLaVA, VisionTransformer
 
 
 def run(config, *, mode):
@@ -55,15 +56,35 @@ for knobs in (
     {"positions": "alibi", "gated": False, "norm": "layernorm", "bias": True, "norm_placement": "post"},
     {"positions": "learned", "parallel": True, "tied": False},
     {"positions": "sinusoidal", "norm_placement": "sandwich"},
+    {"positions": "transformer_xl"},
     {"positions": "relative", "relative_buckets": 8, "relative_distance": 9, "encoder": True},
 ):
     for mode in ("training", "decoding"):
         jax.eval_shape(lambda: run(model(**knobs), mode=mode))
 for mode in ("training", "decoding"):
     jax.eval_shape(lambda: run(RWKV(vocab=8, layers=2, embed=8, channels=12, rescale_every=1), mode=mode))
+    for version in (6, 7):
+        jax.eval_shape(lambda: run(RWKV(version=version, vocab=8, layers=2, embed=8, channels=12, head_dim=4), mode=mode))
 ENCODER = {"causal": False, "embed_size": 4, "token_types": 2, "shared_layers": True, "bias": True, "embed_norm": True}
 for head, labels, mode in (("masked", 0, "training"), ("classifier", 3, "classes"), ("tokens", 3, "classes"), ("detector", 0, "classes")):
     jax.eval_shape(lambda: run(Transformer(**SIZES, **ENCODER, head=head, labels=labels), mode=mode))
+
+def see(config):
+    module, texts = functions(config), () if type(config) is VisionTransformer else (jnp.zeros((3, 4), jnp.int32),)
+    params, pixels = initial_values(jax.random.key(0), module.specs(config)), jnp.zeros((3, 3, 4, 4))
+    if isinstance(config, LLaVA):
+        return module.forward(params, config, *texts, pixels=pixels).hidden
+    found = module.forward(params, config, *texts, pixels)
+    if isinstance(config, CLIP):
+        return module.contrastive_loss(module.similarities(params, found.images, found.texts))
+    return module.classes(params, config, found.hidden)
+
+
+seen = {"layers": 2, "embed": 8, "heads": 2, "mlp": 8, "image_size": (4, 4), "patch_size": (2, 2)}
+jax.eval_shape(lambda: see(VisionTransformer(**seen, head="classifier", labels=3)))
+reader = CaptionTransformer(**SIZES, head="projection", end_token=7)
+jax.eval_shape(lambda: see(CLIP(VisionTransformer(**seen, head="projection", summary_norm=True), reader)))
+jax.eval_shape(lambda: see(LLaVA(**SIZES, image=VisionTransformer(**seen), image_layers=(-1, 0))))
 print("checked")
 """
 

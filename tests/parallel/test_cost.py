@@ -7,15 +7,17 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from lmx.core import params
+from lmx.data.denoising import SpanCorruption
 from lmx.data.recipe import Data
 from lmx.models import transformer
-from lmx.models.config import Transformer
+from lmx.models.config import RWKV, EncoderDecoder, Model, Transformer
 from lmx.parallel import chips, cost, roofline
 from lmx.parallel.layout import AXES, Layout
 from lmx.parallel.rules import rules, shardings
 from lmx.parallel.traffic import Traffic
 from lmx.train import planning as plans
 from lmx.train.experiment import Experiment
+from lmx.train.objectives import CausalLM, Seq2Seq
 from lmx.train.optimizers import SGD, Adafactor, Adam8bit, AdamW, Lion, Muon
 
 MODEL = Transformer(vocab=2048, layers=16, embed=256, heads=8, kv_heads=4, mlp=768, context=4096)
@@ -31,24 +33,38 @@ GPT2 = dataclasses.replace(
     mlp=1024,
     context=512,
 )
+T5 = dataclasses.replace(MODEL, positions="relative", activation="relu", gated=False, kv_heads=None)
+BART = dataclasses.replace(GPT2, activation="gelu", norm_placement="post", embed_norm=True)
+RECURRENT = RWKV(vocab=2048, layers=16, embed=256, channels=384, mlp=768, context=512)
 EXPERTS = {"experts": 8, "experts_per_token": 2, "mlp": 384}
 LOW, HIGH = 0.95, 1.15
 """A plan's total over the compiler's."""
 MEGABYTE = 1_000_000
 
 
-def experiment(model: Transformer = MODEL, length=512, batch=16, microbatches=1, precision="fp32", optimizer=None, **degrees) -> Experiment:
+def experiment(model: Model = MODEL, length=512, batch=16, microbatches=1, precision="fp32", optimizer=None, **degrees) -> Experiment:
     data, layout = Data(train="unread", length=length), Layout(**degrees)
+    pair = isinstance(model, EncoderDecoder)
+    if pair:  # targets are half as long as sources
+        spans = SpanCorruption(tuple(range(200)), start=0, density=0.3)
+        data = dataclasses.replace(data, denoising=spans, decoder_length=length // 2, packing="first_fit")
     return Experiment(
         name="planned",
         data=data,
         model=model,
+        objective=Seq2Seq() if pair else CausalLM(),
         optimizer=optimizer or AdamW(),
         batch=batch,
         microbatches=microbatches,
         precision=precision,
         layout=layout,
     )
+
+
+def paired(model: Transformer, depth: int) -> EncoderDecoder:
+    """An encoder and a decoder of a model's kind and half its depth, but still no shallower than is unrolled."""
+    kind = vars(model) | {"layers": depth}
+    return EncoderDecoder(**kind, encoder=Transformer(**kind | {"layers": 14, "causal": False}))
 
 
 def changed(**fields) -> Transformer:
@@ -97,6 +113,21 @@ CASES = {
     "experts-pipeline": {"model": changed(**EXPERTS), "pipeline": 2, "expert": 2, "fsdp": 2, "microbatches": 4, "remat": "full"},
     "dropout": {"model": changed(dropout=0.1), "fsdp": 8},
     "dropout-full": {"model": changed(dropout=0.1), "fsdp": 4, "tensor": 2, "remat": "full"},
+    "t5": {"model": paired(T5, 14), "fsdp": 8},
+    "t5-deep-decoder": {"model": paired(T5, 20), "data": 2, "fsdp": 2, "tensor": 2, "remat": "full"},
+    "bart": {"model": paired(BART, 14), "fsdp": 4, "zero": 1, "tensor": 2, "sequence": False, "remat": "dots", "microbatches": 2},
+    "pair-dropout": {"model": paired(changed(dropout=0.1, gated=False, kv_heads=2), 14), "fsdp": 4, "tensor": 2},
+    "rwkv": {"model": RECURRENT, "fsdp": 8},
+    "rwkv-full": {"model": RECURRENT, "data": 2, "fsdp": 2, "tensor": 2, "remat": "full"},
+    "rwkv-dots": {"model": RECURRENT, "data": 2, "tensor": 4, "sequence": False, "remat": "dots"},
+    "norms-on-outputs": {
+        "model": changed(norm_placement="output", qk_norm=True, qk_norm_joint=True, tied=False),
+        "fsdp": 2,
+        "tensor": 4,
+        "remat": "full",
+    },
+    "parallel-norms": {"model": changed(parallel=True, parallel_norms=True, embed_norm=True, head_bias=True), "fsdp": 2, "tensor": 4},
+    "gated-shared-experts": {"model": changed(**EXPERTS, shared_experts=1, shared_gate=True), "fsdp": 4, "tensor": 2, "remat": "dots"},
     "one-key-head": {"model": changed(kv_heads=1), "data": 4, "tensor": 2, "remat": "full"},
 }
 """On eight simulated devices. In fp32: XLA:CPU widens bf16 here and there."""

@@ -1,4 +1,4 @@
-"""Masked language models under every kind of layout: loss, gradients and parameters after three steps are one device's."""
+"""Masked language models under further kinds of layout: loss, gradients and parameters after three steps are one device's."""
 
 from dataclasses import replace
 from functools import cache
@@ -30,7 +30,6 @@ BERT = replace(
 ALBERT = replace(BERT, embed_size=8, shared_layers=True, activation="gelu_tanh")
 MODELS = {"bert": BERT, "albert": ALBERT, "bert, untied": replace(BERT, tied=False)}
 CASES = [
-    ("bert", Layout(data=2, fsdp=2, tensor=2), 2),
     ("bert", Layout(fsdp=4, zero=1, tensor=2, sequence=True), 1),
     ("bert", Layout(context=2, fsdp=2, tensor=2), 1),
     ("bert", Layout(context=4, exchange="alltoall", data=2), 1),

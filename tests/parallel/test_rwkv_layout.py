@@ -9,29 +9,34 @@ import runs
 from lmx.models.config import RWKV
 from lmx.parallel.layout import Layout
 from lmx.train.experiment import check
-from lmx.train.planning import compile_step, plan
+from lmx.train.planning import compile_step
 from lmx.verify import differences, shrink, verify
 
 pytestmark = pytest.mark.usefixtures("cheaply_compiled")
 
 MODEL = RWKV(vocab=48, layers=4, embed=16, channels=24, mlp=32, context=runs.LENGTH, init_std=0.1, rescale_every=2)
+FINCH = replace(MODEL, version=6, layers=2, channels=16, head_dim=4, mix_rank=4, decay_rank=6, rescale_every=0)
+GOOSE = replace(FINCH, version=7, mix_rank=32, rate_rank=4, value_rank=4, gate_rank=6)
 LAYOUTS = {
-    "data x fsdp x tensor": Layout(data=2, fsdp=2, tensor=2),
     "ZeRO-1, the sequence whole, remat": Layout(fsdp=4, tensor=2, zero=1, sequence=False, remat="dots"),
     "interleaved pipeline": Layout(pipeline=2, rounds=2, fsdp=2, tensor=2, remat="full"),
 }
 
 
 @cache
-def one() -> dict:
-    return runs.train(runs.experiment(model=MODEL))
+def one(model: RWKV) -> dict:
+    return runs.train(runs.experiment(model=model))
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_losses_gradients_and_parameters_are_those_of_one_device(name):
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [*((MODEL, name) for name in LAYOUTS), (FINCH, "data x fsdp x tensor"), (GOOSE, "data x fsdp x tensor")],
+    ids=lambda value: str(getattr(value, "version", value)),
+)
+def test_losses_gradients_and_parameters_are_those_of_one_device(model, name):
     layout = LAYOUTS[name]
-    found = runs.train(runs.experiment(model=MODEL, layout=layout, microbatches=2 if layout.pipeline > 1 else 1))
-    worst = differences(found, one())
+    found = runs.train(runs.experiment(model=model, layout=layout, microbatches=2 if layout.pipeline > 1 else 1))
+    worst = differences(found, one(model))
     assert max(worst.values()) < 2e-5, sorted(worst.items(), key=lambda item: -item[1])[:5]
 
 
@@ -58,20 +63,17 @@ def test_verify_takes_an_rwkv_and_keeps_what_it_is():
 
 
 @pytest.mark.parametrize(
-    ("layout", "said"),
+    ("model", "layout", "said"),
     [
-        (Layout(context=2), "layout.context=2"),
-        (Layout(tensor=5), "model.channels"),
-        (Layout(fsdp=3), "model.embed=16 is not divisible by layout.fsdp=3"),
-        (Layout(pipeline=3), "model.layers=4 is not divisible by layout.pipeline=3"),
+        (MODEL, Layout(context=2), "layout.context=2"),
+        (MODEL, Layout(tensor=5), "model.channels"),
+        (FINCH, Layout(tensor=8), "model.channels / model.head_dim"),
+        (GOOSE, Layout(pipeline=2), "layout.pipeline=2 .*model.version=7"),
+        (MODEL, Layout(fsdp=3), "model.embed=16 is not divisible by layout.fsdp=3"),
+        (MODEL, Layout(pipeline=3), "model.layers=4 is not divisible by layout.pipeline=3"),
     ],
     ids=str,
 )
-def test_what_does_not_divide_is_refused_by_name(layout, said):
+def test_what_does_not_divide_is_refused_by_name(model, layout, said):
     with pytest.raises(ValueError, match=said):
-        check(runs.experiment(model=MODEL, layout=layout, batch=30))
-
-
-def test_it_has_no_plan_yet_and_says_so():
-    with pytest.raises(ValueError, match="model=RWKV cannot be planned"):
-        plan(runs.experiment(model=MODEL))
+        check(runs.experiment(model=model, layout=layout, batch=30))

@@ -18,6 +18,7 @@ MODELS = {
     "parallel norms, biases": replace(
         runs.MODEL, parallel=True, parallel_norms=True, embed_norm=True, head_bias=True, rope_dims=4, projection_bias=False, logit_scale=0.5
     ),
+    "Transformer-XL": replace(PLAIN, positions="transformer_xl"),
     "scaled ALiBi": replace(runs.MODEL, positions="alibi", alibi_scaled=True, norm_placement="output"),
 }
 LAYOUTS = {
@@ -36,7 +37,9 @@ def one_device(name: str) -> dict:
 @pytest.mark.parametrize("name", MODELS)
 def test_numbers_do_not_depend_on_the_layout(name, layout):
     degrees = LAYOUTS[layout]
-    if not MODELS[name].experts:
+    if MODELS[name].positions == "transformer_xl":
+        degrees = replace(degrees, expert=1, data=degrees.data * degrees.expert)
+    elif not MODELS[name].experts:
         degrees = replace(degrees, expert=1, context=degrees.expert)
     run = runs.experiment(model=MODELS[name], layout=degrees, microbatches=2)
     check(run)

@@ -5,6 +5,7 @@ from lmx.interop.families import (
     bart,
     bert,
     bloom,
+    clip,
     cohere,
     distilbert,
     electra,
@@ -15,6 +16,7 @@ from lmx.interop.families import (
     gpt_neox,
     gptj,
     llama,
+    llava,
     mistral,
     mixtral,
     olmo2,
@@ -23,8 +25,10 @@ from lmx.interop.families import (
     qwen,
     roberta,
     rwkv,
+    rwkv7,
     stablelm,
     t5,
+    vit,
 )
 from lmx.interop.family import Family
 
@@ -34,8 +38,9 @@ FAMILIES: dict[str, Family] = {
         *(albert.ALBERT, bert.BERT, distilbert.DISTILBERT, electra.ELECTRA, roberta.CAMEMBERT, roberta.ROBERTA, roberta.XLM_ROBERTA),
         *(bloom.BLOOM, falcon.FALCON, gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3, glm.GLM, glm.GLM4, gpt2.GPT2, gpt_neox.GPT_NEOX, gptj.GPTJ),
         *(llama.LLAMA, mistral.MISTRAL, mixtral.MIXTRAL, olmo2.OLMO2, opt.OPT, phi3.PHI3, qwen.QWEN2, qwen.QWEN2_MOE, qwen.QWEN3),
-        *(stablelm.STABLELM, cohere.COHERE, rwkv.RWKV),
+        *(stablelm.STABLELM, cohere.COHERE, rwkv.RWKV, rwkv.RWKV5, rwkv.RWKV6, rwkv7.RWKV7),
         *(bart.BART, t5.T5, t5.MT5),
+        *(vit.VIT, clip.CLIP, clip.TEXT, clip.VISION, llava.LLAVA),
     )
 }
 """By `model_type`."""
