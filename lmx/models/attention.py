@@ -8,7 +8,6 @@ from jaxtyping import Float
 
 from lmx.core.execution import Execution
 from lmx.core.tree import Tree
-from lmx.core.weights import linear
 from lmx.kernels.masks import Mask
 from lmx.kernels.wide import wide
 from lmx.models import dropout as drop
@@ -20,6 +19,7 @@ from lmx.models.positions import alibi_slopes
 from lmx.models.rope import rotate
 from lmx.models.sites import NONE, Sites
 from lmx.parallel.attention import attention as attend
+from lmx.parallel.collective import linear_back, linears
 from lmx.parallel.rules import constrain
 
 
@@ -92,7 +92,7 @@ def attention(
       cache: `{"key", "value"}` of `[batch, kv_heads, slots, head_dim]`.
     """
 
-    query, key, value = (project(x, params, name, config, execution) for name in ("query", "key", "value"))
+    query, key, value = project(x, params, ("query", "key", "value"), config, execution)
     rope = context.local_rope if local else context.rope
     if rope is not None:
         query, key = (rotate(a, rope, interleaved=config.rope_interleaved) for a in (query, key))
@@ -145,11 +145,12 @@ def cross(
       cache: with `{"source_key", "source_value"}` of `[batch, kv_heads, keys, head_dim]` from the first time on.
     """
     sites = context.sites
-    query = _site(sites, "cross", "query", project(x, params, "query", config, execution))
+    query = _site(sites, "cross", "query", *project(x, params, ("query",), config, execution))
     if context.source is None:
         key, value = (cache[n].swapaxes(1, 2).astype(x.dtype) for n in ("source_key", "source_value"))
     else:
-        key, value = (_site(sites, "cross", name, project(context.source, params, name, config, execution)) for name in ("key", "value"))
+        read = project(context.source, params, ("key", "value"), config, execution)
+        key, value = (_site(sites, "cross", name, a) for name, a in zip(("key", "value"), read, strict=True))
         if cache is not None:
             kept = cache["key"].dtype
             cache = cache | {"source_key": key.swapaxes(1, 2).astype(kept), "source_value": value.swapaxes(1, 2).astype(kept)}
@@ -161,14 +162,15 @@ def cross(
     return _output(mixed, "cross", sites, params, execution), cache
 
 
-def project(x: Array, params: Tree, name: str, config: Transformer, execution: Execution) -> Float[Array, "batch length some head_dim"]:
-    """Queries, keys or values of x, normalised where the config says so, before they turn."""
-    heads = "heads" if name == "query" else "kv_heads"
-    y = linear(x, params[name]["weight"], params[name].get("bias"))
-    y = constrain(y, ("batch", "length", heads, None), execution.rules)
-    if config.qk_norm and name != "value":
-        y = _normed(y, params[f"{name}_norm"], config)
-    return y
+def project(
+    x: Array, params: Tree, names: tuple[str, ...], config: Transformer, execution: Execution
+) -> list[Float[Array, "batch length some head_dim"]]:
+    """Queries, keys or values of x, those that are named, normalised where the config says so, before they turn."""
+    found = []
+    for name, y in zip(names, linears(x, [params[name] for name in names], "heads", execution), strict=True):
+        y = constrain(y, ("batch", "length", "heads" if name == "query" else "kv_heads", None), execution.rules)
+        found.append(_normed(y, params[f"{name}_norm"], config) if config.qk_norm and name != "value" else y)
+    return found
 
 
 def _site(sites: Sites, where: str, name: str, value: Array) -> Array:
@@ -178,7 +180,7 @@ def _site(sites: Sites, where: str, name: str, value: Array) -> Array:
 
 def _output(mixed: Array, where: str, sites: Sites, params: Tree, execution: Execution) -> Array:
     mixed = _site(sites, where, "mixed", constrain(mixed, ("batch", "length", "heads", None), execution.rules))
-    return linear(mixed, params["output"]["weight"], params["output"].get("bias"), inputs=2)
+    return linear_back(mixed, params["output"], "heads", execution)
 
 
 def _normed(heads: Float[Array, "batch length heads head_dim"], params: Tree, config: Transformer) -> Array:

@@ -10,6 +10,7 @@ from lmx.models import attention, dropout, experts, feedforward, norms
 from lmx.models.attention import Context
 from lmx.models.config import EncoderDecoder, LayerKind, Transformer, is_local, is_mixture
 from lmx.models.experts import Aux
+from lmx.parallel.collective import goes_round
 from lmx.parallel.rules import constrain, move, placed
 
 
@@ -70,7 +71,8 @@ def block(
         return constrain(y, ("batch", "sequence", None), execution.rules)
 
     def gathered(y: Array) -> Array:
-        return move(y, ("batch", "length", None), ("batch", "sequence", None), execution.rules)
+        there = ("batch", "sequence" if goes_round(y.shape, execution) else "length", None)
+        return move(y, there, ("batch", "sequence", None), execution.rules)
 
     # A mixture routes what each device has before it gathers anything.
     read_by_feed = (lambda y: y) if mixture else gathered

@@ -36,6 +36,7 @@ from lmx.models import feedforward
 from lmx.models.config import Transformer
 from lmx.models.linears import linear_specs
 from lmx.models.sites import NONE, Sites
+from lmx.parallel.collective import goes_round
 from lmx.parallel.manual import axes, manual, names
 from lmx.parallel.rules import constrain, move, partition
 
@@ -94,7 +95,8 @@ def experts(
     own = {name: params[name]["weight"] for name in params if name not in ("router", "shared", "shared_gate")}
     y = _on_mesh(x, routing, own, config, execution, capacity)
     if config.shared_experts:
-        whole = move(x, ("batch", "length", None), ("batch", "sequence", None), execution.rules)
+        there = ("batch", "sequence" if goes_round(x.shape, execution) else "length", None)
+        whole = move(x, there, ("batch", "sequence", None), execution.rules)
         shared = feedforward.feedforward(whole, params["shared"], config, execution)
         if config.shared_gate:
             gate = jax.nn.sigmoid(linear(widened(whole), params["shared_gate"]["weight"]))

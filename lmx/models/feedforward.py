@@ -10,12 +10,12 @@ from jaxtyping import Float
 
 from lmx.core.execution import Execution
 from lmx.core.tree import Tree
-from lmx.core.weights import linear
 from lmx.kernels import devices
 from lmx.kernels.wide import widened
 from lmx.models.config import Transformer
 from lmx.models.linears import linear_specs
 from lmx.models.sites import NONE, Sites
+from lmx.parallel.collective import linear_back, linears
 from lmx.parallel.rules import constrain
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -44,18 +44,16 @@ def feedforward(
     """`down(activation(up(x)))`, or gated `down(activation(gate(x)) * up(x))` (GLU variants)."""
     activation = ACTIVATIONS[config.activation]
 
-    def project(name: str) -> Array:
-        y = linear(x, params[name]["weight"], params[name].get("bias"))
-        return checkpoint_name(constrain(y, ("batch", "length", "mlp"), execution.rules), "hidden")
-
     def activated(*projected: Array) -> Array:
         first, *second = map(widened, projected)
         return (activation(first) * second[0] if second else activation(first)).astype(x.dtype)
 
     def down(hidden: Array) -> Array:
-        return linear(hidden, params["down"]["weight"], params["down"].get("bias"))
+        return linear_back(hidden, params["down"], "mlp", execution)
 
-    projected = [project(name) for name in (("gate", "up") if config.gated else ("up",))]
+    into = [params[name] for name in (("gate", "up") if config.gated else ("up",))]
+    projected = [constrain(y, ("batch", "length", "mlp"), execution.rules) for y in linears(x, into, "mlp", execution)]
+    projected = [checkpoint_name(y, "hidden") for y in projected]
     # For the backward pass a CPU keeps only the projections: the activation is cheaper to do again than to write and read.
     if devices.on_cpu() and not sites.asked("feedforward/hidden"):
         return jax.checkpoint(lambda *projected: down(activated(*projected)))(*projected)

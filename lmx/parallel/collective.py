@@ -112,9 +112,9 @@ class _Places:
 
     def summed(self, gradient: Array, over: tuple[str, ...]) -> Array:
         """The gradient from those of the devices along mesh axes that split tokens."""
-        for dimension, (whole, part) in enumerate(zip(self.whole, self.parts, strict=True)):
+        for dimension, (multiplies, part) in enumerate(zip(self.whole, self.parts, strict=True)):
             for axis in names(P(part)):
-                if axis not in names(P(whole)):
+                if axis not in names(P(multiplies)):
                     gradient = jax.lax.psum_scatter(gradient, axis, scatter_dimension=dimension, tiled=True)
                     over = tuple(a for a in over if a != axis)
         return jax.lax.psum(gradient, over) if over else gradient

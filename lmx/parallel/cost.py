@@ -79,7 +79,7 @@ def kept(work: Work, *, mixture: bool = False, cpu: bool = False) -> dict[str, i
         return {"layer inputs": work.between, "products": outputs + queries + asked + 2 * (keys + there) + hidden + routed}
     found = {
         "inputs of norms": work.norms * work.between,
-        "inputs of projections": (work.reads - mixture) * work.whole + queries + asked,
+        "inputs of projections": (work.reads - mixture) * (work.between if work.layout.collective_matmul else work.whole) + queries + asked,
         "queries, keys, values": (3 * queries if work.dense else (2 if work.fused else 1) * queries + 2 * keys)
         + (asked + 2 * (shared if work.dense_across else there))
         + (queries + asked + keys + there if work.qk_norm else 0),
@@ -166,6 +166,8 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
     if again:
         weights = max(weights, 5 * work.whole)  # what is gathered, and formed again, before gradients are there
     found = max(attention + work.whole, feed) + weights
+    if layout.collective_matmul and not cpu:  # parts that came by, which the backward pass's second way round finds again
+        found += (8 if layout.remat in ("sites", "full") else 2) * work.whole
     everything = replace(work, layout=replace(layout, remat="none"))
     anew = {name: size for name, size in kept(everything, mixture=work.mixed > 0, cpu=cpu).items() if layout.remat != "none"}
     if cpu:

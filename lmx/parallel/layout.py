@@ -34,6 +34,8 @@ class Layout:
     sequence: bool = True
     """Whether the tensor devices also split what lies between those along the sequence (Korthikanti et al., 2022): less memory, no more
     communication."""
+    collective_matmul: bool = False
+    """Whether those devices gather and sum such sequences a part at a time, each on its way while another is multiplied (Wang et al., 2023)."""
     context: int = 1
     """Devices that split each sequence among them."""
     exchange: Literal["ring", "alltoall"] = "ring"

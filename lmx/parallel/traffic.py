@@ -103,7 +103,8 @@ def _of_weights(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
         for part in ("", "experts", "gate"):
             experts = part == "experts"
             mine = [n for n in scattered if _part(n, table[n], work) == part]
-            total, kind = size(mine, master=True) // depth, "all-reduce" if cpu and not (experts and zero >= 2) else "reduce-scatter"
+            total = size(mine, master=True) // depth
+            kind = "all-reduce" if cpu and not (experts and zero >= 2) and not (inner and layout.collective_matmul) else "reduce-scatter"
             found.append(Traffic(kind, fsdp, total, times, f"gradients {what}"))
             found.append(Traffic("all-reduce", _summed_over(layout, part, replicas), total // layout.fsdp, times, f"gradients {what}"))
             mine = [n for n in rest if _part(n, table[n], work) == part]
@@ -177,6 +178,9 @@ def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
     between = (
         (work.depth - work.depth // work.period) * work.ticks if remat == "full" and not work.after else 0
     )  # layers of a repeat but its last
+    if work.layout.collective_matmul:  # each product back and forth, and of the backward pass inputs and gradients once more
+        n, rounds = work.layout.tensor, (4 * work.forwards + 6 + again) * times + between
+        return [*found, Traffic("collective-permute", axes, size // n, (n - 1) * rounds, "parts of the residual stream")]
     # XLA:CPU sums the gradients of several projections of one input one by one.
     across = 1 if work.source else 0  # which reads the residual stream for its queries alone
     attention, feed = (1 if replicated else 3, 2 if work.gated else 1) if cpu else (1, work.reads - 1 - across)

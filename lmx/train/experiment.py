@@ -140,6 +140,7 @@ def check(experiment: Experiment, devices: int | None = None) -> None:
     available = len(jax.devices()) if devices is None else devices
     layouts.check(layout, sizes, experiment.batch // experiment.microbatches, experiment.microbatches, available)
     _check_sequence(experiment)
+    _check_collective_matmul(experiment)
     _check_pipeline(experiment)
     check_data(experiment.data)
 
@@ -242,6 +243,26 @@ def _check_sequence(experiment: Experiment) -> None:
         raise ConfigError(
             f"layout.exchange=alltoall trades {heads} heads (model.heads / layout.tensor) among layout.context={layout.context} devices, "
             f"which does not divide them; use ring, or another degree"
+        )
+
+
+def _check_collective_matmul(experiment: Experiment) -> None:
+    layout, model = experiment.layout, experiment.model
+    if not layout.collective_matmul:
+        return
+    if layout.tensor == 1 or not layout.sequence:
+        raise ConfigError(
+            f"layout.collective_matmul is of tensor devices that split sequences, not of layout.tensor={layout.tensor} with "
+            f"layout.sequence={layout.sequence}; leave it out or change those"
+        )
+    if isinstance(model, RWKV):
+        raise ConfigError("layout.collective_matmul is not there for an RWKV; leave it out")
+    if policy(experiment.precision).fp8:
+        raise ConfigError(f"layout.collective_matmul is not there for precision={experiment.precision}; use bf16, or leave it out")
+    if model.kv_heads is not None and model.kv_heads % layout.tensor:
+        raise ConfigError(
+            f"layout.collective_matmul needs a part of the keys for each device: model.kv_heads={model.kv_heads} is not divisible by "
+            f"layout.tensor={layout.tensor}"
         )
 
 

@@ -77,6 +77,7 @@ def build(experiment: Experiment, mesh: Mesh | AbstractMesh | None = None) -> Pr
         rules=None if plain else rules(layout),
         split=None if plain else rules(layout, split=layout.zero >= 2),
         exchange=layout.exchange,
+        collective_matmul=layout.collective_matmul,
         precision=precision,
         attention="auto" if isinstance(mesh, Mesh) else "xla",  # cuDNN's cannot be lowered where there are no devices
         remat=layout.remat,
