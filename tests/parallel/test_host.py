@@ -12,9 +12,13 @@ from lmx.train.program import build
 @pytest.fixture
 def cache(tmp_path):
     """A compilation cache of this test's own, which keeps everything."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (str(tmp_path), 0.0), strict=True):
+    own = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_enable_compilation_cache": True,
+    }
+    before = {name: getattr(jax.config, name) for name in own}
+    for name, value in own.items():
         jax.config.update(name, value)
     reset_cache()
     yield tmp_path
