@@ -19,6 +19,7 @@ FINCH = replace(MODEL, version=6, layers=2, channels=16, head_dim=4, mix_rank=4,
 GOOSE = replace(FINCH, version=7, mix_rank=32, rate_rank=4, value_rank=4, gate_rank=6)
 LAYOUTS = {
     "ZeRO-1, the sequence whole, remat": Layout(fsdp=4, tensor=2, zero=1, sequence=False, remat="dots"),
+    "data x fsdp x tensor": Layout(data=2, fsdp=2, tensor=2),
     "interleaved pipeline": Layout(pipeline=2, rounds=2, fsdp=2, tensor=2, remat="full"),
 }
 
@@ -30,7 +31,12 @@ def one(model: RWKV) -> dict:
 
 @pytest.mark.parametrize(
     ("model", "name"),
-    [*((MODEL, name) for name in LAYOUTS), (FINCH, "data x fsdp x tensor"), (GOOSE, "data x fsdp x tensor")],
+    [  # version 4 on three axes is among the representatives
+        (MODEL, "ZeRO-1, the sequence whole, remat"),
+        (MODEL, "interleaved pipeline"),
+        (FINCH, "data x fsdp x tensor"),
+        (GOOSE, "data x fsdp x tensor"),
+    ],
     ids=lambda value: str(getattr(value, "version", value)),
 )
 def test_losses_gradients_and_parameters_are_those_of_one_device(model, name):
