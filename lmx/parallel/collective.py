@@ -48,7 +48,7 @@ def linear_back(x: Array, layer: Tree, input: str, execution: Execution) -> Floa
     """`lmx.core.weights.linear` back to the hidden states, of x `[batch, length, *in]` through `{"weight": [*in, embed], "bias": [embed]}`;
     `input` names the first dimension of `in`. Where it `goes_round`, the result lies as between sublayers."""
     weight = layer["weight"]
-    if not goes_round((*x.shape[:2], weight.shape[-1]), execution):
+    if not execution.collective_matmul or not goes_round((*x.shape[:2], weight.shape[-1]), execution):
         return linear(x, weight, layer.get("bias"), inputs=x.ndim - 2)
     return _finished(_out_of((execution.rules, input), x, weight), layer)
 
