@@ -16,7 +16,7 @@ from lmx.models import norms
 from lmx.models.config import Model, Transformer
 from lmx.models.feedforward import ACTIVATIONS
 from lmx.models.linears import linear_specs
-from lmx.parallel.rules import placed
+from lmx.parallel.rules import placed_outside
 
 DENSE = {"masked": "transform", "pooler": "pooler", "classifier": "pooler", "detector": "transform"}
 """What the dense layer of a head is called, in heads that have one."""
@@ -48,7 +48,7 @@ def transformed(
     """What the matrix of logits multiplies: hidden states, or a masked head's transform of them."""
     if config.head != "masked":
         return hidden
-    params = _own(params, config, execution)
+    params = placed_outside(params, specs(config), execution)
     return norms.norm(_dense(params, config, hidden), params["transform_norm"], config.norm, config.norm_epsilon, offset=config.norm_offset)
 
 
@@ -77,8 +77,3 @@ def _dense(params: Tree, config: Transformer, x: Array) -> Array:
     layer = params[DENSE[config.head]]
     y = linear(x, layer["weight"], layer.get("bias"))
     return ACTIVATIONS[config.head_activation or config.activation](widened(y)).astype(y.dtype)
-
-
-def _own(params: Tree, config: Transformer, execution: Execution) -> Tree:
-    own = {name: spec for name, spec in specs(config).items() if name.startswith("transform")}
-    return placed({name: params[name] for name in own}, own, execution)

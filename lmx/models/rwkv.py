@@ -30,7 +30,7 @@ from lmx.models.sites import Edits
 from lmx.models.token_shift import BETWEEN, INSIDE, Context, latest, own_share, projected, token_before
 from lmx.models.transformer import Output
 from lmx.parallel.offload import fetched
-from lmx.parallel.rules import constrain, move, placed
+from lmx.parallel.rules import constrain, move, placed, placed_outside
 from lmx.parallel.tensor import lookup
 
 
@@ -174,7 +174,7 @@ def enter(
     params: Tree, config: RWKV, tokens: Array, positions: Array | None, dropout: Dropout | None, execution: Execution
 ) -> Float[Array, "batch length embed"]:
     """What the first layer reads."""
-    params, dtype = _own(params, config, execution), jnp.dtype(execution.precision.compute)
+    params, dtype = placed_outside(params, specs(config), execution), jnp.dtype(execution.precision.compute)
     x = lookup(tokens, params["embed"], dtype, execution.rules)
     x = norms.norm(constrain(x, BETWEEN, execution.rules), params["embed_norm"], "layernorm", config.norm_epsilon)
     return drop.apply(x, dropout, "embed", 0)
@@ -182,13 +182,7 @@ def enter(
 
 def leave(params: Tree, config: RWKV, x: Array, execution: Execution) -> Float[Array, "batch length embed"]:
     """Hidden states, from what the last layer gives."""
-    return norms.norm(x, _own(params, config, execution)["norm"], "layernorm", config.final_norm_epsilon)
-
-
-def _own(params: Tree, config: RWKV, execution: Execution) -> Tree:
-    """The parameters outside the stack."""
-    own = {name: value for name, value in params.items() if name != "layers"}
-    return placed(own, {name: spec for name, spec in specs(config).items() if name in own}, execution)
+    return norms.norm(x, placed_outside(params, specs(config), execution)["norm"], "layernorm", config.final_norm_epsilon)
 
 
 def share(config: RWKV, positions: Array, segments: Array | None, dropout: Dropout | None, execution: Execution) -> Context:

@@ -28,7 +28,7 @@ from lmx.models.linears import linear_specs
 from lmx.models.positions import bucket_bias, buckets, sinusoids
 from lmx.models.rope import rope_table
 from lmx.models.sites import Edits
-from lmx.parallel.rules import constrain, placed
+from lmx.parallel.rules import constrain, placed_outside
 from lmx.parallel.tensor import lookup
 
 
@@ -234,7 +234,7 @@ def enter(
     """What the first layer reads."""
     if block_positions is not None and not config.block_positions:
         raise ValueError("the batch has block_positions and the model has none; set model.block_positions")
-    params, dtype = _own(params, config, execution), jnp.dtype(execution.precision.compute)
+    params, dtype = placed_outside(params, specs(config), execution), jnp.dtype(execution.precision.compute)
     x = lookup(tokens, params["embed"], dtype, execution.rules)
     if config.embed_scale:
         x = x * jnp.asarray(math.sqrt(config.embed), dtype)
@@ -261,13 +261,9 @@ def leave(params: Tree, config: Transformer, x: Array, execution: Execution) -> 
     """Hidden states, from what the last layer gives."""
     if config.norm_placement == "post":
         return x
-    return norms.norm(x, _own(params, config, execution)["norm"], config.norm, config.norm_epsilon, offset=config.norm_offset)
-
-
-def _own(params: Tree, config: Transformer, execution: Execution) -> Tree:
-    """The parameters outside the stack."""
-    own = {name: spec for name, spec in specs(config).items() if name not in ("layers", "encoder") and name in params}
-    return placed({name: params[name] for name in own}, own, execution)
+    return norms.norm(
+        x, placed_outside(params, specs(config), execution)["norm"], config.norm, config.norm_epsilon, offset=config.norm_offset
+    )
 
 
 def share(
@@ -330,7 +326,7 @@ def _bias(params: Tree, config: Transformer, mask: Mask, queries: int, execution
         return None
     keys = mask.key_positions.shape[1]
     which = buckets(mask.distances(queries, keys), config.relative_buckets, config.relative_distance, causal=config.causal)
-    bias = bucket_bias(whole(_own(params, config, execution)["relative"]), which)
+    bias = bucket_bias(whole(placed_outside(params, specs(config), execution)["relative"]), which)
     return constrain(bias, ("batch", "heads", None, None), execution.rules)
 
 

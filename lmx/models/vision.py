@@ -21,7 +21,7 @@ from lmx.models.linears import linear_specs
 from lmx.models.sites import Edits
 from lmx.models.transformer import Output, share
 from lmx.models.vision_config import VisionTransformer
-from lmx.parallel.rules import constrain, placed
+from lmx.parallel.rules import constrain, placed_outside
 
 
 def specs(config: VisionTransformer) -> Tree:
@@ -71,7 +71,7 @@ def forward(
             f"images of {list(pixels.shape[1:])} (channels, height, width) are not those of the model, "
             f"{[config.channels, *config.image_size]}; lmx does not stretch its positions"
         )
-    own = _own(params, config, execution)
+    own = placed_outside(params, specs(config), execution)
     run = config if depth is None else replace(config, layers=depth)
     sites.check(run, execution, edits)
     outside = sites.outside(execution.taps, edits)
@@ -89,7 +89,7 @@ def pooled(
     params: Tree, config: VisionTransformer, hidden: Float[Array, "batch length embed"], execution: Execution = Execution()
 ) -> Float[Array, "batch summary"]:
     """An image's summary: its class token, normalised; through the pooler's dense layer and activation where there is one."""
-    params = _own(params, config, execution)
+    params = placed_outside(params, specs(config), execution)
     rows = _normed(hidden[:, 0], params, config) if config.summary_norm else hidden[:, 0]
     if config.head != "pooler":
         return rows
@@ -101,7 +101,7 @@ def classes(
     params: Tree, config: VisionTransformer, hidden: Float[Array, "batch length embed"], execution: Execution = Execution()
 ) -> Float[Array, "batch labels"]:
     """Logits of an image's classes, fp32 at least."""
-    own = _own(params, config, execution)["classifier"]
+    own = placed_outside(params, specs(config), execution)["classifier"]
     return widened(linear(pooled(params, config, hidden, execution), own["weight"], own.get("bias")))
 
 
@@ -150,9 +150,3 @@ def _first(layers: Tree, depth: int) -> Tree:
     if not depth:
         return ()
     return (jax.tree.map(lambda a: a[:depth], group) if isinstance(group, dict) else group[:depth],)
-
-
-def _own(params: Tree, config: VisionTransformer, execution: Execution) -> Tree:
-    """The parameters outside the stack."""
-    own = {name: value for name, value in params.items() if name != "layers"}
-    return placed(own, {name: spec for name, spec in specs(config).items() if name in own}, execution)

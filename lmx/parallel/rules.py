@@ -103,6 +103,12 @@ def placed(params: Tree, specs: Tree, execution: Execution) -> Tree:
     return jax.tree.map(place, specs, params, is_leaf=is_spec)
 
 
+def placed_outside(params: Tree, specs: Tree, execution: Execution) -> Tree:
+    """The parameters outside a model's stacks of layers, `placed`; of the table, those that are there."""
+    own = {name: spec for name, spec in specs.items() if name not in ("layers", "encoder") and name in params}
+    return placed({name: params[name] for name in own}, own, execution)
+
+
 def constrain(x: Array, names: tuple[str | None, ...], rules: Rules | None) -> Array:
     """Says where an activation, and its cotangent, is by the logical names of its dimensions. Without a mesh or rules it does nothing."""
     return move(x, names, names, rules)
