@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_rwkv
 import pytest
+from slopes import check_gradients
 
 from lmx.core.execution import Execution
 from lmx.core.params import abstract, initial_values
 from lmx.core.precision import POLICIES
-from lmx.core.tree import map_named, named_leaves, size
+from lmx.core.tree import size
 from lmx.infer.generate import decoding_params
 from lmx.models import stack
 from lmx.models.config import RWKV, Model, Transformer, check
@@ -74,17 +75,7 @@ def test_every_gradient_is_how_the_float64_loss_changes(config):
         rows = rows - np.log(np.exp(rows).sum(-1, keepdims=True))
         return -(weights[0] * rows[np.arange(20), targets[0]]).sum()
 
-    gradients = named_leaves(jax.jit(jax.grad(loss))(params))
-    params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
-    rng, by = np.random.default_rng(0), 1e-5
-    for name, gradient in gradients.items():
-        # Along the gradient itself, so that what is compared is not small by chance; and across it.
-        way = np.asarray(gradient, np.float64) / np.linalg.norm(gradient) + rng.normal(size=gradient.shape) / gradient.size**0.5
-
-        def moved(by, name=name, way=way):
-            return exact(map_named(lambda n, a: a + by * way if n == name else a, params))
-
-        assert np.vdot(gradient, way) == pytest.approx((moved(by) - moved(-by)) / (2 * by), rel=2e-4), name
+    check_gradients(loss, exact, params, rel=2e-4)
 
 
 @pytest.mark.parametrize(
