@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from lmx.core.tree import Tree
+from lmx.kernels import devices
 from lmx.kernels.wide import wide
 
 PRODUCT = "product"
@@ -27,6 +28,8 @@ PRODUCT = "product"
 NARROW = 256
 """Up to this width of its output, a weight's gradient is computed transposed on a CPU."""
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
+FEW = 64
+"""Up to so many rows a CPU multiplies a matrix stored `[out, in]` faster with that as the left operand."""
 TILE = 64
 """Rows that a CPU multiplies at once with one expert's weight; 8 where experts have fewer (decoding)."""
 
@@ -138,8 +141,41 @@ class Twofold:
         return self.table.dtype
 
 
-Weight = Array | Split | Part | Narrow | Adapted | Twofold
-STAND_INS = (Split, Part, Narrow, Adapted, Twofold)
+@flax.struct.dataclass
+class Turned:
+    """A weight for reading only, stored `[*out, *in]`: a CPU that multiplies a few rows with it reads it as fast as its memory is.
+
+    Attributes:
+      value: the weight.
+      inputs: how many of its last dimensions a product contracts.
+    """
+
+    value: Array
+    inputs: int = flax.struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        outputs = self.value.ndim - self.inputs
+        return (*self.value.shape[outputs:], *self.value.shape[:outputs])
+
+    @property
+    def dtype(self):
+        return self.value.dtype
+
+    @property
+    def T(self) -> Array:  # noqa: N802, as of arrays
+        if self.value.ndim != 2:
+            raise ValueError(f"only a matrix is transposed, not a weight of shape {self.shape}")
+        return self.value
+
+
+def turned(weight: Array, inputs: int) -> Turned:
+    """A weight `[*in, *out]` as it is read fastest, its first `inputs` dimensions being contracted."""
+    return Turned(jnp.moveaxis(weight, range(inputs), range(-inputs, 0)), inputs)
+
+
+Weight = Array | Split | Part | Narrow | Adapted | Twofold | Turned
+STAND_INS = (Split, Part, Narrow, Adapted, Twofold, Turned)
 
 
 def values(weight: Weight, dtype) -> Array:
@@ -173,6 +209,10 @@ def linear(x: Array, weight: Weight, bias: Weight | None = None, *, inputs: int 
     if isinstance(weight, Adapted):
         y = _scaled(linear(x, weight.base, inputs=inputs) + _low(linear(x, weight.down, inputs=inputs), weight), weight)
         return y if bias is None else y + whole(bias).astype(y.dtype)
+    if isinstance(weight, Turned):
+        y = against(_flat(x, inputs), weight.value.reshape(math.prod(weight.shape[inputs:]), -1).astype(x.dtype), x.dtype)
+        y = y.reshape(*x.shape[: x.ndim - inputs], *weight.shape[inputs:])
+        return y if bias is None else y + whole(bias).astype(y.dtype)
     product = _narrow_linear if isinstance(weight, Narrow) else _linear
     return checkpoint_name(product(inputs, x, weight, None if bias is None else whole(bias)), PRODUCT)
 
@@ -200,7 +240,19 @@ def attend(x: Array, weight: Weight) -> Array:
         return attend(x, weight.base) + attend(low.astype(x.dtype), weight.down)
     if isinstance(weight, Adapted):
         weight = merged(weight)
-    return dot(x, weight.astype(x.dtype), x.ndim - 1, 1, wide(x.dtype))
+    return against(x, weight.astype(x.dtype), wide(x.dtype))
+
+
+def against(x: Array, matrix: Array, dtype) -> Array:
+    """x `[..., in]` times each row of a matrix `[out, in]`, in `dtype`. On a CPU the form of a product of a few rows decides how fast the
+    matrix is read: as the left operand it is, and narrow types want two rows at least."""
+    rows = math.prod(x.shape[:-1])
+    if rows > FEW or not devices.on_cpu():
+        return dot(x, matrix, x.ndim - 1, 1, dtype)
+    flat = x.reshape(rows, -1)
+    if rows == 1 and x.dtype.itemsize < 4:
+        flat = jnp.concatenate([flat, flat])
+    return dot(matrix, flat, 1, 1, dtype).T[:rows].reshape(*x.shape[:-1], -1)
 
 
 def ragged(x: Array, weight: Weight, sizes: Array | None = None) -> Array:

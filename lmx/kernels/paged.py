@@ -101,7 +101,8 @@ def attention(
     """
     rows, positions = view.tokens(q.shape[0])
     if not causal:
-        positions = jnp.where(positions >= 0, view.lengths[jnp.minimum(rows, view.lengths.shape[0] - 1)] - 1, -1)
+        count = view.lengths.shape[0]
+        positions = jnp.where(rows < count, view.lengths[jnp.minimum(rows, count - 1)] - 1, -1)
     queries = _Queries(widened(q) * scale, rows, positions)
     static = (window, softcap, slopes, bias)
     ends = view.first[view.singles], view.first[-1]

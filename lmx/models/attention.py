@@ -4,23 +4,41 @@ import flax.struct
 import jax
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from lmx.core.execution import Execution
 from lmx.core.tree import Tree
+from lmx.kernels import paged
 from lmx.kernels.masks import Mask
+from lmx.kernels.paged import View
 from lmx.kernels.wide import wide
 from lmx.models import dropout as drop
 from lmx.models import norms, transformer_xl
 from lmx.models.config import Transformer
 from lmx.models.dropout import Dropout
 from lmx.models.linears import linear_specs
-from lmx.models.positions import alibi_slopes
+from lmx.models.positions import alibi_slopes, bucket_bias, buckets
 from lmx.models.rope import rotate
 from lmx.models.sites import NONE, Sites
+from lmx.parallel.attention import attend_pages
 from lmx.parallel.attention import attention as attend
 from lmx.parallel.collective import linear_back, linears
 from lmx.parallel.rules import constrain
+
+
+@flax.struct.dataclass
+class Pages:
+    """Where in a cache of pages new tokens are written, and what they read (`lmx.kernels.paged`).
+
+    Attributes:
+      view: the pages of each row's own text.
+      slots: where each new token's key and value go; padding's to page 0, which is nobody's.
+      source: the pages of the text that an encoder has read for each row.
+    """
+
+    view: View
+    slots: Int[Array, "tokens"]
+    source: View | None = None
 
 
 @flax.struct.dataclass
@@ -29,12 +47,13 @@ class Context:
 
     Attributes:
       mask, local_mask: the masks of global layers and of layers with the config's window.
-      bias: what is added to every layer's scores, where positions are relative.
+      bias: what is added to every layer's scores, where positions are relative; `relative` the table that it is made of, for pages.
       ordered: `transformer_xl.in_order` where there is no cache, for the config's Transformer-XL positions.
       source, source_mask: what an encoder made of another text, `[batch, keys, embed]`, when the cache has not its keys and values; and
         the mask of attention to it.
       rope, local_rope: cosines and sines of the positions, for global layers and for local ones, when the config rotates.
       slot: where in the cache the new keys go (int scalar), when there is a cache.
+      pages: which pages the cache is, when it is one of pages.
       dropout: None when nothing is dropped.
       sites: of the layer at hand.
     """
@@ -46,9 +65,11 @@ class Context:
     slot: Array | None = None
     dropout: Dropout | None = None
     bias: Array | None = None
+    relative: Array | None = None
     ordered: Array | None = None
     source: Array | None = None
     source_mask: Mask | None = None
+    pages: Pages | None = None
     sites: Sites = flax.struct.field(pytree_node=False, default=NONE)
 
 
@@ -89,7 +110,7 @@ def attention(
     Args:
       local: whether the config's window applies to this layer.
       layer: the layer's index, to tell dropout sites apart.
-      cache: `{"key", "value"}` of `[batch, kv_heads, slots, head_dim]`.
+      cache: `{"key", "value"}` of `[batch, kv_heads, slots, head_dim]`; or of pages, where the context says which (`lmx.kernels.paged`).
     """
 
     query, key, value = project(x, params, ("query", "key", "value"), config, execution)
@@ -98,6 +119,12 @@ def attention(
         query, key = (rotate(a, rope, interleaved=config.rope_interleaved) for a in (query, key))
     sites = context.sites
     query, key, value = (_site(sites, "attention", name, a) for name, a in (("query", query), ("key", key), ("value", value)))
+    if context.pages is not None:
+        cache = paged.write(cache, key[0], value[0], context.pages.slots)
+        query, bias = _paged_bias(query, params, config, context)
+        window = config.window if local else None
+        mixed = attend_pages(query, cache, context.pages.view, execution, bias=bias, window=window, **_scores(config, x.dtype))
+        return _output(mixed, "attention", sites, params, execution), cache
     if cache is not None:
         new = {"key": key, "value": value}
         at = (0, 0, context.slot, 0)
@@ -117,9 +144,7 @@ def attention(
         value,
         context.local_mask if local else context.mask,
         execution,
-        scale=config.attention_scale,
-        softcap=config.attention_softcap,
-        slopes=_slopes(config, wide(x.dtype)) if config.positions == "alibi" else None,
+        **_scores(config, x.dtype),
         bias=bias,
         keep=keep,
         site=sites.formed("attention"),
@@ -146,6 +171,10 @@ def cross(
     """
     sites = context.sites
     query = _site(sites, "cross", "query", *project(x, params, ("query",), config, execution))
+    scaled = {"scale": config.attention_scale, "softcap": config.attention_softcap}
+    if context.pages is not None:
+        mixed = attend_pages(query, cache, context.pages.source, execution, causal=False, **scaled)
+        return _output(mixed, "cross", sites, params, execution), cache
     if context.source is None:
         key, value = (cache[n].swapaxes(1, 2).astype(x.dtype) for n in ("source_key", "source_value"))
     else:
@@ -157,7 +186,6 @@ def cross(
     keep = None
     if context.dropout is not None:
         keep = drop.keep(context.dropout, "cross/weights", layer, (config.heads, query.shape[1], key.shape[1]))
-    scaled = {"scale": config.attention_scale, "softcap": config.attention_softcap}
     mixed = attend(query, key, value, context.source_mask, execution, **scaled, keep=keep, site=sites.formed("cross"))
     return _output(mixed, "cross", sites, params, execution), cache
 
@@ -186,6 +214,29 @@ def _output(mixed: Array, where: str, sites: Sites, params: Tree, execution: Exe
 def _normed(heads: Float[Array, "batch length heads head_dim"], params: Tree, config: Transformer) -> Array:
     together = heads.reshape(*heads.shape[:2], -1) if config.qk_norm_joint else heads
     return norms.norm(together, params, "rmsnorm", config.norm_epsilon, offset=config.norm_offset).reshape(heads.shape)
+
+
+def _scores(config: Transformer, dtype) -> dict:
+    """How scores are formed, as attention takes it."""
+    slopes = _slopes(config, wide(dtype)) if config.positions == "alibi" else None
+    return {"scale": config.attention_scale, "softcap": config.attention_softcap, "slopes": slopes}
+
+
+def _paged_bias(query: Array, params: Tree, config: Transformer, context: Context) -> tuple[Array, paged.Bias | None]:
+    """What attention to pages takes as queries, and what is added to scores where positions are relative."""
+    positions = context.mask.query_positions[0]
+    if config.positions == "relative":
+        kind = {"count": config.relative_buckets, "furthest": config.relative_distance, "causal": config.causal}
+        return query, lambda index, keys: bucket_bias(context.relative, buckets(positions[index][:, :, None] - keys[:, None], **kind))
+    if config.positions != "transformer_xl":
+        return query, None
+    scale = config.head_size**-0.5 if config.attention_scale is None else config.attention_scale
+    query, places, projection = transformer_xl.towards(query, params["distances"], scale)
+
+    def bias(index: Array, keys: Array) -> Array:
+        return transformer_xl.by_positions(places[0][index], projection, positions[index], keys)
+
+    return query, bias
 
 
 def _slopes(config: Transformer, dtype) -> Float[Array, "heads"]:

@@ -16,11 +16,12 @@ from lmx.core.params import Normal, ParamSpec, is_spec
 from lmx.core.tree import Tree, name_of
 from lmx.core.weights import linear, whole
 from lmx.kernels.masks import Mask
+from lmx.kernels.paged import write
 from lmx.kernels.wide import wide
 from lmx.models import dropout as drop
 from lmx.models import heads, norms, stack, transformer_xl
 from lmx.models import sites as named
-from lmx.models.attention import Context
+from lmx.models.attention import Context, Pages, project
 from lmx.models.config import EncoderDecoder, Transformer
 from lmx.models.dropout import Dropout
 from lmx.models.experts import Aux
@@ -50,6 +51,21 @@ class Cache:
     segments: Int[Array, "batch slots"]
     used: Int[Array, ""]
     source_segments: Int[Array, "batch source"] | None = None
+
+
+@flax.struct.dataclass
+class Paged:
+    """Keys and values in pages, of rows that come and go (`lmx.kernels.paged`): a forward reads new tokens of all rows, one after another in a
+    batch of one.
+
+    Attributes:
+      layers: for each group of the stack a tuple of `{"key", "value"}` of `[pages, kv_heads, page, head_dim]`, and their scales where they
+        are int8.
+      pages: which of them the new tokens are written to and read.
+    """
+
+    layers: Tree
+    pages: Pages
 
 
 @flax.struct.dataclass
@@ -136,6 +152,17 @@ def empty_cache(config: Transformer, batch: int, slots: int, dtype=jnp.float32, 
     return Cache(tuple(of(group) for group in stack.groups(config)), empty, empty, jnp.int32(0))
 
 
+def empty_pages(config: Transformer, pages: int, page: int, dtype=jnp.float32) -> Tree:
+    """The layers of a `Paged` cache: so many pages, of so many tokens each; int8 with a scale for each vector, or of another type."""
+    shape, quantised = (pages, config.key_heads, page, config.head_size), jnp.dtype(dtype) == jnp.int8
+
+    def layer() -> Tree:
+        numbers = {name: jnp.zeros(shape, dtype) for name in ("key", "value")}
+        return numbers | ({f"{name}_scale": jnp.zeros(shape[:-1], jnp.float32) for name in ("key", "value")} if quantised else {})
+
+    return tuple(tuple(layer() for _ in range(group.repeats * len(group.pattern))) for group in stack.groups(config))
+
+
 def forward(
     params: Tree,
     config: Transformer,
@@ -147,7 +174,7 @@ def forward(
     block_positions: Int[Array, "batch length"] | None = None,
     token_types: Int[Array, "batch length"] | None = None,
     given: Embedded | None = None,
-    cache: Cache | None = None,
+    cache: Cache | Paged | None = None,
     source: Source | None = None,
     dropout: Dropout | None = None,
     edits: Edits | None = None,
@@ -164,7 +191,8 @@ def forward(
       block_positions: each token's place in the span that it fills (GLM), 0 outside of one; for models that have such positions.
       token_types: each token's kind, in a model that has kinds; 0 when None.
       given: vectors that are read in place of some tokens' embeddings.
-      cache: keys and values of earlier tokens. New ones are written to its next slots; the caller keeps count of what fits.
+      cache: keys and values of earlier tokens. New ones are written to its next slots; the caller keeps count of what fits. With pages,
+        what they say decides positions and segments.
       source: what the encoder of an encoder-decoder reads; a token attends to what is of its own segment there. With a cache it is given
         the first time alone: each layer's keys and values of it are kept.
       dropout: None, or what is dropped from where.
@@ -177,13 +205,23 @@ def forward(
     named.check(config, execution, edits)
     sites = named.outside(execution.taps, edits)
     batch, length = tokens.shape
-    if positions is None:
+    paged = isinstance(cache, Paged)
+    if paged:
+        rows = cache.pages.view.tokens(length)[1][None]
+        positions, segments = jnp.maximum(rows, 0), (rows >= 0).astype(jnp.int32)
+    elif positions is None:
         start = 0 if cache is None else cache.used
         positions = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), (batch, length))
     context, cache = _context(config, positions, segments, prefix, cache, dropout, execution)
-    context = context.replace(bias=_bias(params, config, context.mask, length, execution))
+    if paged and config.positions == "relative":
+        context = context.replace(relative=whole(placed_outside(params, specs(config), execution)["relative"]))
+    elif not paged:
+        context = context.replace(bias=_bias(params, config, context.mask, length, execution))
     read = None
-    if isinstance(config, EncoderDecoder):
+    if paged:
+        if source is not None or isinstance(config, EncoderDecoder) != (cache.pages.source is not None):
+            raise ValueError("an encoder-decoder reads the pages of a source, which `read_source` has filled; others have none")
+    elif isinstance(config, EncoderDecoder):
         if source is not None:
             read = _encode(params, config, source, dropout, edits, execution)
             context = context.replace(source=read.hidden)
@@ -203,7 +241,7 @@ def forward(
     x, layers, aux, tapped = stack.run_layers(x, params["layers"], config, context, execution, before, edits=edits)
     hidden = sites("final", leave(params, config, x, execution))
     tapped |= sites.found
-    after = None if cache is None else cache.replace(layers=layers, used=cache.used + length)
+    after = cache if cache is None else cache.replace(layers=layers) if paged else cache.replace(layers=layers, used=cache.used + length)
     if read is None:
         return Output(hidden, after, aux, tapped)
     return Output(hidden, after, stack.added(read.aux, aux), read.taps | tapped, read.hidden)
@@ -218,6 +256,20 @@ def _encode(params: Tree, config: EncoderDecoder, source: Source, dropout: Dropo
     read = {"positions": source.positions, "segments": source.segments, "given": source.given}
     output = forward(own, config.encoder, source.tokens, **read, dropout=dropout, edits=inner[1], execution=execution)
     return output.replace(taps={f"encoder/{name}": value for name, value in output.taps.items()})
+
+
+def read_source(
+    params: Tree, config: EncoderDecoder, source: Source, layers: Tree, slots: Int[Array, "tokens"], execution: Execution
+) -> Tree:
+    """The layers of a `Paged` cache, with keys and values of what the encoder makes of a source at `slots`, one for each token of it (0 for
+    padding)."""
+    hidden = _encode(params, config, source, None, {}, execution).hidden
+    filled = []
+    for group, kept in zip(params["layers"], layers, strict=True):
+        pairs = [project(hidden, layer["cross"], ("key", "value"), config, execution) for layer in group]
+        flat = [[a.reshape(-1, *a.shape[2:]) for a in pair] for pair in pairs]
+        filled.append(tuple(write(cache, *pair, slots) for cache, pair in zip(kept, flat, strict=True)))
+    return tuple(filled)
 
 
 def enter(
@@ -284,7 +336,7 @@ run_part = stack.run_part
 
 def _context(config, positions, segments, prefix, cache, dropout, execution) -> tuple[Context, Cache | None]:
     """What the layers share; and the cache with the new tokens' positions and segments written to its slots."""
-    if cache is None:
+    if cache is None or isinstance(cache, Paged):
         mask = Mask(
             causal=config.causal,
             query_positions=positions,
@@ -317,6 +369,8 @@ def _context(config, positions, segments, prefix, cache, dropout, execution) -> 
             local_rope = rope_table(positions, config.rope_size, config.local_rope_theta, dtype)
     local = mask if config.window is None else mask.replace(window=config.window)
     ordered = transformer_xl.in_order(mask, positions.shape[1]) if config.positions == "transformer_xl" and cache is None else None
+    if isinstance(cache, Paged):
+        return Context(mask, local, rope, local_rope, pages=cache.pages), cache
     return Context(mask, local, rope, local_rope, None if cache is None else cache.used, dropout, ordered=ordered), cache
 
 

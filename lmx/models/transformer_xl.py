@@ -46,15 +46,21 @@ def scored(
       ordered: `in_order`, or None with a cache.
       scale: what attention multiplies products of queries and keys by.
     """
-    content, position, projection = (whole(params[name]) for name in ("content", "position", "projection"))
-    towards_keys, towards_distances = ((widened(query) + a).astype(query.dtype) for a in (content, position))
-    operands = scale * towards_distances, projection.astype(query.dtype), mask.query_positions, mask.key_positions
+    towards_keys, *towards_distances = towards(query, params, scale)
+    operands = *towards_distances, mask.query_positions, mask.key_positions
     if ordered is None:
-        return towards_keys, _by_positions(*operands)
+        return towards_keys, by_positions(*operands)
     both_ways = not mask.causal or mask.key_prefix is not None
     # Neither way has anything in it that devices do together: each may take its own.
-    bias = jax.lax.cond(ordered, lambda *a: _shifted(*a[:2], both_ways=both_ways), _by_positions, *operands)
+    bias = jax.lax.cond(ordered, lambda *a: _shifted(*a[:2], both_ways=both_ways), by_positions, *operands)
     return towards_keys, bias
+
+
+def towards(query: Array, params: Tree, scale: float) -> tuple[Array, Array, Array]:
+    """Queries as keys meet them, and as distances do, `scale` and W for these."""
+    content, position, projection = (whole(params[name]) for name in ("content", "position", "projection"))
+    towards_keys, towards_distances = ((widened(query) + a).astype(query.dtype) for a in (content, position))
+    return towards_keys, scale * towards_distances, projection.astype(query.dtype)
 
 
 def _shifted(query: Array, projection: Array, *, both_ways: bool) -> Float[Array, "batch heads length length"]:
@@ -70,7 +76,7 @@ def _shifted(query: Array, projection: Array, *, both_ways: bool) -> Float[Array
     return flat.reshape(batch, heads, length, row)[..., :length]
 
 
-def _by_positions(query: Array, projection: Array, of_queries: Array, of_keys: Array) -> Float[Array, "batch heads queries keys"]:
+def by_positions(query: Array, projection: Array, of_queries: Array, of_keys: Array) -> Float[Array, "batch heads queries keys"]:
     """Of tokens at any positions."""
     embed, dtype = projection.shape[0], wide(query.dtype)
     sines, cosines = _halves(sinusoids(of_queries, embed, dtype)[:, :, None])

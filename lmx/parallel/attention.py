@@ -2,14 +2,17 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 from jax import Array
+from jaxtyping import Float
 
 from lmx.core.execution import Execution
-from lmx.kernels import reference
+from lmx.kernels import paged, reference
 from lmx.kernels.attention import attention as kernel
 from lmx.kernels.masks import Mask
+from lmx.kernels.paged import View
 from lmx.parallel import context
 from lmx.parallel.manual import axes, manual, names
 from lmx.parallel.rules import partition
@@ -77,3 +80,17 @@ def attention(
     if not used:  # a mesh of one device, or rows that do not divide
         return run(q, k, v, mask, slopes=slopes, bias=bias, keep=keep)
     return manual(local, in_specs, of_q)(q, k, v, mask, slopes, bias, keep)
+
+
+def attend_pages(
+    q: Float[Array, "1 tokens heads head_dim"],
+    cache: dict[str, Array],
+    view: View,
+    execution: Execution,
+    *,
+    scale: float | None = None,
+    **how: Any,
+) -> Float[Array, "1 tokens heads head_dim"]:
+    """As `lmx.kernels.paged.attention`, of tokens in a batch of one."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return paged.attention(q[0], cache, view, scale=scale, **how)[None]
