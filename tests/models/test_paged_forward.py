@@ -39,7 +39,7 @@ class Rows:
 
     def __init__(self, texts, seed=0):
         self.texts, self.done = texts, [0] * len(texts)
-        free = list(np.random.default_rng(seed).permutation(np.arange(1, POOL)))
+        free = list(np.random.default_rng(seed).permutation(np.arange(1, 25)))
         self.pages = [[free.pop() for _ in range(-(-len(text) // SIZE))] for text in texts]
 
     def slot(self, row, at):
