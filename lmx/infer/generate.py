@@ -12,7 +12,8 @@ from lmx.core.execution import Execution
 from lmx.core.tree import Tree
 from lmx.data.tokenizers import Tokenizer
 from lmx.infer.sampling import Sampling, sample
-from lmx.models import stack, virtual
+from lmx.infer.weights import decoding_params
+from lmx.models import virtual
 from lmx.models.config import EncoderDecoder, Model
 from lmx.models.families import functions
 from lmx.models.losses import logits
@@ -101,13 +102,6 @@ def generate(
         rest = run([prompt + new for prompt, new in zip(ids, found, strict=True)], before, max_new_tokens - before)
         found = [new + more if len(new) == before else new for new, more in zip(found, rest, strict=True)]
     return [tokenizer.decode(row) for row in found] if texts else found
-
-
-def decoding_params(params: Tree) -> Tree:
-    """Parameters in the form that decoding runs on: each group of layers as a tuple. Does nothing to those that are."""
-    if any(isinstance(group, dict) for group in params["layers"]):
-        return jax.jit(lambda p: p | {"layers": stack.unstack(p["layers"])})(params)
-    return params
 
 
 def _before_turning(model: Model, longest: int, max_new_tokens: int) -> int:

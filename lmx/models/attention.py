@@ -34,11 +34,13 @@ class Pages:
       view: the pages of each row's own text.
       slots: where each new token's key and value go; padding's to page 0, which is nobody's.
       source: the pages of the text that an encoder has read for each row.
+      lengths: of each new token's text, at least, where wavelengths depend on it (`lmx.models.rope`).
     """
 
     view: View
     slots: Int[Array, "tokens"]
     source: View | None = None
+    lengths: Int[Array, "tokens"] | None = None
 
 
 @flax.struct.dataclass

@@ -50,21 +50,29 @@ def check_scaling(scaling: RopeScaling, dims: int) -> None:
 
 
 def rope_table(
-    positions: Int[Array, "batch length"], dims: int, theta: float, dtype=jnp.float32, scaling: RopeScaling | None = None
+    positions: Int[Array, "batch length"],
+    dims: int,
+    theta: float,
+    dtype=jnp.float32,
+    scaling: RopeScaling | None = None,
+    lengths: Int[Array, "batch length"] | None = None,
 ) -> tuple[Array, Array]:
     """Cosines and sines, `[batch, length, 1, dims / 2]`, of angles `position * theta^(-2i / dims)`, wavelengths stretched as `scaling` says.
 
-    Kinds that depend on the length at hand (dynamic, longrope) take it to be the largest position and one, over the batch. What a cache has
-    keeps the wavelengths of the length at which it came (`lmx.infer.generate` makes it anew where longrope turns otherwise).
+    Kinds that depend on the length at hand (dynamic, longrope) take it from `lengths`, for each token, or to be the largest position and one,
+    over the batch. What a cache has keeps the wavelengths of the length at which it came (`lmx.infer` makes it anew where longrope
+    turns otherwise).
     """
-    length = None if scaling is None or scaling.kind not in ("dynamic", "longrope") else positions.max() + 1
+    length = None
+    if scaling is not None and scaling.kind in ("dynamic", "longrope"):
+        length = positions.max() + 1 if lengths is None else lengths[..., None, None]
     frequencies, factor = _frequencies(dims, theta, dtype, scaling, length)
     angles = positions[..., None, None].astype(dtype) * frequencies
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def _frequencies(dims: int, theta: float, dtype, scaling: RopeScaling | None, length: Array | None) -> tuple[Array, float]:
-    """Radians a position of each pair, `[dims / 2]`, and what cosines and sines are multiplied by."""
+    """Radians a position of each pair, `[dims / 2]` (and of each token, where lengths are), and what cosines and sines are multiplied by."""
     exponents = jnp.arange(0, dims, 2, dtype=dtype) / dims
     plain = theta**-exponents
     if scaling is None:

@@ -364,7 +364,10 @@ def _context(config, positions, segments, prefix, cache, dropout, execution) -> 
     rope = local_rope = None
     if config.positions == "rope":
         dtype = wide(execution.precision.compute)
-        rope = local_rope = rope_table(positions, config.rope_size, config.rope_theta, dtype, config.rope_scaling)
+        lengths = None
+        if isinstance(cache, Paged) and cache.pages.lengths is not None:
+            lengths = jnp.maximum(cache.pages.lengths, positions + 1)
+        rope = local_rope = rope_table(positions, config.rope_size, config.rope_theta, dtype, config.rope_scaling, lengths)
         if config.local_rope_theta is not None:
             local_rope = rope_table(positions, config.rope_size, config.local_rope_theta, dtype)
     local = mask if config.window is None else mask.replace(window=config.window)
