@@ -164,9 +164,10 @@ class Pages:
         computed, for what follows is drawn from there."""
         return self.found(chain(fingerprint, tokens[:-1], self.size))
 
-    def take(self, keys: Sequence[bytes]) -> list[int]:
-        """What is `found`, shared, and counted in the hit rate."""
-        pages = self.found(keys)
+    def take(self, keys: Sequence[bytes], behind: int = 0) -> list[int]:
+        """What is `found`, shared, and counted in the hit rate; page 0 in place of the first `behind`, which nothing attends to any more."""
+        found = self.found(keys)
+        pages = [0] * min(behind, len(found)) + found[behind:]
         self.share(pages)
         self._asked, self._found = self._asked + len(keys), self._found + len(pages)
         return pages
