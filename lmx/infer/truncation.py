@@ -65,7 +65,9 @@ def _ordered(a: Float[Array, "rows"]) -> Int[Array, "rows"]:
 
 
 def _float(ordered: Int[Array, "rows"]) -> Float[Array, "rows"]:
-    return jax.lax.bitcast_convert_type(jnp.where(ordered >= 0, ordered, ordered ^ 0x7FFFFFFF), jnp.float32)
+    """The float of an integer. 0 for those nearer to it than 2^-126, which some processors take for 0 and some do not."""
+    bits = jnp.where(ordered >= 0, ordered, ordered ^ 0x7FFFFFFF)
+    return jax.lax.bitcast_convert_type(jnp.where(bits & 0x7FFFFFFF < 0x00800000, 0, bits), jnp.float32)
 
 
 def _middle(low: Array, high: Array) -> Array:
