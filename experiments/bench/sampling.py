@@ -58,7 +58,7 @@ def write_gpt2(folder: Path, size: str) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from lmx.infer.generate import decoding_params
+    from lmx.infer.weights import decoding_params
 
     model, params = random_model(size)
     params, tensors = jax.device_get(decoding_params(params)), {}
@@ -94,7 +94,7 @@ def work(contender: str, size: str, folder: str) -> None:
     new, ids = SIZES[size][5], prompt(size)
     if contender == "lmx":
         from lmx.infer import generate
-        from lmx.infer.generate import decoding_params
+        from lmx.infer.weights import decoding_params
 
         model, params = random_model(size)
         params = decoding_params(params)

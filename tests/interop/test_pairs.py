@@ -10,7 +10,7 @@ import pytest
 from checkpoints import CLOSE, Case, apart
 from lmx import interop
 from lmx.infer import generate
-from lmx.infer.generate import decoding_params
+from lmx.infer.weights import decoding_params
 from lmx.interop import pairs
 from lmx.interop.checkpoint import Model, Names
 from lmx.interop.families.t5 import FEED, T5

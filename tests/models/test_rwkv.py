@@ -15,7 +15,7 @@ from lmx.core.params import abstract, initial_values
 from lmx.core.precision import POLICIES
 from lmx.core.tree import disagreement, named_leaves, size
 from lmx.infer import generate
-from lmx.infer.generate import decoding_params
+from lmx.infer.weights import decoding_params
 from lmx.models import stack
 from lmx.models.config import RWKV, check
 from lmx.models.dropout import Dropout

@@ -14,7 +14,7 @@ from lmx.core.execution import Execution
 from lmx.core.params import abstract, initial_values
 from lmx.core.precision import POLICIES
 from lmx.core.tree import size
-from lmx.infer.generate import decoding_params
+from lmx.infer.weights import decoding_params
 from lmx.models import stack
 from lmx.models.config import RWKV, Model, Transformer, check
 from lmx.models.losses import cross_entropy, logits

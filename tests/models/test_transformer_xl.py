@@ -13,7 +13,7 @@ from lmx.core.params import initial_values
 from lmx.core.precision import POLICIES
 from lmx.core.tree import disagreement
 from lmx.infer import generate
-from lmx.infer.generate import decoding_params
+from lmx.infer.weights import decoding_params
 from lmx.kernels.masks import Mask
 from lmx.models import transformer_xl
 from lmx.models.config import EncoderDecoder, Transformer, check
