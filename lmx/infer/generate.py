@@ -12,6 +12,7 @@ from lmx.core.execution import Execution
 from lmx.core.tree import Tree
 from lmx.data.tokenizers import Tokenizer
 from lmx.infer.sampling import Sampling, draw, knobs
+from lmx.infer.texts import check_continues, context_of
 from lmx.infer.weights import decoding_params
 from lmx.models import virtual
 from lmx.models.config import EncoderDecoder, Model
@@ -115,14 +116,10 @@ def _before_turning(model: Model, longest: int, max_new_tokens: int) -> int:
 
 
 def _check(model: Model, ids: list[list[int]], max_new_tokens: int, prompt_tokens: int = 0, prefix: int = 0) -> None:
-    if not model.causal or not model.vocabulary_head:
-        raise ValueError(
-            f"a model with causal={model.causal} and head={model.head} continues nothing; generate needs a causal one with logits"
-        )
+    check_continues(model)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    scaling = getattr(model, "rope_scaling", None)
-    longest = model.context if scaling is None or scaling.kind != "dynamic" else int(model.context * scaling.factor)
+    longest = context_of(model)
     for i, prompt in enumerate(ids):
         if not prompt:
             raise ValueError(f"prompt {i} is empty; begin it with at least one token")

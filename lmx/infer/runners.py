@@ -93,6 +93,7 @@ class PagedRunner:
         self.layers = transformer.empty_pages(model, pages + sizes.rows * self._source, page, dtype)
         self._host = jax.tree.map(lambda a: np.zeros((host_pages + 1, *a.shape[1:]), a.dtype), self.layers) if host_pages else None
         self._sources: dict[int, int] = {}  # tokens of each slot's source
+        self._spans = model.rope_scaling is not None and model.rope_scaling.kind in ("dynamic", "longrope")
 
     def move(self, step: Step) -> None:
         """What stands before the step."""
@@ -119,8 +120,19 @@ class PagedRunner:
     def compute(self, step: Step, take: Several[int], spans: Several[int] | None = None) -> Float[Array, "rows embed"]:
         """Hidden states of the last tokens of the chunks `take`, in that order; `spans`: of each chunk's text, its length at least, where the
         model asks for it."""
-        decodes, prefills = step.decodes, step.prefills
-        singles, chunk = self.sizes.least(len(decodes), sum(c.count for c in prefills))
+        size = self.sizes.least(len(step.decodes), sum(c.count for c in step.prefills))
+        return self._run(step, size, take, spans)
+
+    def warm_up(self) -> None:
+        """Compiles every program."""
+        self.move(Step(copies=[Move(0, 0)]))
+        if self._host is not None:
+            self.move(Step(pages_out=[Move(0, 0)], pages_in=[Move(0, 0)]))
+        for size in self.sizes.all:
+            self._run(Step(), size, [], [] if self._spans else None)
+
+    def _run(self, step: Step, size: tuple[int, int], take: Several[int], spans: Several[int] | None) -> Float[Array, "rows embed"]:
+        decodes, prefills, (singles, chunk) = step.decodes, step.prefills, size
         rows = singles + (self.sizes.prompts if chunk else 0)
         tokens, slots, lengths = np.zeros((1, singles + chunk), np.int32), np.zeros(singles + chunk, np.int32), np.zeros(rows, np.int32)
         queries, pages, first = np.arange(rows + 1, dtype=np.int32), np.zeros(self._most, np.int32), np.zeros(rows + 1, np.int32)
@@ -188,8 +200,17 @@ class StateRunner:
             found.append(self._run(step.decodes, rows, 1)[: len(step.decodes)])
         for chunk in step.prefills:
             found.append(self._run([chunk], 1, self.sizes.least(0, chunk.count)[1]))
-        hidden = jnp.concatenate(found)[np.asarray(take, np.int32)]
-        return jnp.pad(hidden, ((0, self.sizes.rows - len(take)), (0, 0)))
+        hidden = np.zeros((self.sizes.rows, self.model.embed), found[0].dtype)
+        hidden[: len(take)] = np.concatenate(jax.device_get(found))[np.asarray(take, np.int32)]
+        return hidden
+
+    def warm_up(self) -> None:
+        """Compiles every program."""
+        self.move(Step(forks=[Move(0, 0)]))
+        self.states = _put(self.states, self._empty, np.array([0], np.int32))
+        for rows, tokens in self.sizes.all:
+            if not tokens or not rows:
+                self._run([], rows or 1, tokens or 1)
 
     def _run(self, chunks: Several[Chunk], rows: int, length: int) -> Float[Array, "rows embed"]:
         tokens, segments, slots = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)

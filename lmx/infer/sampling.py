@@ -221,6 +221,7 @@ def draw(
     keys: Array,
     history: History | None = None,
     *,
+    slots: Int[Array, "rows"] | None = None,
     allowed: Bool[Array, "#rows vocab"] | None = None,
     top: int = 0,
 ) -> Drawn:
@@ -229,12 +230,13 @@ def draw(
     Args:
       keys: a random key a row (`row_keys`); rows of temperature 0 do not use theirs.
       history: what rows have read and written, for penalties; None: nothing yet.
+      slots: which row of the history is each row's; None: its own.
       allowed: which tokens may be drawn at all; None: any. `raw` does not heed it.
       top: how many alternatives come with rows that wish log-probabilities (static).
     """
     logits = logits.astype(jnp.float32)
     random, wished = knobs.temperature > 0, knobs.kind >= 0
-    scores = _adjusted(logits, knobs, history, allowed)
+    scores = _adjusted(logits, knobs, history, allowed, slots)
     best = likeliest(scores)
     tempered = jax.lax.cond((random | (knobs.kind > 0)).any(), lambda: _tempered(scores, best, knobs), lambda: scores)
     truncated = _truncated(tempered, knobs)
@@ -287,7 +289,7 @@ def _swapped(found: tuple[Array, Array]) -> tuple[Array, Array]:
     return tokens.astype(jnp.int32), values
 
 
-def _adjusted(logits: Array, knobs: Knobs, history: History | None, allowed: Array | None) -> Array:
+def _adjusted(logits: Array, knobs: Knobs, history: History | None, allowed: Array | None, slots: Array | None = None) -> Array:
     """Logits after bias and penalties."""
     scores = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
     places = jnp.arange(logits.shape[0])[:, None], knobs.bias_tokens
@@ -297,9 +299,10 @@ def _adjusted(logits: Array, knobs: Knobs, history: History | None, allowed: Arr
         return scores
 
     def penalised() -> Array:
-        factor = jnp.where(history.seen, knobs.repetition[:, None], 1.0)
+        own = history if slots is None else jax.tree.map(lambda a: a[slots], history)
+        factor = jnp.where(own.seen, knobs.repetition[:, None], 1.0)
         once = jnp.where(scores > 0, scores / factor, scores * factor)
-        return once - knobs.frequency[:, None] * history.counts - knobs.presence[:, None] * (history.counts > 0)
+        return once - knobs.frequency[:, None] * own.counts - knobs.presence[:, None] * (own.counts > 0)
 
     wished = (knobs.repetition != 1) | (knobs.presence != 0) | (knobs.frequency != 0)
     return jax.lax.cond(wished.any(), penalised, lambda: scores)

@@ -25,7 +25,8 @@ class Scheduler:
     Args:
       pages: of the K and V cache, or None for a model that has only states.
       rows: sequences that run at a time.
-      chunk: tokens of one prompt in one step, at most.
+      chunk: tokens of prompts in one step, at most.
+      prompts: prompts that share a step, at most; as many as there are rows when it is not given.
       budget: tokens of a step, at most, decoded ones among them; rows + chunk when it is not given.
       window: where no layer sees farther back than so many keys (itself among them), pages behind it are given up early.
       states: each sequence has a slot with something that only it has read: the state of a recurrent model, what an encoder said. Then no
@@ -41,6 +42,7 @@ class Scheduler:
         *,
         chunk: int = 512,
         budget: int | None = None,
+        prompts: int | None = None,
         window: int | None = None,
         states: bool = False,
         host_pages: int = 0,
@@ -56,6 +58,7 @@ class Scheduler:
         if pages is None and (host_pages or window):
             raise ValueError(f"host_pages={host_pages} and window={window} are about pages, and pages=None")
         self.pages, self.rows, self.chunk, self.budget, self.window, self.states = pages, rows, chunk, budget, window, states
+        self.prompts = rows if prompts is None else prompts
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self._slots, self._host_pages, self._host_slots = Slots(rows), Slots(host_pages), Slots(rows if states else 0)
@@ -106,6 +109,17 @@ class Scheduler:
             self._leave_host(sequence)
             sequence.fingerprint, sequence.keys, sequence.computed = rename(sequence.fingerprint), [], 0
 
+    def renew(self, sequence: Sequence, fingerprint: bytes) -> None:
+        """What a sequence's K and V depend on has changed: it is computed anew under another fingerprint, when its turn comes."""
+        if self._planned is not None:
+            raise ValueError("renew() while a step runs; advance() it first")
+        if sequence.status == "running":
+            self.running.remove(sequence)
+            self._give_up(sequence)
+            insort(self.waiting, sequence, key=_order)
+        self._leave_host(sequence)
+        sequence.fingerprint, sequence.keys, sequence.computed = fingerprint, [], 0
+
     def plan(self) -> Step:
         """The next step; empty only when nothing runs or waits."""
         if self._planned is not None:
@@ -116,17 +130,17 @@ class Scheduler:
             if sequence.status == "running" and self._room(sequence, 1, step):
                 step.decodes.append(Chunk(sequence, sequence.computed, 1, True))
                 left -= 1
-        short = False
+        left, short = min(left, self.chunk), False
         for sequence in [s for s in self.running if s.remaining > 1]:
-            wanted = min(self.chunk, left, sequence.remaining)
-            if sequence.status == "running" and wanted:
+            wanted = min(left, sequence.remaining)
+            if sequence.status == "running" and wanted and len(step.prefills) < self.prompts:
                 tokens = self._room(sequence, wanted, step)
                 short |= tokens < wanted
                 left -= tokens
                 if tokens:
                     step.prefills.append(Chunk(sequence, sequence.computed, tokens, tokens == sequence.remaining))
         # Who would come in now might take what somebody was just put out for.
-        while self.waiting and left and not short and not step.preempted:
+        while self.waiting and left and not short and not step.preempted and len(step.prefills) < self.prompts:
             tokens = self._admit(self.waiting[0], left, step)
             if not tokens:
                 break
@@ -269,7 +283,7 @@ class Scheduler:
         keys = self._keys(sequence, (len(sequence.tokens) - 1) // size) if self._finds and request.reuse and not sequence.computed else []
         found = self.pages.found(keys) if keys else []
         start = sequence.computed or len(found) * size
-        wanted = min(self.chunk, left, len(sequence.tokens) - start)
+        wanted = min(left, len(sequence.tokens) - start)
         if start + wanted < request.whole:
             return 0
         behind = self._behind(start)

@@ -1,0 +1,488 @@
+"""The engine: requests come and go, and every step computes what the scheduler picks, in one forward over pages (or states).
+
+    engine = Engine(model, params, tokenizer=tokenizer)
+    first = engine.submit("Once upon a time", max_new_tokens=50)
+    for piece in engine.stream(first):
+        print(piece.text, end="")
+
+A text depends on its own prompt, wishes and seed, on nothing that runs beside it. Weights may be replaced at any time (`update`): texts that
+are running go on under the new ones, as if these had read what there is.
+"""
+
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Several
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lmx.core.execution import Execution
+from lmx.core.tree import Tree
+from lmx.data.tokenizers import Tokenizer
+from lmx.infer import sampling as draws
+from lmx.infer.pages import Pages, Statistics
+from lmx.infer.runners import Sizes, runner
+from lmx.infer.sampling import Drawn, History, Knobs, Sampling
+from lmx.infer.scheduler import Scheduler
+from lmx.infer.steps import Chunk, Request, Sequence
+from lmx.infer.stopping import Stopper
+from lmx.infer.texts import check_continues, check_tokens_alone, context_of
+from lmx.infer.weights import fingerprint, reading_params
+from lmx.models.config import RWKV, EncoderDecoder, Model
+from lmx.models.losses import logits
+
+Finish = Literal["length", "stop_id", "stop_string", "cancelled"]
+GREEDY = Sampling(temperature=0)
+
+
+@dataclass
+class Completion:
+    """One text of a request, as far as it is.
+
+    Attributes:
+      tokens: new ones; a stop token is not among them.
+      text: what may be shown of them, with a tokenizer: a stop string and what may begin one is left out.
+      log_probs: of each token, of the kind that the request's `Sampling` wishes; empty without.
+      top: for each token the likeliest at its place and their log-probabilities.
+      finish: why it ended; None while it goes on.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    log_probs: list[float] = field(default_factory=list)
+    top: list[list[tuple[int, float]]] = field(default_factory=list)
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a step added to a text: a token, the text that may now be shown, the end."""
+
+    job: "Job"
+    sample: int
+    token: int | None
+    text: str
+    finish: Finish | None
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way; `completions` are its texts."""
+
+    number: int
+    request: Request
+    sampling: Sampling
+    seed: int
+    top: int
+    stop: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+    source: tuple[int, ...] | None
+    completions: list[Completion]
+    arrived: float
+    _stoppers: list[Stopper | None]
+
+    @property
+    def done(self) -> bool:
+        return all(one.finish is not None for one in self.completions)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One step in the engine's timeline: when, which requests decoded and which read prompts (how many tokens), pages in use then."""
+
+    start: float
+    end: float
+    decoded: tuple[int, ...]
+    read: tuple[tuple[int, int], ...]
+    preempted: tuple[int, ...]
+    pages: int
+
+
+class Engine:
+    """Continuous batching over the one forward.
+
+    Args:
+      params: as of `lmx.infer.generate`; they are kept in a form of the engine's own.
+      tokenizer: with one, prompts may be strings, texts come back, and strings may stop them.
+      rows: texts that run at a time.
+      page: tokens of a page.
+      pages: of the pool, its first a scrap page; by default so many that all rows fit at a length of `longest`.
+      longest: tokens of a text, prompt and all, at most; the model's context by default.
+      chunk: tokens of prompts in one step, at most.
+      prompts: prompts that share a step, at most.
+      cache: the type of keys and values: that of the computation by default; "int8" halves it or better (each number is off by at most a
+        254th of the largest of its vector).
+      host_pages: pages in the host's memory for texts that are put out for want of pages; without, they are read again.
+      reuse: whether texts that begin alike share pages.
+      top: how many alternatives a request may ask for.
+      seed: of requests that bring none.
+      trace: whether `timeline` is kept.
+
+    Raises:
+      ValueError: a model that continues nothing, or that reads more than tokens.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        params: Tree,
+        *,
+        tokenizer: Tokenizer | None = None,
+        rows: int = 16,
+        page: int = 16,
+        pages: int | None = None,
+        longest: int | None = None,
+        chunk: int = 256,
+        prompts: int = 8,
+        cache: str | None = None,
+        host_pages: int = 0,
+        reuse: bool = True,
+        top: int = 0,
+        seed: int = 0,
+        trace: bool = False,
+        execution: Execution = Execution(),
+    ):
+        model = getattr(model, "config", model)
+        check_continues(model)
+        check_tokens_alone(model, params)
+        for name, value in (("rows", rows), ("page", page), ("chunk", chunk), ("prompts", prompts)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        self.model, self.tokenizer, self.execution = model, tokenizer, execution
+        self.longest = min(context_of(model), longest or context_of(model))
+        self.limit = model.vocab if tokenizer is None else min(tokenizer.vocab, model.vocab)
+        self.top, self.reuse, self.timeline = top, reuse, [] if trace else None
+        sizes = Sizes(rows, chunk, min(prompts, rows))
+        recurrent, reading = isinstance(model, RWKV), isinstance(model, EncoderDecoder)
+        each = -(-self.longest // page)
+        count_of = rows * each + 1 if pages is None else pages
+        self.pages = None if recurrent else Pages(count_of, page)
+        self._scheduler = Scheduler(
+            self.pages,
+            rows,
+            chunk=chunk,
+            prompts=sizes.prompts,
+            window=None if recurrent else _window(model),
+            states=recurrent or reading,
+            host_pages=host_pages,
+        )
+        self._fingerprint = fingerprint(params)
+        dtype = cache or execution.precision.compute
+        kept = {"pages": count_of, "page": page, "longest": self.longest, "host_pages": host_pages}
+        self._runner = runner(model, reading_params(model, params, execution), execution, sizes, dtype=dtype, **kept)
+        self._sizes = sizes
+        self._history = draws.blank(rows + 1, self.limit)
+        self._in_history: dict[int, Sequence] = {}
+        self._seeds, self._numbers = np.random.default_rng(seed), count()
+        self._jobs: dict[Request, Job] = {}
+        self._samples: dict[Sequence, int] = {}
+        self._knobs: tuple[list[Sampling | None], Knobs | None] = [], None
+        self._pieces: list[Piece] = []
+
+    def submit(
+        self,
+        prompt: Several[int] | str,
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        n: int = 1,
+        stop: Several[str] = (),
+        stop_ids: Several[int] = (),
+        top: int = 0,
+        priority: int = 0,
+        start_id: int | None = None,
+    ) -> Job:
+        """A prompt waits for its turn. For an encoder-decoder it is what the encoder reads, and the text begins behind `start_id`.
+
+        Args:
+          n: so many texts, each with draws of its own.
+          stop: strings that end a text, wherever tokens are cut; they are no part of it.
+          stop_ids: tokens that do.
+          top: so many alternatives with each token's log-probability, which `sampling.log_probs` asks for.
+          priority: lower comes first.
+
+        Raises:
+          ValueError: what cannot be done, by name; the engine goes on with the rest.
+        """
+        if isinstance(prompt, str) and self.tokenizer is None:
+            raise ValueError("the prompt is a string, so the engine needs a tokenizer")
+        if stop and self.tokenizer is None:
+            raise ValueError(f"stop={list(stop)!r} are strings, so the engine needs a tokenizer; or give stop_ids")
+        ids = tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else map(int, prompt))
+        if not ids:
+            raise ValueError("the prompt is empty; begin it with at least one token")
+        if not 0 <= top <= self.top:
+            raise ValueError(f"top={top} alternatives, and the engine was made for top={self.top}")
+        if top and sampling.log_probs is None:
+            raise ValueError(f"top={top} alternatives are of log-probabilities; say of which kind, in sampling.log_probs")
+        draws.check(sampling, self.limit)
+        reads = isinstance(self.model, EncoderDecoder)
+        if reads != (start_id is not None):
+            raise ValueError(f"start_id={start_id}: the texts of an encoder-decoder begin behind one, others have none")
+        vocab = self.model.vocab
+        if strange := [token for token in (*ids, *((start_id,) if reads else ())) if not 0 <= token < vocab]:
+            raise ValueError(f"the prompt has token {strange[0]}, outside the model's vocabulary of {vocab}")
+        if reads and len(ids) > self.model.encoder.context:
+            raise ValueError(f"the prompt has {len(ids)} tokens, and model.encoder.context={self.model.encoder.context}")
+        begun = (start_id,) if reads else ids
+        if len(begun) + max_new_tokens > self.longest + (1 if reads else 0):
+            raise ValueError(
+                f"a prompt of {len(begun)} tokens and max_new_tokens={max_new_tokens} are longer than the engine's longest={self.longest}"
+                f" (model.context={self.model.context})"
+            )
+        stoppers = [Stopper(self.tokenizer, stop, stop_ids) if self.tokenizer else None for _ in range(n)]
+        seed = int(self._seeds.integers(2**32)) if sampling.seed is None else sampling.seed
+        request = Request(begun, max_new_tokens, n, priority, self._context(len(begun), long=False), self.reuse)
+        completions = [Completion() for _ in range(n)]
+        sequence = self._scheduler.add(request)
+        job = Job(
+            next(self._numbers), request, sampling, seed, top, tuple(stop), tuple(stop_ids), ids if reads else None, completions,
+            time.perf_counter(), stoppers,
+        )  # fmt: skip
+        self._jobs[request] = job
+        self._samples[sequence] = 0
+        if self._turned(sequence):
+            sequence.fingerprint = self._context(len(begun), long=True)
+        return job
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything runs or waits."""
+        return bool(self._scheduler.running or self._scheduler.waiting)
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """Of the pages; None for a recurrent model."""
+        return None if self.pages is None else self.pages.statistics()
+
+    def cancel(self, job: Job) -> None:
+        """Ends a request; what is there of its texts stays."""
+        self._scheduler.cancel(job.request)
+        for sample, one in enumerate(job.completions):
+            if one.finish is None:
+                self._finish(job, sample, "cancelled", None, "")
+        self._forget(job)
+
+    def update(self, params: Tree) -> None:
+        """Other weights from here on. Texts that are running go on, what they have read and written being read again; nothing that was cached
+        under the old weights is found again."""
+        check_tokens_alone(self.model, params)
+        new = fingerprint(params)
+        old, self._fingerprint = self._fingerprint, new
+        self._scheduler.restart(lambda known: known.replace(old, new, 1))
+        if self.pages is not None:
+            self.pages.clear()
+        self._runner.params = reading_params(self.model, params, self.execution)
+
+    def run(self) -> None:
+        """Until nothing is left to do."""
+        while self.busy:
+            self.step()
+
+    def stream(self, job: Job) -> Iterator[Piece]:
+        """The pieces of a request as they come, while all others go on too."""
+        yield from (piece for piece in self._shown(job))
+
+    def _shown(self, job: Job) -> Iterator[Piece]:
+        for sample, one in enumerate(job.completions):
+            if one.text or one.tokens:
+                yield Piece(job, sample, None, one.text, one.finish)
+        while not job.done:
+            yield from (piece for piece in self.step() if piece.job is job)
+
+    def generate(self, prompts: Several[Several[int] | str], **wishes) -> list[list[Completion]]:
+        """Each prompt's texts; `wishes` are those of `submit`."""
+        jobs = [self.submit(prompt, **wishes) for prompt in prompts]
+        self.run()
+        return [job.completions for job in jobs]
+
+    def step(self) -> list[Piece]:
+        """Computes one step; gives what it added to texts."""
+        started = time.perf_counter()
+        step = self._scheduler.plan()
+        self._runner.move(step)
+        for sequence in step.started:
+            self._runner.start(sequence, self._jobs[sequence.request].source)
+        if step.chunks:
+            rows = [(i, chunk.sequence, k) for i, chunk in enumerate(step.chunks) if chunk.draws for k in range(chunk.sequence.rows)]
+            take = sorted({i for i, _, _ in rows})
+            hidden = self._runner.compute(step, take, self._spans(step.chunks))
+            drawn = self._draw(hidden, [(take.index(i), sequence, k) for i, sequence, k in rows]) if rows else None
+            self._advance(step, rows, drawn)
+        if self.timeline is not None:
+            self._mark(step, started)
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+    def warm_up(self) -> None:
+        """Compiles every program that there may be, so that no request waits for one."""
+        self._runner.warm_up()
+        hidden = jnp.zeros((self._sizes.rows, self.model.embed), self.execution.precision.compute)
+        for rows in self._sizes.decodes:
+            self._picked(hidden, np.zeros(rows, np.int32), draws.knobs([None] * rows, self.limit), *np.zeros((3, rows), np.int32))
+        self._history = _extended(self._history, np.int32(0), np.int32(0))
+
+    def _advance(self, step, rows, drawn: Drawn | None) -> None:
+        """Texts with what was drawn, and the scheduler with who goes on."""
+        going: dict[Sequence, list[tuple[int, int]]] = {}
+        for place, (_, sequence, k) in enumerate(rows):
+            job = self._jobs[sequence.request]
+            sample = self._samples[sequence] + k
+            token = int(drawn.tokens[place])
+            if self._written(job, sample, token, drawn, place):
+                going.setdefault(sequence, []).append((sample, token))
+            else:
+                going.setdefault(sequence, [])
+        order = step.draws
+        outcome = self._scheduler.advance(step, [[token for _, token in going[s]] for s in order])
+        for sequence in order:
+            if going[sequence]:
+                self._samples[sequence] = going[sequence][0][0]
+        following = {s: iter(going[s][1:]) for s in order}
+        for sequence, other in outcome.forked:
+            self._samples[other] = next(following[sequence])[0]
+        for sequence in outcome.finished:
+            job, sample = self._jobs[sequence.request], self._samples[sequence]
+            if going.get(sequence) and job.completions[sample].finish is None:
+                stopper = job._stoppers[sample]
+                self._finish(job, sample, "length", None, stopper.finish() if stopper else "")
+        for sequence in order:
+            job = self._jobs.get(sequence.request)
+            if job is not None and job.done:
+                self._forget(job)
+            elif self._turned(sequence) and sequence.fingerprint != (there := self._context(len(sequence.request.prompt), long=True)):
+                self._scheduler.renew(sequence, there)
+
+    def _written(self, job: Job, sample: int, token: int, drawn: Drawn, place: int) -> bool:
+        """Puts a token to its text; whether that goes on."""
+        one, stopper = job.completions[sample], job._stoppers[sample]
+        stopped = token in job.stop_ids
+        if not stopped:
+            one.tokens.append(token)
+            if job.sampling.log_probs is not None:
+                one.log_probs.append(float(drawn.log_probs[place]))
+                if job.top:
+                    pairs = zip(drawn.top_tokens[place], drawn.top_log_probs[place], strict=True)
+                    one.top.append([(int(t), float(p)) for t, p in list(pairs)[: job.top]])
+        text, reason = stopper.push(token) if stopper else ("", "stop_id" if stopped else None)
+        if reason is not None:
+            self._finish(job, sample, reason, None if stopped else token, text)
+            return False
+        one.text += text
+        self._pieces.append(Piece(job, sample, token, text, None))
+        return True
+
+    def _finish(self, job: Job, sample: int, why: Finish, token: int | None, text: str) -> None:
+        one = job.completions[sample]
+        one.text, one.finish = one.text + text, why
+        self._pieces.append(Piece(job, sample, token, text, why))
+
+    def _forget(self, job: Job) -> None:
+        self._jobs.pop(job.request, None)
+        self._samples = {s: n for s, n in self._samples.items() if s.request is not job.request}
+        self._in_history = {slot: s for slot, s in self._in_history.items() if s.request is not job.request}
+
+    def _draw(self, hidden: Array, rows: list[tuple[int, Sequence, int]]) -> Drawn:
+        """One token for each of the rows: which hidden state, whose, and which of the sequences that it is to become."""
+        size = self._sizes.least(len(rows), 0)[0]
+        which, drawn, slots, seeds = *(np.zeros(size, np.int32) for _ in range(3)), np.zeros(size, np.uint32)
+        wishes: list[Sampling | None] = [None] * size
+        penalised = []
+        for place, (index, sequence, k) in enumerate(rows):
+            job = self._jobs[sequence.request]
+            sample = self._samples[sequence] + k
+            wishes[place], which[place] = job.sampling, index
+            seeds[place] = (job.seed + sample * 0x9E3779B1) % 2**32
+            drawn[place] = len(sequence.tokens) - len(sequence.request.prompt)
+            if job.sampling.penalised:
+                slots[place] = sequence.slot
+                penalised.append((sequence, place))
+                self._remember(sequence)
+        if len(self._knobs[0]) != size or any(a is not b for a, b in zip(self._knobs[0], wishes, strict=True)):
+            self._knobs = wishes, draws.knobs(wishes, self.limit)
+        found = jax.device_get(self._picked(hidden, which, self._knobs[1], seeds, drawn, slots))
+        for sequence, place in penalised:
+            if sequence.rows == 1:
+                self._history = _extended(self._history, np.int32(sequence.slot), found.tokens[place])
+            else:  # it and those that it becomes begin with what each has drawn
+                self._in_history.pop(sequence.slot, None)
+        return found
+
+    def _picked(self, hidden: Array, which, knobs: Knobs, seeds, drawn, slots) -> Drawn:
+        static = self.model, self.limit, self.top
+        return _pick(static, self._runner.params, hidden, which, knobs, seeds.astype(np.uint32), drawn, self._history, slots)
+
+    def _remember(self, sequence: Sequence) -> None:
+        """The history of a sequence that is new to its slot."""
+        if self._in_history.get(sequence.slot) is sequence:
+            return
+        self._in_history[sequence.slot] = sequence
+        length = 1 << (len(sequence.tokens) - 1).bit_length()
+        tokens, written = np.full(length, -1, np.int32), np.zeros(length, bool)
+        tokens[: len(sequence.tokens)], written[len(sequence.request.prompt) : len(sequence.tokens)] = sequence.tokens, True
+        self._history = _begun(self._history, np.int32(sequence.slot), tokens, written)
+
+    def _scaling(self) -> str | None:
+        scaling = getattr(self.model, "rope_scaling", None)
+        return scaling.kind if scaling is not None and scaling.kind in ("dynamic", "longrope") else None
+
+    def _turned(self, sequence: Sequence) -> bool:
+        """Whether LongRoPE turns a text as a long one."""
+        return self._scaling() == "longrope" and len(sequence.tokens) > self.model.rope_scaling.original_context
+
+    def _spans(self, chunks: list[Chunk]) -> list[int] | None:
+        """For wavelengths that depend on it, how long each text is."""
+        if self._scaling() is None:
+            return None
+        long = getattr(self.model.rope_scaling, "original_context", 0) + 1
+        dynamic = self._scaling() == "dynamic"
+        return [len(c.sequence.request.prompt) if dynamic else long if self._turned(c.sequence) else 0 for c in chunks]
+
+    def _context(self, prompt: int, *, long: bool) -> bytes:
+        """What keys and values of a text depend on besides its tokens: weights, and how wavelengths are stretched."""
+        stretched = prompt if self._scaling() == "dynamic" and prompt > self.model.rope_scaling.original_context else int(long)
+        return self._fingerprint + stretched.to_bytes(8, "little")
+
+    def _mark(self, step, started: float) -> None:
+        number = {s: self._numbered(s) for s in (*(c.sequence for c in step.chunks), *step.preempted)}
+        self.timeline.append(
+            Moment(
+                started,
+                time.perf_counter(),
+                tuple(number[c.sequence] for c in step.decodes),
+                tuple((number[c.sequence], c.count) for c in step.prefills),
+                tuple(number[s] for s in step.preempted),
+                0 if self.pages is None else self.pages.statistics().in_use,
+            )
+        )
+
+    def _numbered(self, sequence: Sequence) -> int:
+        return sequence.order[1]
+
+
+def _window(model: Model) -> int | None:
+    """The window, where every layer has it."""
+    return model.window if all(kind.startswith("local") for kind in model.pattern) else None
+
+
+@partial(jax.jit, static_argnums=0)
+def _pick(static, params: Tree, hidden: Array, which, knobs: Knobs, seeds, drawn, history: History, slots) -> Drawn:
+    model, limit, top = static
+    rows = logits(params, model, hidden[which][:, None])[:, 0, :limit]
+    return draws.draw(rows, knobs, draws.row_keys(seeds, drawn), history, slots=slots, top=top)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _begun(history: History, slot: Array, tokens: Array, written: Array) -> History:
+    return draws.begun(history, slot, tokens, written)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _extended(history: History, slot: Array, token: Array) -> History:
+    return History(history.seen.at[slot, token].set(True), history.counts.at[slot, token].add(1))
