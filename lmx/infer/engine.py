@@ -307,7 +307,8 @@ class Engine:
         started = time.perf_counter()
         step = self._scheduler.plan()
         self._runner.move(step)
-        for sequence in step.started:
+        back = {move.target for move in step.slots_in}  # what an encoder said is read again rather than kept on the host
+        for sequence in [*step.started, *(c.sequence for c in step.chunks if c.sequence.slot in back)]:
             self._runner.start(sequence, self._jobs[sequence.request].source)
         if step.chunks:
             rows = [(i, chunk.sequence, k) for i, chunk in enumerate(step.chunks) if chunk.draws for k in range(chunk.sequence.rows)]

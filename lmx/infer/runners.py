@@ -97,6 +97,10 @@ class PagedRunner:
 
     def move(self, step: Step) -> None:
         """What stands before the step."""
+        forks = [Move(*pair) for m in step.forks for pair in zip(self._of_source(m.source), self._of_source(m.target), strict=True)]
+        self._sources |= {m.target: self._sources[m.source] for m in step.forks}
+        for moves in _some(forks):
+            self.layers = _copied(self.layers, _ids(moves, 0), _ids(moves, 1))
         for moves in _some(step.pages_out):
             found = jax.device_get(_taken(self.layers, _ids(moves, 0)))
             jax.tree.map(lambda host, new, to=[m.target for m in moves]: host.__setitem__(to, new[: len(to)]), self._host, found)
