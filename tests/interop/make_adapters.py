@@ -8,7 +8,8 @@ tests/data_files/interop or SHARED/goldens (`base` of golden.json says which), a
 golden.safetensors: `input.*`, `logits`, `loss`; of virtual tokens also `input.prompt`, `greedy` and `greedy_logits` (6 tokens and 6 more, token 2
 never chosen). The second row is padded, on the left where tokens are virtual and on the right elsewhere and in what no decoder reads.
 
-`check` loads what lmx has written of each case (FOLDER/CASE, by `lmx.interop.save_adapter`) and compares its logits with the golden ones.
+`check` loads what lmx has written of each case and of those of SHARED/goldens/peft, which are over its `llama` (FOLDER/CASE, by
+`write_exports.py`), and compares its logits with the golden ones. Exits with 1 where they differ by more than 1e-5.
 Needs torch, transformers 5 and peft, which lmx itself does not.
 """
 
@@ -160,12 +161,18 @@ def write(shared: Path, case: str) -> None:
     )
 
 
-def check(shared: Path, folder: Path) -> None:
-    for case, (name, task, _) in CASES.items():
-        golden = load_file(HERE / "adapters" / case / "golden.safetensors")
+def check(shared: Path, folder: Path) -> bool:
+    known = {case: (HERE / "adapters" / case, name, task) for case, (name, task, _) in CASES.items()}
+    known |= {source.name: (source, "llama", CAUSAL) for source in sorted((shared / "goldens" / "peft").iterdir())}
+    worst = 0.0
+    for case, (source, name, task) in known.items():
+        golden = load_file(source / "golden.safetensors")
         inputs = {key.removeprefix("input."): a.long() for key, a in golden.items() if key.startswith("input.") and key != "input.prompt"}
         found = peft.PeftModel.from_pretrained(loaded(shared, name, task), folder / case).eval()(**inputs).logits
-        print(f"{case}: max|a-b|/max|b| = {(found - golden['logits']).abs().max() / golden['logits'].abs().max():.1e}")
+        apart = float((found - golden["logits"]).abs().max() / golden["logits"].abs().max())
+        print(f"{case}: max|a-b|/max|b| = {apart:.1e}")
+        worst = max(worst, apart)
+    return worst < 1e-5
 
 
 if __name__ == "__main__":
@@ -175,4 +182,4 @@ if __name__ == "__main__":
         for one in sys.argv[3:] or CASES:
             write(Path(sys.argv[2]), one)
     else:
-        check(Path(sys.argv[2]), Path(sys.argv[3]))
+        sys.exit(not check(Path(sys.argv[2]), Path(sys.argv[3])))

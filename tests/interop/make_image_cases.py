@@ -1,9 +1,8 @@
 """Reference cases of models that see, as transformers computes them: run by hand, not by pytest.
 
-    python tests/interop/make_image_cases.py write [CASE ...]
-    python tests/interop/make_image_cases.py check FOLDER
+    python tests/interop/make_image_cases.py [CASE ...]
 
-`write` makes the folders of tests/data_files/images: tiny checkpoints with random weights, norms and biases among them, and what
+Makes the folders of tests/data_files/images: tiny checkpoints with random weights, norms and biases among them, and what
 transformers gives for them in fp32 with eager attention on a CPU. Names of tensors in golden.safetensors:
 
     input.*                                 what the model reads; a second text is padded on the right
@@ -12,8 +11,8 @@ transformers gives for them in fp32 with eager attention on a CPU. Names of tens
     grad.NAME                               by the checkpoint's tensor NAME, in its layout
     batch.*                                 greedy continuations of a LLaVA's prompts, padded on the left, token 2 never chosen
 
-`check` loads what lmx has written of each case (FOLDER/CASE, by `lmx.interop.save`) and compares its outputs with the golden ones.
-Needs torch and transformers of version 5, which lmx itself does not.
+`check_exports.py` compares what transformers computes with lmx's exports of them. Needs torch and transformers of version 5, which lmx itself
+does not.
 """
 
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from make_cases import PoorError, written
 from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent.parent / "data_files" / "images"
@@ -71,15 +71,9 @@ GRADED, CONTINUED = ("vit_oblong", "clip", "llava_qwen"), ("llava_qwen",)
 TABLES = ("embed_tokens", "token_embedding", "position_embedding")
 
 
-class PoorError(Exception):
-    """Rounding might choose another token, or it is nearly always the same."""
-
-
 def loaded(name: str, folder: Path):
-    """A model as a checkpoint has it, and what transformers says of its tensors."""
-    kind = getattr(transformers, CASES[name][0])
-    model, said = kind.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True)
-    return model.eval(), {kind: names for kind, names in said.items() if names}
+    """A model as a checkpoint has it."""
+    return getattr(transformers, CASES[name][0]).from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
 
 
 def randomise(model, seed: int) -> None:
@@ -172,7 +166,7 @@ def write(name: str, seed: int) -> None:
     randomise(made, seed)
     made.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
-    model, _ = loaded(name, folder)
+    model = loaded(name, folder)
     inputs = inputs_of(name, config)
     found = outputs_of(model, inputs)
     golden = {f"input.{key}": value for key, value in inputs.items()} | found
@@ -213,25 +207,5 @@ def file_name(name: str, there: dict[str, torch.Tensor]) -> str:
     return name
 
 
-def check(exports: Path) -> None:
-    for name in CASES:
-        golden = load_file(HERE / name / "golden.safetensors")
-        model, left = loaded(name, exports / name)
-        found = outputs_of(model, {n.removeprefix("input."): a for n, a in golden.items() if n.startswith("input.")})
-        apart = max(float((a - golden[n]).abs().max() / golden[n].abs().max()) for n, a in found.items())
-        print(f"{name}: max|a-b|/max|b| = {apart:.1e}{f', {left}' if left else ''}")
-
-
 if __name__ == "__main__":
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if sys.argv[1] == "write":
-        for case in sys.argv[2:] or CASES:
-            for seed in range(99):
-                try:
-                    write(case, seed)
-                    break
-                except PoorError:
-                    continue
-    else:
-        check(Path(sys.argv[2]))
+    written(sys.argv[1:] or CASES, write)
