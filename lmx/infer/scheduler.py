@@ -109,7 +109,7 @@ class Scheduler:
             sequence.fingerprint, sequence.keys, sequence.computed = rename(sequence.fingerprint), [], 0
 
     def plan(self) -> Step:
-        """The next step; empty only when nothing runs or waits."""
+        """The next step. Nothing is computed in it only when nothing waits, and all that run are to be decided."""
         if self._planned is not None:
             raise ValueError("plan() before the last step was advanced")
         step, left = Step(forks=self._forks), self.budget
