@@ -118,17 +118,15 @@ class Scheduler:
             if sequence.status == "running" and self._room(sequence, 1, step):
                 step.decodes.append(Chunk(sequence, sequence.computed, 1, True))
                 left -= 1
-        short = False
         for sequence in [s for s in self.running if s.remaining > 1]:
             wanted = min(self.chunk, left, sequence.remaining)
             if sequence.status == "running" and wanted:
                 tokens = self._room(sequence, wanted, step)
-                short |= tokens < wanted
                 left -= tokens
                 if tokens:
                     step.prefills.append(Chunk(sequence, sequence.computed, tokens, tokens == sequence.remaining))
         # Who would come in now might take what somebody was just put out for.
-        while self.waiting and left and not short and not step.preempted:
+        while self.waiting and left and not step.preempted:
             tokens = self._admit(self.waiting[0], left, step)
             if not tokens:
                 break

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from toy_engine import Engine, World
 
-from lmx.infer.pages import Pages
+from lmx.infer.pages import Pages, chain
 from lmx.infer.scheduler import Scheduler
 from lmx.infer.steps import Request, Sequence, Step
 
@@ -257,6 +257,23 @@ def test_beams_wait_for_each_other_and_make_way_when_nobody_else_runs():
     engine.nothing_is_held()
 
 
+@pytest.mark.parametrize("whole", [0, 3])
+def test_a_prompt_that_comes_first_takes_the_room_of_who_waits_to_be_decided(whole):
+    scheduler = Scheduler(Pages(7, 2), rows=5, chunk=3)
+    for _ in range(2):
+        add(scheduler, 3, 3, n=2, together=True, reuse=False)
+    scheduler.advance(scheduler.plan(), [[5, 6], [5, 6]])
+    scheduler.advance(scheduler.plan(), [None] * 4)
+    *_, third, last = scheduler.running
+    urgent = add(scheduler, 6, 1, priority=-1, reuse=False, whole=whole)
+    # The last gives one page, for two tokens; the third two.
+    for victims, chunk in [([last, third], (0, 3))] if whole else [([last], (0, 2)), ([third], (2, 3))]:
+        step = scheduler.plan()
+        assert step.preempted == victims
+        assert step.chunks == [(urgent, *chunk, False)]
+        scheduler.advance(step, [])
+
+
 def test_room_for_beams_is_room_for_all():
     scheduler = Scheduler(Pages(9, 2), rows=5)
     with pytest.raises(ValueError, match=r"n=3 together, need 9 pages of 2 tokens, and the pool has 8"):
@@ -282,6 +299,56 @@ def test_pages_behind_the_window_of_every_layer_are_given_up():
         scheduler.advance(step, [[7]] * len(step.draws))
     assert len(sequence.tokens) == 39
     assert most <= 4
+
+
+@pytest.mark.parametrize(("window", "size"), [(2, 1), (2, 4), (5, 4), (6, 4), (9, 4), (10, 4), (7, 3)])
+def test_a_window_needs_as_many_pages_as_it_ever_lies_in(window, size):
+    need = max(last // size - (last - window + 1) // size + 1 for last in range(window, window + 40))
+    with pytest.raises(ValueError, match=f"need {need} pages"):
+        Scheduler(Pages(need, size), rows=1, window=window).add(Request((1,) * 30, 30))
+    scheduler = Scheduler(Pages(need + 1, size), rows=1, window=window)
+    engine = Engine(scheduler)
+    sequence = engine.add(Request((1,) * 30, 30))
+    while scheduler.running or scheduler.waiting:
+        step = scheduler.plan()
+        assert step.chunks
+        assert not step.preempted
+        engine.run(step)
+        scheduler.advance(step, [[7]] * len(step.draws))
+    assert len(sequence.tokens) == 60
+
+
+def test_where_host_memory_does_not_suffice_tokens_are_computed_again():
+    scheduler = Scheduler(Pages(9, 1), rows=2, states=True, host_pages=100)
+    engine = Engine(scheduler)
+    preempted = []
+    for priority in range(9, 0, -1):  # each before all that are there
+        engine.add(Request((priority,), 8, priority=priority))
+        for _ in range(5):
+            step = scheduler.plan()
+            engine.run(step)
+            preempted += [s.host_slot for s in step.preempted]
+            engine.advance(step, [[7]] * len(step.draws))
+    assert {1, 2} <= set(preempted)
+    assert 0 in preempted
+    while scheduler.running or scheduler.waiting:
+        step = scheduler.plan()
+        engine.run(step)
+        engine.advance(step, [[7]] * len(step.draws))
+    engine.nothing_is_held()
+
+
+def test_a_text_that_two_computed_still_goes_from_its_end():
+    scheduler = Scheduler(Pages(16, 2), rows=2)
+    add(scheduler, 4, 1)
+    longer = add(scheduler, 4, 4)
+    while scheduler.running or scheduler.waiting:
+        one_token_each(scheduler, scheduler.plan())
+    keys = chain(b"", longer.tokens[:6], 2)
+    pages = scheduler.pages
+    held = pages.found(keys)
+    assert len(held) == 3
+    assert pages.allocate(15)[-3:] == held[::-1]
 
 
 def test_new_weights_find_nothing_of_the_old_and_texts_go_on():
