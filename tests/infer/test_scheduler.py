@@ -138,6 +138,16 @@ def test_decodes_come_first_and_prompts_share_what_is_left_of_the_budget():
     assert [sorted(step) for step in found] == [sorted(step) for step in expected]
 
 
+@pytest.mark.parametrize(("length", "admitted"), [(4, True), (5, False)])
+def test_who_comes_in_leaves_a_page_for_each_who_runs(length, admitted):
+    scheduler = Scheduler(Pages(6, 2), rows=2)
+    add(scheduler, 3)
+    one_token_each(scheduler, scheduler.plan())
+    newcomer = add(scheduler, length, 1, reuse=False)
+    scheduler.plan()
+    assert (newcomer.status == "running") == admitted
+
+
 def test_lower_priority_numbers_run_first_and_equals_as_they_came():
     scheduler = Scheduler(Pages(64, 4), rows=1)
     for priority in (1, 0, 1, 0):
@@ -233,6 +243,10 @@ def test_beams_wait_for_each_other_and_make_way_when_nobody_else_runs():
     idle = scheduler.plan()
     assert not idle.chunks  # all wait to be decided
     scheduler.advance(idle, [])
+
+    with pytest.raises(ValueError, match="6 sequences, and rows=5"):
+        scheduler.decide([(first, [7, 8, 9])])
+    assert first.remaining == 0
 
     # Nobody else is running whose end this one could await.
     urgent = engine.add(Request((1, 2), 1, priority=-1))
