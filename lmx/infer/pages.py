@@ -107,7 +107,7 @@ class Pages:
     def release(self, pages: Sequence[int]) -> None:
         """One reader less for each of a text's pages, given in the order of the text; page 0 is passed over. Without readers, registered
         pages stay to be found, others are free. Raises ValueError for a page that has no readers."""
-        for page in reversed(pages):
+        for page in reversed(pages):  # the end first, so that `_retire` has nothing to put behind it
             if not page:
                 continue
             if self.readers[page] < 1:
@@ -139,7 +139,6 @@ class Pages:
             self._unregister(page)
             return page, None
         (copy,) = self.allocate(1)
-        self.filled[copy] = self.filled[page]
         self.readers[page] -= 1
         return copy, page
 

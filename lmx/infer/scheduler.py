@@ -80,9 +80,11 @@ class Scheduler:
             need = -(-tokens // size)
             if self.window is not None:
                 need = min(need, max((self.window - 2) // size + 2, -(-request.whole // size)))
+            need *= request.n if request.together else 1
             if need > self.pages.count - 1:
+                beams = f", n={request.n} together," if request.together else ""
                 raise ValueError(
-                    f"a prompt of {len(request.prompt)} tokens and max_new_tokens={request.max_new_tokens} need {need} pages of {size} tokens,"
+                    f"a prompt of {len(request.prompt)} tokens and max_new_tokens={request.max_new_tokens}{beams} need {need} pages of {size} tokens,"
                     f" and the pool has {self.pages.count - 1}; raise pages.count={self.pages.count}, or ask for fewer tokens"
                 )
         sequence = Sequence(request, (request.priority, next(self._arrivals), 0), list(request.prompt), request.fingerprint)
@@ -121,7 +123,7 @@ class Scheduler:
         sequence.fingerprint, sequence.keys, sequence.computed = fingerprint, [], 0
 
     def plan(self) -> Step:
-        """The next step; empty only when nothing runs or waits."""
+        """The next step. Nothing is computed in it only when nothing waits, and all that run are to be decided."""
         if self._planned is not None:
             raise ValueError("plan() before the last step was advanced")
         step, left = Step(forks=self._forks), self.budget
@@ -130,29 +132,33 @@ class Scheduler:
             if sequence.status == "running" and self._room(sequence, 1, step):
                 step.decodes.append(Chunk(sequence, sequence.computed, 1, True))
                 left -= 1
-        left, short = min(left, self.chunk), False
+        left = min(left, self.chunk)
         for sequence in [s for s in self.running if s.remaining > 1]:
             wanted = min(left, sequence.remaining)
             if sequence.status == "running" and wanted and len(step.prefills) < self.prompts:
                 tokens = self._room(sequence, wanted, step)
-                short |= tokens < wanted
                 left -= tokens
                 if tokens:
                     step.prefills.append(Chunk(sequence, sequence.computed, tokens, tokens == sequence.remaining))
         # Who would come in now might take what somebody was just put out for.
-        while self.waiting and left and not short and not step.preempted and len(step.prefills) < self.prompts:
+        while self.waiting and left and not step.preempted and len(step.prefills) < self.prompts:
             tokens = self._admit(self.waiting[0], left, step)
             if not tokens:
                 break
             left -= tokens
+        # All who run may wait for a sibling, and it for room.
+        while not step.chunks and self.running and self.waiting:
+            self._preempt(self.running[-1], step)
+            self._admit(self.waiting[0], left, step)
         self._planned = step
         return step
 
-    def advance(self, step: Step, drawn: Several[Several[int]]) -> Outcome:
-        """What `plan` gave has been computed. For each of `step.draws`, in their order, `drawn` has its next tokens: none ends the sequence, one
-        is how it goes on, of several each goes on as a sequence of its own. (What is drawn for a sequence cancelled meanwhile does not matter.)
+    def advance(self, step: Step, drawn: Several[Several[int] | None]) -> Outcome:
+        """What `plan` gave has been computed. For each of `step.draws`, in their order, `drawn` has its next tokens: none (an empty list) ends the
+        sequence, one is how it goes on, of several each goes on as a sequence of its own. Of a request whose sequences are chosen together
+        it may be None: the sequence stays as it is until `decide`. (What is drawn for a sequence cancelled meanwhile does not matter.)
 
-        Raises ValueError, and changes nothing, for another step, for another number of draws, or for more sequences than rows.
+        Raises ValueError, and changes nothing, for another step, another number of draws, more sequences than rows, or a None out of place.
         """
         if step is not self._planned:
             raise ValueError("advance() of a step that is not the one that plan() gave last")
@@ -160,15 +166,38 @@ class Scheduler:
         if len(drawn) != len(draws):
             raise ValueError(f"drawn has {len(drawn)} entries for the {len(draws)} sequences of step.draws")
         drawing = [(s, new) for s, new in zip(draws, drawn, strict=True) if s.status == "running"]
+        if any(new is None and not s.request.together for s, new in drawing):
+            raise ValueError("drawn is None for a sequence whose request has together=False; give its next token, or [] to end it")
+        drawing = [(s, new) for s, new in drawing if new is not None]
+        self._check_rows(drawing)
+        self._planned = None
+        for chunk in step.chunks:
+            if chunk.sequence.status == "running":
+                self._computed(chunk.sequence, chunk.count)
+        return self._go_on(drawing)
+
+    def decide(self, drawn: Several[tuple[Sequence, Several[int]]]) -> Outcome:
+        """What becomes of sequences for which `advance` got None, as it says there. Of one that has been preempted since, the next token is drawn
+        once more; the others keep their pages meanwhile.
+
+        Raises ValueError, and changes nothing, for a sequence that waits for no decision, or more sequences than rows.
+        """
+        for sequence, _ in drawn:
+            if sequence.status != "running" or sequence.remaining:
+                raise ValueError(
+                    f"a sequence that is {sequence.status} with {sequence.remaining} tokens not computed is not to be decided; await its draw"
+                )
+        self._check_rows(drawn)
+        return self._go_on(drawn)
+
+    def _check_rows(self, drawing: Several[tuple[Sequence, Several[int]]]) -> None:
         rows = self._rows_taken() + sum(len(new) - s.rows for s, new in drawing)
         if rows > self.rows:
             raise ValueError(
                 f"drawn goes on as {rows} sequences, and rows={self.rows}; a request of n may become n when it is first drawn for"
             )
-        self._planned = None
-        for chunk in step.chunks:
-            if chunk.sequence.status == "running":
-                self._computed(chunk.sequence, chunk.count)
+
+    def _go_on(self, drawing: Several[tuple[Sequence, Several[int]]]) -> Outcome:
         outcome = Outcome([], [])
         for sequence, new in drawing:
             if not len(new):  # before others fork into their rows
@@ -229,14 +258,15 @@ class Scheduler:
             if victim is sequence:
                 return sequence if sequence.remaining == 1 else None
             # All that decode are in the step before a prompt asks for room, and a decode asks in order.
-            if sequence.remaining == 1 or victim.remaining > 1:
+            if sequence.remaining == 1 or victim.remaining != 1:
                 return victim
         raise AssertionError("a sequence that runs is among those that run")
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
         self.running.remove(sequence)
         held = [page for page in sequence.pages if page]
-        if sequence.computed and len(held) <= self._host_pages.available and (not self.states or self._host_slots.available):
+        fits = len(held) <= self._host_pages.available and (not self.states or self._host_slots.available)
+        if fits and sequence.computed and sequence.remaining:  # what is not decided is lost with the logits: it is computed and drawn again
             sequence.host_pages = [self._host_pages.take() if page else 0 for page in sequence.pages]
             step.pages_out += [Move(page, host) for page, host in zip(sequence.pages, sequence.host_pages, strict=True) if page]
             if self.states:
@@ -290,11 +320,13 @@ class Scheduler:
         if self.pages is not None:
             moved = sum(1 for host in sequence.host_pages if host) + sum(1 for page in found[behind:] if not self.pages.readers[page])
             # A page more for each who runs: else the newcomer is put out again as soon as they go on.
-            room = self.pages.available - moved - len(self.running)
+            room = self.pages.available - moved - (len(self.running) if step.chunks else 0)
             fits = (len(found) + len(sequence.host_pages) + room) * size - start
-            if fits < wanted and self.running:
+            if fits < wanted and step.chunks:
                 return 0
             wanted = min(wanted, fits)
+            if wanted < 1 or start + wanted < request.whole:
+                return 0
         self.waiting.pop(0)
         sequence.status, sequence.slot = "running", self._slots.take()
         insort(self.running, sequence, key=_order)

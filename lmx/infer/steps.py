@@ -23,6 +23,8 @@ class Request:
     computed."""
     whole: int = 0
     """So many of the first tokens attend to each other in both directions, and are computed in one step."""
+    together: bool = False
+    """Whether its sequences are chosen among each other, as in beam search: one may then wait for the rest (`Scheduler.decide`)."""
 
     def __post_init__(self):
         if not self.prompt:
@@ -70,7 +72,7 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Tokens not computed. One: the next step draws its next token."""
+        """Tokens not computed. One: the next step draws its next token. None: what comes next is not decided."""
         return len(self.tokens) - self.computed
 
     @property

@@ -1,290 +1,110 @@
-"""The scheduler under an engine that computes nothing: it keeps, page by page, which text each token's K and V come from."""
+"""Which requests run next: under random arrivals, cancellations and updates, and case by case."""
 
+import random
 from collections import Counter
-from collections.abc import Callable
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from toy_engine import Engine, World
 
-from lmx.infer.pages import Pages
+from lmx.infer.pages import Pages, chain
 from lmx.infer.scheduler import Scheduler
 from lmx.infer.steps import Request, Sequence, Step
 
-
-def drawn_after(tokens) -> int:
-    """What the model that is none says next; 0 ends the text."""
-    return hash(tuple(tokens)) % 9
-
-
-class Engine:
-    """Runs steps. The K and V of a token are (fingerprint, the text up to it), and so is a state."""
-
-    def __init__(self, scheduler: Scheduler, forks: Callable[[int], int] = lambda free: 0):
-        self.scheduler, self.pages, self.forks = scheduler, scheduler.pages, forks
-        self.cells, self.host, self.states, self.host_states = {}, {}, {}, {}
-        self.texts: dict[Sequence, list[int]] = {}
-        self.seen = Counter()
-
-    def add(self, request: Request) -> Sequence:
-        sequence = self.scheduler.add(request)
-        self.texts[sequence] = list(request.prompt)
-        return sequence
-
-    def move(self, moves, source: dict, target: dict) -> None:
-        target |= {move.target: list(content) for move, content in zip(moves, [source[move.source] for move in moves], strict=True)}
-
-    def run(self, step: Step) -> None:
-        for moves, source, target in (
-            (step.forks, self.states, self.states),
-            (step.slots_out, self.states, self.host_states),
-            (step.pages_out, self.cells, self.host),
-            (step.copies, self.cells, self.cells),
-            (step.pages_in, self.host, self.cells),
-            (step.slots_in, self.host_states, self.states),
-        ):
-            assert len({move.target for move in moves}) == len(moves)
-            assert 0 not in {place for move in moves for place in move}
-            self.move(moves, source, target)
-        for sequence in step.started:
-            self.states[sequence.slot] = [(sequence.fingerprint, ())]
-        written = set()
-        for sequence, start, count, _ in step.chunks:
-            texts = [(sequence.fingerprint, tuple(sequence.tokens[:i])) for i in range(start + count + 1)]
-            if self.scheduler.states:
-                assert self.states[sequence.slot] == [texts[start]]
-                self.states[sequence.slot] = [texts[start + count]]
-            if self.pages is None:
-                continue
-            size, window = self.pages.size, self.scheduler.window or len(texts)
-            for i in range(start, start + count):
-                place = (sequence.pages[i // size], i % size)
-                assert place[0]
-                assert self.pages.readers[place[0]] == 1, "who writes in a page is alone there"
-                assert place not in written
-                written.add(place)
-                self.cells.setdefault(place[0], [None] * size)[i % size] = texts[i + 1]
-            for i in range(max(0, start - window + 1), start):
-                assert self.cells[sequence.pages[i // size]][i % size] == texts[i + 1], "each token attends to its own text"
-
-    def draw(self, step: Step) -> list[list[int]]:
-        free, drawn = self.scheduler.rows - sum(s.rows for s in self.scheduler.running), []
-        for sequence in step.draws:
-            first = drawn_after(sequence.tokens)
-            several = sequence.request.n if not sequence.forked else 1 + self.forks(max(free, 0))
-            if sequence.forked:
-                free -= several - 1
-            drawn.append([first + i for i in range(several)] if first else [])
-        return drawn
-
-    def advance(self, step: Step, drawn: list[list[int]]):
-        before = {s: list(s.tokens) for s in step.draws}
-        gone = {s for s in step.draws if s.status != "running"}
-        outcome = self.scheduler.advance(step, drawn)
-        for sequence, new in zip(step.draws, drawn, strict=True):
-            members = [sequence, *(other for parent, other in outcome.forked if parent is sequence)]
-            assert len(members) == (1 if sequence in gone else max(1, len(new)))
-            if sequence not in gone:
-                for member, token in zip(members, new, strict=False):
-                    self.texts[member] = [*before[sequence], token]
-        for sequence in outcome.finished:
-            request = sequence.request
-            assert sequence.tokens == self.texts[sequence]
-            made = len(sequence.tokens) - len(request.prompt)
-            assert made == request.max_new_tokens or (made < request.max_new_tokens and not drawn_after(sequence.tokens))
-        return outcome
-
-    def step(self) -> Step:
-        step = self.scheduler.plan()
-        self.run(step)
-        self.advance(step, self.draw(step))
-        return step
-
-    def drain(self, limit: int = 10_000) -> int:
-        """Steps until nothing is left."""
-        for steps in range(limit):
-            if not self.scheduler.running and not self.scheduler.waiting:
-                return steps
-            assert self.step().chunks, "while anything is left, something is computed"
-        raise AssertionError("it never ends")
-
-    def nothing_is_held(self) -> None:
-        scheduler = self.scheduler
-        if self.pages is not None:
-            self.pages.check()
-            assert not any(self.pages.readers)
-        for slots in (scheduler._slots, scheduler._host_pages, scheduler._host_slots):
-            assert slots.available == slots.count
+SIZES = {
+    "kind": ["pages", "pages", "window", "states", "both"],
+    "size": range(1, 5),
+    "pages": range(3, 17),
+    "rows": range(1, 8),
+    "chunk": range(1, 9),
+    "budget": range(9),
+    "window": range(1, 10),
+    "host_pages": [0, 5, 20],
+    "forks": [False, True],
+}
+REQUESTS = {
+    "new": range(1, 13),
+    "n": range(1, 4),
+    "priority": [0, 0, 1],
+    "image": [b"", b"", b"image"],
+    "reuse": [True, True, False],
+    "whole": [0, 0, 3],
+    "together": [False, False, True],
+}
 
 
-SEEN = Counter()
+def one_of_each(choices: dict) -> dict:
+    return {name: st.sampled_from(list(several)) for name, several in choices.items()}
 
 
 class Machine(RuleBasedStateMachine):
-    """Requests come and go while steps are planned, run and advanced."""
+    """Finds the shortest way to a mistake."""
 
-    @initialize(
-        kind=st.sampled_from(["pages", "pages", "window", "states", "both"]),
-        size=st.integers(1, 4),
-        pages=st.integers(3, 14),
-        rows=st.integers(1, 5),
-        chunk=st.integers(1, 8),
-        budget=st.integers(0, 8),
-        window=st.integers(1, 9),
-        host_pages=st.sampled_from([0, 5, 20]),
-        forks=st.booleans(),
-    )
-    def start(self, kind, size, pages, rows, chunk, budget, window, host_pages, forks):
-        pool = None if kind == "states" else Pages(pages, size)
-        self.scheduler = Scheduler(
-            pool,
-            rows,
-            chunk=chunk,
-            budget=rows + budget,
-            window=window if kind == "window" else None,
-            states=kind in ("states", "both"),
-            host_pages=0 if pool is None else host_pages,
-        )
-        self.engine = Engine(self.scheduler, (lambda free: min(free, 1)) if forks else (lambda free: 0))
-        self.step, self.requests, self.version, self.finished = None, [], 0, []
+    @initialize(**one_of_each(SIZES))
+    def start(self, **sizes):
+        self.world = World(**sizes)
 
-    @rule(
-        prompt=st.lists(st.integers(1, 2), min_size=1, max_size=14),
-        new=st.integers(1, 12),
-        n=st.integers(1, 3),
-        priority=st.sampled_from([0, 0, 1]),
-        image=st.sampled_from([b"", b"image"]),
-        reuse=st.sampled_from([True, True, False]),
-        whole=st.sampled_from([0, 0, 3]),
-    )
-    def add(self, prompt, new, n, priority, image, reuse, whole):
-        whole = min(whole, len(prompt))
-        fingerprint = b"%d %b %b" % (self.version, image, bytes(prompt[:whole]))
-        request = Request(tuple(prompt), new, min(n, self.scheduler.rows), priority, fingerprint, reuse, whole)
-        pages, scheduler = self.scheduler.pages, self.scheduler
-        if whole > min(scheduler.chunk, scheduler.budget) or (whole and scheduler.window):
-            return
-        if pages is not None and scheduler.window is None and len(prompt) + new - 1 > (pages.count - 1) * pages.size:
-            with pytest.raises(ValueError, match=r"pages\.count"):
-                scheduler.add(request)
-            return
-        try:
-            self.engine.add(request)
-        except ValueError:
-            assert scheduler.window is not None
-            return
-        self.requests.append(request)
+    @rule(prompt=st.lists(st.integers(1, 2), min_size=1, max_size=14), **one_of_each(REQUESTS))
+    def add(self, **request):
+        self.world.add(**request)
 
-    @precondition(lambda self: self.step is None)
-    @rule()
-    def plan(self):
-        scheduler, pages, seen = self.scheduler, self.scheduler.pages, SEEN
-        waited, ran = {s: s.computed for s in scheduler.waiting}, list(scheduler.running)
-        step = self.step = scheduler.plan()
-        assert step.chunks or not (scheduler.running or scheduler.waiting), "while anything is left, something is computed"
-        chunks = step.chunks
-        assert len({c.sequence for c in chunks}) == len(chunks) <= scheduler.rows
-        assert sum(c.count for c in chunks) <= scheduler.budget
-        assert sum(s.rows for s in scheduler.running) <= scheduler.rows
-        for sequence, start, count, draws in chunks:
-            assert sequence.status == "running"
-            assert start == sequence.computed
-            assert draws == (start + count == len(sequence.tokens))
-            assert 0 < count <= min(scheduler.chunk, len(sequence.tokens) - start)
-            assert start >= sequence.request.whole or start + count >= sequence.request.whole
-        assert all(c.sequence.remaining == 1 for c in step.decodes)
-        survivors = [s for s in ran if s.status == "running"]
-        assert not ran or ran[0] in survivors, "the first goes on"
-        decoding = {c.sequence for c in step.decodes}
-        for sequence in step.preempted:
-            seen["swapped" if sequence.computed else "recomputed"] += 1
-            assert all(s.order < sequence.order or s in decoding for s in survivors), "who comes last gives way"
-        admitted = [s for s in waited if s.status == "running"]
-        assert not (admitted and step.preempted)
-        assert all(s.order < other.order for s in admitted for other in scheduler.waiting), "first come, first served"
-        for sequence in step.started:
-            assert sequence.request.reuse or not sequence.computed
-            seen["prefix hits"] += sequence.computed > 0
-        seen["swapped in"] += sum(waited[s] > 0 for s in admitted)
-        seen["copies"] += len(step.copies)
-        seen["state copies"] += len(step.forks)
-        seen["state swaps"] += len(step.slots_in)
-        seen["several prompts"] += len(step.prefills) > 1
-        seen["chunks"] += any(c.start for c in step.prefills)
-        if pages is not None:
-            seen["given up behind the window"] += any(0 in s.pages for s in scheduler.running)
-        self.engine.run(step)
+    @rule(steps=st.integers(1, 6))
+    def go(self, steps):
+        self.world.go(steps)
 
-    @precondition(lambda self: self.step is not None)
+    @precondition(lambda self: self.world.step is not None)
     @rule()
     def advance(self):
-        step, self.step = self.step, None
-        drawn = self.engine.draw(step)
-        outcome = self.engine.advance(step, drawn)
-        SEEN["forks"] += len(outcome.forked)
-        self.finished += outcome.finished
+        self.world.advance()
 
-    @rule(data=st.data())
-    def some_steps(self, data):
-        for _ in range(data.draw(st.integers(1, 6))):
-            if self.step is not None:
-                self.advance()
-            self.plan()
+    @precondition(lambda self: self.world.requests)
+    @rule(which=st.integers(0, 1000))
+    def cancel(self, which):
+        self.world.cancel(which % len(self.world.requests))
 
-    @precondition(lambda self: self.requests)
-    @rule(data=st.data())
-    def cancel(self, data):
-        request = self.requests.pop(data.draw(st.integers(0, len(self.requests) - 1)))
-        ended = self.scheduler.cancel(request)
-        assert all(s.status == "cancelled" and s.request is request for s in ended)
-        SEEN["cancelled in a step"] += self.step is not None and any(c.sequence in ended for c in self.step.decodes)
-
-    @precondition(lambda self: self.step is None)
     @rule(forget=st.booleans())
     def update(self, forget):
-        """Of the weights."""
-        self.version += 1
-        self.scheduler.restart(lambda fingerprint: b"%d %b" % (self.version, fingerprint.partition(b" ")[2]))
-        if forget and self.scheduler.pages is not None:
-            self.scheduler.pages.clear()
+        self.world.update(forget)
 
     @invariant()
     def books_agree(self):
-        scheduler, pages = self.scheduler, self.scheduler.pages
-        alive = scheduler.running + scheduler.waiting
-        assert all(s.status == "running" for s in scheduler.running)
-        assert all(s.status == "waiting" for s in scheduler.waiting)
-        assert len({s.slot for s in scheduler.running}) == len(scheduler.running)
-        assert [s.order for s in scheduler.running] == sorted(s.order for s in scheduler.running)
-        assert [s.order for s in scheduler.waiting] == sorted(s.order for s in scheduler.waiting)
-        if pages is not None:
-            pages.check()
-            readers = Counter(page for s in alive for page in s.pages if page)
-            assert pages.readers == [readers[page] for page in range(pages.count)]
-            assert pages.statistics().in_use <= pages.count - 1
-            if self.step is None:
-                for s in scheduler.running:
-                    assert len(s.pages) == -(-s.computed // pages.size)
+        if hasattr(self, "world"):
+            self.world.books_agree()
 
     def teardown(self):
-        if not hasattr(self, "engine"):
-            return
-        if self.step is not None:
-            self.advance()
-        left = self.scheduler.running + self.scheduler.waiting
-        self.engine.drain()
-        assert all(s.status == "finished" for s in left)
-        assert all(s.status == "finished" and s.tokens == self.engine.texts[s] for s in self.finished)
-        self.engine.nothing_is_held()
+        if hasattr(self, "world"):
+            self.world.finish()
 
 
-def test_whatever_comes_and_goes_every_text_is_computed_from_itself():
-    SEEN.clear()
-    run_state_machine_as_test(
-        Machine, settings=settings(max_examples=400, stateful_step_count=40, deadline=None, derandomize=True, report_multiple_bugs=False)
-    )
-    assert min(SEEN.values()) >= 5, f"not everything happened: {SEEN}"
+TestScheduler = Machine.TestCase
+TestScheduler.settings = settings(max_examples=150, stateful_step_count=30, deadline=None, derandomize=True, report_multiple_bugs=False)
+
+
+def test_under_load_every_text_is_computed_from_itself_and_ends():
+    seen = Counter()
+    for seed in range(200):
+        rng = random.Random(seed)
+        world = World(**{name: rng.choice(several) for name, several in SIZES.items()})
+        beams = {"n": [2, 3], "together": [True], "new": range(2, 7)} if seed % 4 == 0 else {}
+        beginning = rng.choices([1, 2], k=6)
+        for _ in range(60):
+            what = rng.random()
+            if what < 0.4:
+                prompt = beginning[: rng.randrange(7)] + rng.choices([1, 2], k=rng.randrange(1, 9))
+                world.add(prompt, **{name: rng.choice(several) for name, several in (REQUESTS | beams).items()})
+            elif what < 0.45 and world.requests:
+                world.cancel(rng.randrange(len(world.requests)))
+            elif what < 0.47:
+                world.update(rng.random() < 0.5)
+            else:
+                world.go(rng.randrange(1, 4))
+            world.books_agree()
+        world.finish()
+        seen += world.seen
+    assert len(seen) == 13, f"not everything happened: {seen}"
+    assert min(seen.values()) >= 5, f"not everything happened often enough: {seen}"
 
 
 def add(scheduler: Scheduler, length: int, new: int = 4, **others) -> Sequence:
@@ -316,6 +136,16 @@ def test_decodes_come_first_and_prompts_share_what_is_left_of_the_budget():
         one_token_each(scheduler, step)
     # Of the second prompt's last two tokens it was a prefill; of the third's last one, a decode: those lists are told apart by what lacks.
     assert [sorted(step) for step in found] == [sorted(step) for step in expected]
+
+
+@pytest.mark.parametrize(("length", "admitted"), [(4, True), (5, False)])
+def test_who_comes_in_leaves_a_page_for_each_who_runs(length, admitted):
+    scheduler = Scheduler(Pages(6, 2), rows=2)
+    add(scheduler, 3)
+    one_token_each(scheduler, scheduler.plan())
+    newcomer = add(scheduler, length, 1, reuse=False)
+    scheduler.plan()
+    assert (newcomer.status == "running") == admitted
 
 
 def test_lower_priority_numbers_run_first_and_equals_as_they_came():
@@ -402,6 +232,73 @@ def test_who_came_last_gives_way_and_comes_back(host_pages):
     engine.nothing_is_held()
 
 
+def test_beams_wait_for_each_other_and_make_way_when_nobody_else_runs():
+    scheduler = Scheduler(Pages(7, 2), rows=5)
+    engine = Engine(scheduler)
+    for _ in range(2):
+        engine.add(Request((1, 2, 3), 3, n=2, together=True, reuse=False))
+    scheduler.advance(scheduler.plan(), [[5, 6], [5, 6]])
+    scheduler.advance(scheduler.plan(), [None] * 4)
+    first, second, third, last = scheduler.running
+    idle = scheduler.plan()
+    assert not idle.chunks  # all wait to be decided
+    scheduler.advance(idle, [])
+
+    with pytest.raises(ValueError, match="6 sequences, and rows=5"):
+        scheduler.decide([(first, [7, 8, 9])])
+    assert first.remaining == 0
+
+    # Nobody else is running whose end this one could await.
+    urgent = engine.add(Request((1, 2), 1, priority=-1))
+    step = scheduler.plan()
+    assert step.preempted == [last]
+    assert [c.sequence for c in step.chunks] == [urgent]
+    scheduler.advance(step, [[7]])
+
+    with pytest.raises(ValueError, match="waiting with 4 tokens not computed"):
+        scheduler.decide([(third, [8]), (last, [8])])
+    outcome = scheduler.decide([(first, []), (second, [8, 9])])
+    assert outcome.finished == [first]
+    assert [s.tokens for s in (second, outcome.forked[0][1])] == [[1, 2, 3, 6, 8], [1, 2, 3, 6, 9]]
+    while last not in (step := scheduler.plan()).draws:
+        scheduler.advance(step, [None if s.request is last.request else [7] for s in step.draws])
+    scheduler.advance(step, [None])
+    assert third.status == "running"  # it kept its pages
+    assert scheduler.decide([(third, [4]), (last, [4])]).finished == []
+    assert third.tokens[3:] == [5, 4]
+    assert last.tokens[3:] == [6, 4]
+    scheduler.cancel(last.request)
+    engine.nothing_is_held()
+
+
+@pytest.mark.parametrize("whole", [0, 3])
+def test_a_prompt_that_comes_first_takes_the_room_of_who_waits_to_be_decided(whole):
+    scheduler = Scheduler(Pages(7, 2), rows=5, chunk=3)
+    for _ in range(2):
+        add(scheduler, 3, 3, n=2, together=True, reuse=False)
+    scheduler.advance(scheduler.plan(), [[5, 6], [5, 6]])
+    scheduler.advance(scheduler.plan(), [None] * 4)
+    *_, third, last = scheduler.running
+    urgent = add(scheduler, 6, 1, priority=-1, reuse=False, whole=whole)
+    # The last gives one page, for two tokens; the third two.
+    for victims, chunk in [([last, third], (0, 3))] if whole else [([last], (0, 2)), ([third], (2, 3))]:
+        step = scheduler.plan()
+        assert step.preempted == victims
+        assert step.chunks == [(urgent, *chunk, False)]
+        scheduler.advance(step, [])
+
+
+def test_room_for_beams_is_room_for_all():
+    scheduler = Scheduler(Pages(9, 2), rows=5)
+    with pytest.raises(ValueError, match=r"n=3 together, need 9 pages of 2 tokens, and the pool has 8"):
+        add(scheduler, 3, 3, n=3, together=True)
+    add(scheduler, 3, 3, n=3)
+    one = scheduler.plan()
+    with pytest.raises(ValueError, match="together=False"):
+        scheduler.advance(one, [None])
+    scheduler.advance(one, [[1, 2, 3]])
+
+
 def test_pages_behind_the_window_of_every_layer_are_given_up():
     scheduler = Scheduler(Pages(5, 2), rows=1, chunk=3, window=4)
     engine = Engine(scheduler)
@@ -416,6 +313,56 @@ def test_pages_behind_the_window_of_every_layer_are_given_up():
         scheduler.advance(step, [[7]] * len(step.draws))
     assert len(sequence.tokens) == 39
     assert most <= 4
+
+
+@pytest.mark.parametrize(("window", "size"), [(2, 1), (2, 4), (5, 4), (6, 4), (9, 4), (10, 4), (7, 3)])
+def test_a_window_needs_as_many_pages_as_it_ever_lies_in(window, size):
+    need = max(last // size - (last - window + 1) // size + 1 for last in range(window, window + 40))
+    with pytest.raises(ValueError, match=f"need {need} pages"):
+        Scheduler(Pages(need, size), rows=1, window=window).add(Request((1,) * 30, 30))
+    scheduler = Scheduler(Pages(need + 1, size), rows=1, window=window)
+    engine = Engine(scheduler)
+    sequence = engine.add(Request((1,) * 30, 30))
+    while scheduler.running or scheduler.waiting:
+        step = scheduler.plan()
+        assert step.chunks
+        assert not step.preempted
+        engine.run(step)
+        scheduler.advance(step, [[7]] * len(step.draws))
+    assert len(sequence.tokens) == 60
+
+
+def test_where_host_memory_does_not_suffice_tokens_are_computed_again():
+    scheduler = Scheduler(Pages(9, 1), rows=2, states=True, host_pages=100)
+    engine = Engine(scheduler)
+    preempted = []
+    for priority in range(9, 0, -1):  # each before all that are there
+        engine.add(Request((priority,), 8, priority=priority))
+        for _ in range(5):
+            step = scheduler.plan()
+            engine.run(step)
+            preempted += [s.host_slot for s in step.preempted]
+            engine.advance(step, [[7]] * len(step.draws))
+    assert {1, 2} <= set(preempted)
+    assert 0 in preempted
+    while scheduler.running or scheduler.waiting:
+        step = scheduler.plan()
+        engine.run(step)
+        engine.advance(step, [[7]] * len(step.draws))
+    engine.nothing_is_held()
+
+
+def test_a_text_that_two_computed_still_goes_from_its_end():
+    scheduler = Scheduler(Pages(16, 2), rows=2)
+    add(scheduler, 4, 1)
+    longer = add(scheduler, 4, 4)
+    while scheduler.running or scheduler.waiting:
+        one_token_each(scheduler, scheduler.plan())
+    keys = chain(b"", longer.tokens[:6], 2)
+    pages = scheduler.pages
+    held = pages.found(keys)
+    assert len(held) == 3
+    assert pages.allocate(15)[-3:] == held[::-1]
 
 
 def test_new_weights_find_nothing_of_the_old_and_texts_go_on():

@@ -1,0 +1,270 @@
+"""An engine that computes nothing: it keeps, page by page, which text each token's K and V come from, and holds a scheduler to its word."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from lmx.infer.pages import Pages
+from lmx.infer.scheduler import Scheduler
+from lmx.infer.steps import Outcome, Request, Sequence, Step
+
+
+def drawn_after(tokens) -> int:
+    """What the model that is none says next; 0 ends the text."""
+    return hash(tuple(tokens)) % 9
+
+
+class Engine:
+    """Runs steps. The K and V of a token are (fingerprint, the text up to it), and so is a state."""
+
+    def __init__(self, scheduler: Scheduler, forks: Callable[[int], int] = lambda free: 0, seen: Counter | None = None):
+        self.scheduler, self.pages, self.forks = scheduler, scheduler.pages, forks
+        self.cells, self.host, self.states, self.host_states = {}, {}, {}, {}
+        self.texts: dict[Sequence, list[int]] = {}
+        self.seen = Counter() if seen is None else seen
+
+    def add(self, request: Request) -> Sequence:
+        sequence = self.scheduler.add(request)
+        self.texts[sequence] = list(request.prompt)
+        return sequence
+
+    def move(self, moves, source: dict, target: dict) -> None:
+        target |= {move.target: list(content) for move, content in zip(moves, [source[move.source] for move in moves], strict=True)}
+
+    def run(self, step: Step) -> None:
+        for moves, source, target in (
+            (step.forks, self.states, self.states),
+            (step.slots_out, self.states, self.host_states),
+            (step.pages_out, self.cells, self.host),
+            (step.copies, self.cells, self.cells),
+            (step.pages_in, self.host, self.cells),
+            (step.slots_in, self.host_states, self.states),
+        ):
+            assert len({move.target for move in moves}) == len(moves)
+            assert 0 not in {place for move in moves for place in move}
+            self.move(moves, source, target)
+        for sequence in step.started:
+            self.states[sequence.slot] = [(sequence.fingerprint, ())]
+        written = set()
+        for sequence, start, count, _ in step.chunks:
+            texts = [(sequence.fingerprint, tuple(sequence.tokens[:i])) for i in range(start + count + 1)]
+            if self.scheduler.states:
+                assert self.states[sequence.slot] == [texts[start]]
+                self.states[sequence.slot] = [texts[start + count]]
+            if self.pages is None:
+                continue
+            size, window = self.pages.size, self.scheduler.window or len(texts)
+            for i in range(start, start + count):
+                place = (sequence.pages[i // size], i % size)
+                assert place[0]
+                assert self.pages.readers[place[0]] == 1, "who writes in a page is alone there"
+                assert place not in written
+                written.add(place)
+                self.cells.setdefault(place[0], [None] * size)[i % size] = texts[i + 1]
+            for i in range(max(0, start - window + 1), start):
+                assert self.cells[sequence.pages[i // size]][i % size] == texts[i + 1], "each token attends to its own text"
+
+    def decide(self) -> None:
+        """Of a request whose sequences are chosen together, once each has its draw: some end, others fork into their places."""
+        alive = self.scheduler.running + self.scheduler.waiting
+        for request in {s.request: None for s in alive if s.request.together and s.forked}:
+            beams = [s for s in alive if s.request is request]
+            if any(s.remaining for s in beams):
+                self.seen["waits for its siblings"] += any(not s.remaining for s in beams)
+                continue
+            draws = [drawn_after(s.tokens) for s in beams]
+            if len(beams) > 1 and draws[0] % 2:
+                several = [(beams[0], []), (beams[1], [1, 2]), *((s, [1]) for s in beams[2:])]
+            else:
+                several = [(s, [d + 1] if d else []) for s, d in zip(beams, draws, strict=True)]
+            before = {s: list(s.tokens) for s in beams}
+            self.note(before, several, self.scheduler.decide(several))
+
+    def draw(self, step: Step) -> list[list[int] | None]:
+        free, drawn = self.scheduler.rows - sum(s.rows for s in self.scheduler.running), []
+        for sequence in step.draws:
+            if sequence.request.together and sequence.forked:
+                drawn.append(None)
+                continue
+            first = drawn_after(sequence.tokens)
+            several = sequence.request.n if not sequence.forked else 1 + self.forks(max(free, 0))
+            if sequence.forked:
+                free -= several - 1
+            drawn.append([first + i for i in range(several)] if first else [])
+        return drawn
+
+    def advance(self, step: Step, drawn: list[list[int] | None]) -> None:
+        before = {s: list(s.tokens) for s in step.draws}
+        live = [(s, new) for s, new in zip(step.draws, drawn, strict=True) if s.status == "running" and new is not None]
+        self.note(before, live, self.scheduler.advance(step, drawn))
+        self.decide()
+
+    def note(self, before: dict[Sequence, list[int]], drawn: list, outcome: Outcome) -> None:
+        for sequence, new in drawn:
+            members = [sequence, *(other for parent, other in outcome.forked if parent is sequence)]
+            assert len(members) == max(1, len(new))
+            for member, token in zip(members, new, strict=False):
+                self.texts[member] = [*before[sequence], token]
+        self.seen["forks"] += len(outcome.forked)
+        for sequence in outcome.finished:
+            request = sequence.request
+            assert sequence.tokens == self.texts[sequence]
+            made, ended = len(sequence.tokens) - len(request.prompt), [s for s, new in drawn if not new]
+            assert (made == request.max_new_tokens) != (sequence in ended)
+            assert made <= request.max_new_tokens
+
+    def step(self) -> Step:
+        step = self.scheduler.plan()
+        self.run(step)
+        self.advance(step, self.draw(step))
+        return step
+
+    def drain(self, limit: int = 10_000) -> int:
+        """Steps until nothing is left."""
+        for steps in range(limit):
+            if not self.scheduler.running and not self.scheduler.waiting:
+                return steps
+            assert self.step().chunks, "while anything is left, something is computed"
+        raise AssertionError("it never ends")
+
+    def nothing_is_held(self) -> None:
+        scheduler = self.scheduler
+        if self.pages is not None:
+            self.pages.check()
+            assert not any(self.pages.readers)
+        for slots in (scheduler._slots, scheduler._host_pages, scheduler._host_slots):
+            assert slots.available == slots.count
+
+
+class World:
+    """A scheduler and an engine, where requests come and go while steps are planned, run and advanced. `seen` counts what happened."""
+
+    def __init__(self, *, kind: str, size: int, pages: int, rows: int, chunk: int, budget: int, window: int, host_pages: int, forks: bool):
+        pool = None if kind == "states" else Pages(pages, size)
+        self.scheduler = Scheduler(
+            pool,
+            rows,
+            chunk=chunk,
+            budget=rows + budget,
+            window=window if kind == "window" else None,
+            states=kind in ("states", "both"),
+            host_pages=0 if pool is None else host_pages,
+        )
+        self.seen = Counter()
+        self.engine = Engine(self.scheduler, (lambda free: min(free, 1)) if forks else (lambda free: 0), self.seen)
+        self.step, self.requests, self.version = None, [], 0
+
+    def add(self, prompt: list[int], new: int, n: int, priority: int, image: bytes, reuse: bool, whole: int, together: bool) -> None:
+        whole = min(whole, len(prompt))
+        fingerprint = b"%d %b %b" % (self.version, image, bytes(prompt[:whole]))
+        request = Request(tuple(prompt), new, min(n, self.scheduler.rows), priority, fingerprint, reuse, whole, together)
+        pages, scheduler = self.scheduler.pages, self.scheduler
+        if whole > min(scheduler.chunk, scheduler.budget) or (whole and scheduler.window):
+            return
+        need = 0 if pages is None else -(-(len(prompt) + new - 1) // pages.size) * (request.n if together else 1)
+        if pages is not None and scheduler.window is None and need > pages.count - 1:
+            with pytest.raises(ValueError, match=r"pages\.count"):
+                scheduler.add(request)
+            return
+        try:
+            self.engine.add(request)
+        except ValueError:
+            assert scheduler.window is not None
+            return
+        self.requests.append(request)
+
+    def plan(self) -> None:
+        scheduler, pages, seen = self.scheduler, self.scheduler.pages, self.seen
+        waited, ran = {s: s.computed for s in scheduler.waiting}, list(scheduler.running)
+        step = self.step = scheduler.plan()
+        assert step.chunks or not (scheduler.running or scheduler.waiting), "while anything is left, something is computed"
+        chunks = step.chunks
+        assert len({c.sequence for c in chunks}) == len(chunks) <= scheduler.rows
+        assert sum(c.count for c in chunks) <= scheduler.budget
+        assert sum(s.rows for s in scheduler.running) <= scheduler.rows
+        for sequence, start, count, draws in chunks:
+            assert sequence.status == "running"
+            assert start == sequence.computed
+            assert draws == (start + count == len(sequence.tokens))
+            assert 0 < count <= min(scheduler.chunk, len(sequence.tokens) - start)
+            assert start >= sequence.request.whole or start + count >= sequence.request.whole
+        assert all(c.sequence.remaining == 1 for c in step.decodes)
+        survivors = [s for s in ran if s.status == "running"]
+        beams = any(s.request.together for s in ran)
+        assert not ran or ran[0] in survivors or beams, "the first goes on"
+        decoding = {c.sequence for c in step.decodes}
+        for sequence in step.preempted:
+            seen["swapped" if sequence.computed else "recomputed"] += 1
+            assert all(s.order < sequence.order or s in decoding for s in survivors), "who comes last gives way"
+        admitted = [s for s in waited if s.status == "running"]
+        assert not (admitted and step.preempted) or {s.status for s in ran} == {"waiting"} or beams
+        assert all(s.order < other.order for s in admitted for other in scheduler.waiting), "first come, first served"
+        for sequence in step.started:
+            assert sequence.request.reuse or not sequence.computed
+            seen["prefix hits"] += sequence.computed > 0
+        seen["gave way for a sibling"] += bool(admitted and step.preempted)
+        seen["swapped in"] += sum(waited[s] > 0 for s in admitted)
+        seen["copies"] += len(step.copies)
+        seen["state copies"] += len(step.forks)
+        seen["state swaps"] += len(step.slots_in)
+        seen["several prompts"] += len(step.prefills) > 1
+        seen["chunks"] += any(c.start for c in step.prefills)
+        if pages is not None:
+            seen["given up behind the window"] += any(0 in s.pages for s in scheduler.running)
+        self.engine.run(step)
+
+    def advance(self) -> None:
+        step, self.step = self.step, None
+        drawn = self.engine.draw(step)
+        self.engine.advance(step, drawn)
+
+    def go(self, steps: int) -> None:
+        for _ in range(steps):
+            if self.step is not None:
+                self.advance()
+            self.plan()
+
+    def cancel(self, i: int) -> None:
+        request = self.requests.pop(i)
+        ended = self.scheduler.cancel(request)
+        assert all(s.status == "cancelled" and s.request is request for s in ended)
+        self.seen["cancelled in a step"] += self.step is not None and any(c.sequence in ended for c in self.step.decodes)
+
+    def update(self, forget: bool) -> None:
+        """New weights, when the step that runs is done."""
+        if self.step is not None:
+            self.advance()
+        self.version += 1
+        self.scheduler.restart(lambda fingerprint: b"%d %b" % (self.version, fingerprint.partition(b" ")[2]))
+        if forget and self.scheduler.pages is not None:
+            self.scheduler.pages.clear()
+
+    def books_agree(self) -> None:
+        scheduler, pages = self.scheduler, self.scheduler.pages
+        alive = scheduler.running + scheduler.waiting
+        assert all(s.status == "running" for s in scheduler.running)
+        assert all(s.status == "waiting" for s in scheduler.waiting)
+        assert len({s.slot for s in scheduler.running}) == len(scheduler.running)
+        assert [s.order for s in scheduler.running] == sorted(s.order for s in scheduler.running)
+        assert [s.order for s in scheduler.waiting] == sorted(s.order for s in scheduler.waiting)
+        if pages is not None:
+            pages.check()
+            readers = Counter(page for s in alive for page in s.pages if page)
+            assert pages.readers == [readers[page] for page in range(pages.count)]
+            assert pages.statistics().in_use <= pages.count - 1
+            if self.step is None:
+                for s in scheduler.running:
+                    assert len(s.pages) == -(-s.computed // pages.size)
+
+    def finish(self) -> None:
+        """All that is left comes to its end, and nothing stays behind."""
+        if self.step is not None:
+            self.advance()
+        left = self.scheduler.running + self.scheduler.waiting
+        while self.scheduler.running or self.scheduler.waiting:
+            self.plan()
+            self.advance()
+            self.books_agree()
+        assert all(s.status == "finished" for s in left)
+        self.engine.nothing_is_held()
