@@ -11,7 +11,7 @@ from jax import Array
 from lmx.core.execution import Execution
 from lmx.core.tree import Tree
 from lmx.data.tokenizers import Tokenizer
-from lmx.infer.sampling import Sampling, sample
+from lmx.infer.sampling import Sampling, draw, knobs
 from lmx.models import stack, virtual
 from lmx.models.config import EncoderDecoder, Model
 from lmx.models.families import functions
@@ -81,8 +81,8 @@ def generate(
     if not ids:
         return []
     ids = [[0] * virtual_tokens + prompt for prompt in ids]  # these stand right before a prompt
-    static = (model, limit, sampling, tuple(stop_ids), tuple(suppress_ids), start_id, execution)
-    params, key = decoding_params(params), jax.random.key(seed)
+    static = (model, limit, tuple(stop_ids), tuple(suppress_ids), start_id, execution)
+    params, key, wishes = decoding_params(params), jax.random.key(seed), knobs([sampling] * len(ids), limit)
 
     def run(texts: list[list[int]], first: int, count: int) -> list[list[int]]:
         """Each row's tokens first … first + count - 1, behind its text so far."""
@@ -92,7 +92,7 @@ def generate(
             tokens[row, length - len(text) :], segments[row, length - len(text) :] = text, 1
         with jax.default_matmul_precision(execution.precision.products):
             keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(texts)))
-            new, counts = jax.device_get(_run(*static, count, params, tokens, segments, keys, np.int32(first), edits, pixel_values))
+            new, counts = jax.device_get(_run(*static, count, params, tokens, segments, wishes, keys, np.int32(first), edits, pixel_values))
         return [row[:count].tolist() for row, count in zip(new, counts, strict=True)]
 
     before = _before_turning(model, prefix + max(map(len, ids)), max_new_tokens)
@@ -162,11 +162,10 @@ def _check_images(model: Model, ids: list[list[int]], pixels: Array | np.ndarray
         )
 
 
-@partial(jax.jit, static_argnums=tuple(range(8)))
+@partial(jax.jit, static_argnums=tuple(range(7)))
 def _run(
     model,
     limit,
-    sampling,
     stop_ids,
     suppress_ids,
     start_id,
@@ -175,6 +174,7 @@ def _run(
     params,
     tokens,
     segments,
+    wishes,
     keys,
     drawn,
     edits,
@@ -200,7 +200,8 @@ def _run(
     def pick(hidden: Array, count: Array) -> Array:
         draws = jax.vmap(lambda k: jax.random.fold_in(k, drawn + count))(keys)
         scores = logits(params, model, hidden[:, -1:])[:, 0, :limit]
-        return sample(scores.at[:, list(suppress_ids)].set(-jnp.inf) if suppress_ids else scores, sampling, draws)
+        scores = scores.at[:, list(suppress_ids)].set(-jnp.inf) if suppress_ids else scores
+        return draw(scores, wishes, draws).tokens
 
     def stopped(token: Array) -> Array:
         return jnp.isin(token, jnp.array(stop_ids, jnp.int32)) if stop_ids else jnp.zeros(rows, bool)
