@@ -34,6 +34,8 @@ from lmx.infer import truncation
 Kind = Literal["raw", "tempered", "truncated"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+Arrays = Array | np.ndarray
+
 BIASES = 64
 """How many tokens' logits one request may change: programs have a place for each."""
 
@@ -108,17 +110,17 @@ def check(sampling: Sampling, vocab: int) -> None:
 class Knobs:
     """Rows' wishes as arrays, so that one program serves any of them. `knobs` makes them."""
 
-    temperature: Float[Array, "rows"]
-    top_k: Int[Array, "rows"]
-    top_p: Float[Array, "rows"]
-    min_p: Float[Array, "rows"]
-    repetition: Float[Array, "rows"]
-    presence: Float[Array, "rows"]
-    frequency: Float[Array, "rows"]
-    bias_tokens: Int[Array, "rows biases"]
+    temperature: Float[Arrays, "rows"]
+    top_k: Int[Arrays, "rows"]
+    top_p: Float[Arrays, "rows"]
+    min_p: Float[Arrays, "rows"]
+    repetition: Float[Arrays, "rows"]
+    presence: Float[Arrays, "rows"]
+    frequency: Float[Arrays, "rows"]
+    bias_tokens: Int[Arrays, "rows biases"]
     """Past the vocabulary where there is none."""
-    bias_values: Float[Array, "rows biases"]
-    kind: Int[Array, "rows"]
+    bias_values: Float[Arrays, "rows biases"]
+    kind: Int[Arrays, "rows"]
     """Which of `KINDS` its log-probabilities are; -1: none."""
 
 
@@ -132,7 +134,7 @@ def knobs(wishes: Sequence[Sampling | None], vocab: int) -> Knobs:
         if wish is not None:
             check(wish, vocab)
     # What cuts a distribution off changes nothing about its likeliest token.
-    off = Sampling(temperature=0)
+    off = Sampling(temperature=0.0)
     rows = [off if w is None else replace(w, top_k=0, top_p=1.0, min_p=0.0) if w.temperature == 0 else w for w in wishes]
     tokens, values = np.full((len(rows), BIASES), NOTHING, np.int32), np.zeros((len(rows), BIASES), np.float32)
     for row, wish in enumerate(rows):
@@ -172,7 +174,7 @@ def blank(rows: int, vocab: int) -> History:
     return History(jnp.zeros((rows, vocab), bool), jnp.zeros((rows, vocab), jnp.int32))
 
 
-def begun(history: History, row: Int[Array, ""] | int, tokens: Int[Array, "length"], written: Bool[Array, "length"]) -> History:
+def begun(history: History, row: Int[Array, ""] | int, tokens: Int[Arrays, "length"], written: Bool[Arrays, "length"]) -> History:
     """A row's history made anew: of its prompt, and of what it had written already (where it was stopped and goes on).
 
     Args:
@@ -186,7 +188,7 @@ def begun(history: History, row: Int[Array, ""] | int, tokens: Int[Array, "lengt
     return History(history.seen.at[row].set(seen), history.counts.at[row].set(counts))
 
 
-def extended(history: History, tokens: Int[Array, "rows"], going: Bool[Array, "rows"]) -> History:
+def extended(history: History, tokens: Int[Arrays, "rows"], going: Bool[Arrays, "rows"]) -> History:
     """With one token more in the output of the rows that are `going`."""
     rows = jnp.arange(tokens.shape[0])
     tokens = jnp.where(going, tokens, history.seen.shape[-1])
@@ -194,7 +196,7 @@ def extended(history: History, tokens: Int[Array, "rows"], going: Bool[Array, "r
     return History(seen, history.counts.at[rows, tokens].add(1, mode="drop"))
 
 
-def row_keys(seeds: Int[Array, "rows"], drawn: Int[Array, "rows"]) -> Array:
+def row_keys(seeds: Int[Arrays, "rows"], drawn: Int[Arrays, "rows"]) -> Array:
     """Keys of rows' next draws, a function of a request's seed (unsigned, 32 bits) and how many tokens it has drawn, of nothing else."""
     return jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(seeds, drawn)
 
@@ -246,10 +248,12 @@ def draw(
         kind = knobs.kind[:, None]
         rows = jax.nn.log_softmax(jnp.where(kind == 2, truncated, jnp.where(kind == 1, tempered, logits)), -1)
         rows = jnp.where(wished[:, None], rows, 0.0)
-        return Drawn(tokens, taken(rows, tokens), *_swapped(jax.lax.top_k(rows, top)))
+        values, ids = jax.lax.top_k(rows, top)
+        return Drawn(tokens, taken(rows, tokens), ids.astype(jnp.int32), values)
 
-    none = jnp.zeros((logits.shape[0], top))
-    return jax.lax.cond(wished.any(), told, lambda: Drawn(tokens, jnp.zeros(logits.shape[0]), none.astype(jnp.int32), none))
+    rows = logits.shape[0]
+    none = Drawn(tokens, jnp.zeros(rows, jnp.float32), jnp.zeros((rows, top), jnp.int32), jnp.zeros((rows, top), jnp.float32))
+    return jax.lax.cond(wished.any(), told, lambda: none)
 
 
 def log_probs(
@@ -282,11 +286,6 @@ def likeliest(scores: Float[Array, "rows vocab"]) -> Int[Array, "rows"]:
 def taken(rows: Float[Array, "rows vocab"], tokens: Int[Array, "rows"]) -> Float[Array, "rows"]:
     """Each row's value of its token."""
     return jnp.take_along_axis(rows, tokens[:, None], -1)[:, 0]
-
-
-def _swapped(found: tuple[Array, Array]) -> tuple[Array, Array]:
-    values, tokens = found
-    return tokens.astype(jnp.int32), values
 
 
 def _adjusted(logits: Array, knobs: Knobs, history: History | None, allowed: Array | None, slots: Array | None = None) -> Array:

@@ -17,6 +17,7 @@ from lmx.models import virtual
 from lmx.models.config import EncoderDecoder, Model
 from lmx.models.families import functions
 from lmx.models.losses import logits
+from lmx.models.transformer import Source
 from lmx.parallel.tensor import chunks
 
 
@@ -44,6 +45,7 @@ def score(
     top: int = 0,
     sampling: Sampling = Sampling(),
     prompts: Sequence[int] | None = None,
+    sources: Sequence[Sequence[int]] | None = None,
     execution: Execution = Execution(),
 ) -> list[Scored]:
     """Log-probabilities of each text's tokens, in one batch; logits of a few positions at a time, so those of long texts never exist.
@@ -54,31 +56,51 @@ def score(
       top: how many alternatives come with each token.
       sampling: what `tempered` and `truncated` are of; `raw` does not heed it.
       prompts: how many of each text's tokens were its prompt, which presence and frequency penalties do not count; None: none of them.
+      sources: what the encoder of an encoder-decoder reads, one for each text, which then begins with its start token.
 
     Raises:
       ValueError: an empty text, one longer than the model's context, a token outside the vocabulary, a kind that is none, more
-        alternatives than there are tokens, a model that predicts no next token or reads another text.
+        alternatives than there are tokens, a model that predicts no next token; an encoder-decoder without sources, or another model with.
     """
     model = getattr(model, "config", model)  # of a checkpoint (`lmx.interop.Model`)
-    _check(model, params, texts, kind, top, prompts)
+    _check(model, params, texts, kind, top, prompts, sources)
     if not texts:
         return []
-    length = -(-max(map(len, texts)) // 16) * 16
-    tokens, segments = np.zeros((len(texts), length), np.int32), np.zeros((len(texts), length), np.int32)
-    written = np.zeros((len(texts), length), bool)
-    for row, text in enumerate(texts):
-        tokens[row, : len(text)], segments[row, : len(text)] = text, 1
-        written[row, 0 if prompts is None else prompts[row] : len(text)] = True
+    tokens, segments = _padded(texts)
+    written = np.arange(tokens.shape[1]) >= (0 if prompts is None else np.asarray(prompts)[:, None])
+    written = np.broadcast_to(written, tokens.shape)
+    read = None if sources is None else _padded(sources)
     wishes = knobs([sampling] * len(texts), model.vocab)
     with jax.default_matmul_precision(execution.precision.products):
-        found = _run(model, kind, top, sampling.penalised, execution, params, tokens, segments, written, wishes)
+        found = _run(model, kind, top, sampling.penalised, execution, params, tokens, segments, written, read, wishes)
     found = jax.device_get(found)
     return [Scored(*(a[row, : len(text) - 1] for a in found)) for row, text in enumerate(texts)]
 
 
-def _check(model: Model, params: Tree, texts: Sequence, kind: Kind, top: int, prompts: Sequence[int] | None) -> None:
-    if isinstance(model, EncoderDecoder) or not model.causal or not model.vocabulary_head:
-        raise ValueError(f"model={type(model).__name__} with causal={model.causal}, head={model.head}: score needs a decoder with logits")
+def _padded(texts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and segments, to a multiple of 16 tokens: few programs serve many lengths."""
+    length = -(-max(map(len, texts)) // 16) * 16
+    tokens, segments = np.zeros((2, len(texts), length), np.int32)
+    for row, text in enumerate(texts):
+        tokens[row, : len(text)], segments[row, : len(text)] = text, 1
+    return tokens, segments
+
+
+def _check(
+    model: Model,
+    params: Tree,
+    texts: Sequence,
+    kind: Kind,
+    top: int,
+    prompts: Sequence[int] | None,
+    sources: Sequence | None,
+) -> None:
+    if not model.causal or not model.vocabulary_head:
+        raise ValueError(
+            f"a model with causal={model.causal} and head={model.head} predicts no next token; score needs a causal one with logits"
+        )
+    if isinstance(model, EncoderDecoder) != (sources is not None):
+        raise ValueError(f"sources={sources} of model={type(model).__name__}: an encoder-decoder reads one for each text, others read none")
     if virtual.prompt(params) or virtual.prefix(params):
         raise ValueError("params have virtual tokens, behind which score reads no texts; leave out their entry `virtual`")
     if kind not in KINDS:
@@ -87,24 +109,33 @@ def _check(model: Model, params: Tree, texts: Sequence, kind: Kind, top: int, pr
         raise ValueError(f"top={top} must be at least 0 and at most the vocabulary's {model.vocab}")
     if prompts is not None and len(prompts) != len(texts):
         raise ValueError(f"prompts has {len(prompts)} lengths, and there are {len(texts)} texts")
+    if sources is not None and len(sources) != len(texts):
+        raise ValueError(f"there are {len(sources)} sources and {len(texts)} texts")
     for i, text in enumerate(texts):
-        if isinstance(text, str):
-            raise ValueError(f"text {i} is a string; give its token ids")
-        if not len(text):
-            raise ValueError(f"text {i} is empty; begin it with at least one token")
-        if len(text) > model.context:
-            raise ValueError(f"text {i} has {len(text)} tokens: longer than model.context={model.context}")
-        if strange := [token for token in text if not 0 <= token < model.vocab]:
-            raise ValueError(f"text {i} has token {strange[0]}, outside the model's vocabulary of {model.vocab}")
+        _check_text(f"text {i}", text, model.vocab, model.context, "model.context")
         if prompts is not None and not 0 <= prompts[i] <= len(text):
             raise ValueError(f"prompts[{i}]={prompts[i]} must be at least 0 and at most the text's {len(text)} tokens")
+    for i, source in enumerate(sources or ()):
+        _check_text(f"source {i}", source, model.encoder.vocab, model.encoder.context, "model.encoder.context")
+
+
+def _check_text(name: str, text: Sequence[int], vocab: int, context: int, knob: str) -> None:
+    if isinstance(text, str):
+        raise ValueError(f"{name} is a string; give its token ids")
+    if not len(text):
+        raise ValueError(f"{name} is empty; begin it with at least one token")
+    if len(text) > context:
+        raise ValueError(f"{name} has {len(text)} tokens: longer than {knob}={context}")
+    if strange := [token for token in text if not 0 <= token < vocab]:
+        raise ValueError(f"{name} has token {strange[0]}, outside the model's vocabulary of {vocab}")
 
 
 @partial(jax.jit, static_argnums=tuple(range(5)))
-def _run(model, kind, top, penalised, execution, params, tokens, segments, written, wishes: Knobs) -> tuple[Array, Array, Array]:
+def _run(model, kind, top, penalised, execution, params, tokens, segments, written, read, wishes: Knobs) -> tuple[Array, Array, Array]:
     """Of each position's next token; of the last there is none, and what is told of it means nothing."""
     rows, length = tokens.shape
-    hidden = functions(model).forward(params, model, tokens, segments=segments, execution=execution).hidden
+    source = {} if read is None else {"source": Source(read[0], segments=read[1])}
+    hidden = functions(model).forward(params, model, tokens, segments=segments, **source, execution=execution).hidden
     targets = jnp.roll(tokens, -1, axis=1)
     parts = chunks(rows, length, model.vocab, cpu=devices.on_cpu())
     wishes = jax.tree.map(lambda a: jnp.repeat(a, length // parts, axis=0), wishes)  # one for each position of a part
@@ -126,8 +157,8 @@ def _run(model, kind, top, penalised, execution, params, tokens, segments, writt
             seen, counts = seen[:, -1], counts[:, -1]
         found = log_probs(flat(logits(params, model, hidden)), wishes, history, kind=kind)
         values, ids = jax.lax.top_k(found, top)
-        of_parts = (a.reshape(rows, -1, *a.shape[1:]) for a in (taken(found, flat(targets)), ids.astype(jnp.int32), values))
-        return (seen, counts), tuple(of_parts)
+        told = taken(found, flat(targets)), ids.astype(jnp.int32), values
+        return (seen, counts), tuple(a.reshape(rows, length // parts, *a.shape[1:]) for a in told)
 
     none = jnp.zeros((rows, model.vocab if penalised else 0), jnp.int32)
     _, found = jax.lax.scan(step, (none, none), tuple(map(split, (hidden, tokens, targets, segments, written))))

@@ -66,10 +66,10 @@ class Stopper:
         """The text of tokens that were not decoded yet; none while it ends amid a character, unless it is the `whole`."""
         known = self.tokenizer.decode(self._ids[self._start : self._read])
         text = self.tokenizer.decode(self._ids[self._start :])
-        if len(text) <= len(known) or (text.endswith(REPLACEMENT) and not whole):
+        if text.endswith(REPLACEMENT) and not whole:
             return ""
-        # Tokens that alone are nothing but space would not stand between a space and the beginning that drops it.
-        if self.tokenizer.decode(self._ids[self._read :]).strip():
+        # Tokens that alone are no text (a space that is dropped, special ones) do not keep the space after them from being dropped.
+        if self.tokenizer.decode(self._ids[self._read :]):
             self._start = self._read
         self._read = len(self._ids)
         return text[len(known) :]

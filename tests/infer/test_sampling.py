@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from lmx.infer.sampling import BIASES, KINDS, History, Sampling, begun, blank, check, draw, extended, knobs, likeliest, log_probs, row_keys
 
+pytestmark = pytest.mark.usefixtures("cheaply_compiled")
+
 LOGITS = np.array([0.3, 2.0, -1.0, 1.1, 0.9, -0.4, 1.9, -6.0, 0.1, -0.2, 0.5], np.float32)
 VOCAB, DRAWS = len(LOGITS), 4096
 READ, WROTE = [1, 2, 2], [6, 6, 6, 4]  # a prompt, and what followed it
@@ -165,7 +167,7 @@ def clear(sampling: Sampling, logits, read, wrote) -> bool:
     return np.array_equal(*kept) and (np.diff(some) > 1e-4).all()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_every_kind_of_log_probability_is_that_of_float64_with_a_sort(data):
     tokens = st.lists(st.integers(0, VOCAB - 1), max_size=4)
