@@ -119,15 +119,15 @@ def planned(step: Step) -> list[tuple[int, int, int]]:
     return [(c.sequence.order[1], c.start, c.count) for c in step.chunks]
 
 
-def test_decodes_come_first_and_prompts_share_what_is_left_of_the_budget():
-    scheduler = Scheduler(Pages(64, 4), rows=4, chunk=8, budget=12)
+def test_decodes_come_first_and_prompts_share_a_chunk_and_what_is_left_of_the_budget():
+    scheduler = Scheduler(Pages(64, 4), rows=4, chunk=8, budget=9)
     for length in (3, 10, 9, 5):
         add(scheduler, length, reuse=False)
     expected = [
-        [(0, 0, 3), (1, 0, 8), (2, 0, 1)],
-        [(0, 3, 1), (1, 8, 2), (2, 1, 8), (3, 0, 1)],
-        [(0, 4, 1), (1, 10, 1), (2, 9, 1), (3, 1, 4)],
-        [(0, 5, 1), (1, 11, 1), (2, 10, 1), (3, 5, 1)],
+        [(0, 0, 3), (1, 0, 5)],
+        [(0, 3, 1), (1, 5, 5), (2, 0, 3)],
+        [(0, 4, 1), (1, 10, 1), (2, 3, 6), (3, 0, 1)],
+        [(0, 5, 1), (1, 11, 1), (2, 9, 1), (3, 1, 4)],
     ]
     found = []
     for _ in expected:
@@ -273,11 +273,12 @@ def test_beams_wait_for_each_other_and_make_way_when_nobody_else_runs():
 
 @pytest.mark.parametrize("whole", [0, 3])
 def test_a_prompt_that_comes_first_takes_the_room_of_who_waits_to_be_decided(whole):
-    scheduler = Scheduler(Pages(7, 2), rows=5, chunk=3)
+    scheduler = Scheduler(Pages(7, 2), rows=5, chunk=6)
     for _ in range(2):
         add(scheduler, 3, 3, n=2, together=True, reuse=False)
     scheduler.advance(scheduler.plan(), [[5, 6], [5, 6]])
     scheduler.advance(scheduler.plan(), [None] * 4)
+    scheduler.chunk = 3
     *_, third, last = scheduler.running
     urgent = add(scheduler, 6, 1, priority=-1, reuse=False, whole=whole)
     # The last gives one page, for two tokens; the third two.
@@ -450,3 +451,21 @@ def test_steps_are_advanced_once_and_with_a_draw_for_each():
     one_token_each(scheduler, step)
     with pytest.raises(ValueError, match="not the one that plan"):
         one_token_each(scheduler, step)
+
+
+def test_so_many_prompts_share_a_step_at_most():
+    scheduler = Scheduler(Pages(64, 4), rows=8, chunk=32, prompts=2)
+    for length in (3, 4, 5):
+        add(scheduler, length, reuse=False)
+    assert planned(scheduler.plan()) == [(0, 0, 3), (1, 0, 4)]
+
+
+def test_what_depends_on_something_new_is_computed_anew():
+    scheduler = Scheduler(Pages(64, 4), rows=2, chunk=32)
+    sequence = add(scheduler, 6, 9)
+    one_token_each(scheduler, scheduler.plan())
+    scheduler.renew(sequence, b"longer")
+    assert (sequence.status, sequence.computed, sequence.pages) == ("waiting", 0, [])
+    assert planned(scheduler.plan()) == [(0, 0, 7)]
+    with pytest.raises(ValueError, match="while a step runs"):
+        scheduler.renew(sequence, b"")
