@@ -277,3 +277,20 @@ def test_tiles_take_no_memory_of_the_whole_masks_size_under_a_scan_over_layers(m
     short, long = temporary(512), temporary(1024)
     assert long < 2.2 * short
     assert long < 4 * 1024**2 / 2
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_memory_is_linear_in_the_length_up_to_32k_tokens(backward):
+    """Temporaries of the compiled program, with the tiles that a CPU uses: a matrix of scores alone would be 4 GB at the longest."""
+
+    def temporary(length: int) -> int:
+        def run(q, k, v):
+            return attention(q, k, v, Mask(), implementation="auto").sum()
+
+        shapes = [jax.ShapeDtypeStruct((1, length, heads, 64), jnp.float32) for heads in (2, 1, 1)]
+        return jax.jit(jax.grad(run, (0, 1, 2)) if backward else run).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    sizes = {length: temporary(length) for length in (8192, 16384, 32768)}
+    assert sizes[16384] < 2.1 * sizes[8192]
+    assert sizes[32768] < 2.1 * sizes[16384]
+    assert sizes[32768] < 2**28
