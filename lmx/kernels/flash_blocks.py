@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Blocks:
-    """Sizes of blocks of queries and keys, and how many of what is walked over are in shared memory at a time."""
+    """Sizes of blocks of queries and of keys, how many of those that are walked over are in shared memory at a time, and whether a
+    warpgroup of its own brings them (`lmx.kernels.flash_pipeline`)."""
 
     queries: int
     keys: int
     stages: int
+    carrier: bool

@@ -232,30 +232,3 @@ def logits(block: Block, scores: Array, scale: float, softcap: float | None, slo
     if slope is None:
         return scores, scale
     return scores * scale - (slope * LOG2E) * block.behind("positions", "order").astype(jnp.float32), 1.0
-
-
-def padded(a: Array, length: int, axis: int = 1, value: float = 0.0) -> Array:
-    """An array with its axis filled up to a length."""
-    missing = length - a.shape[axis]
-    if not missing:
-        return a
-    return jnp.pad(a, [(0, missing if i == axis else 0) for i in range(a.ndim)], constant_values=value)
-
-
-def tiled(shape: tuple[int, ...], dtype) -> jax.Array:
-    """Shared memory in the form that TMA writes and wgmma reads."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
-
-
-def staging(shape: tuple[int, ...], dtype, interpret: object) -> dict:
-    """Where `multiply` puts what Pallas' interpreter, whose wgmma takes nothing from registers, is to multiply; nothing on a GPU."""
-    return {} if interpret is None else {"staging": plgpu.SMEM(shape, dtype)}
-
-
-def multiply(accumulator, a: Array, b, staged) -> None:
-    """Adds the product of registers with shared memory to an accumulator; to be waited for."""
-    if staged is not None:
-        staged[...] = a
-        plgpu.commit_smem()
-        a = staged
-    plgpu.wgmma(accumulator, a, b)
