@@ -116,14 +116,12 @@ def _queries_kernel(
                     plgpu.barrier_wait(v_here.at[slot])
                     plgpu.wgmma(d_weights, g_smem, v_smem.at[slot].T)
                     found = plgpu.wgmma_accumulator_load(scores, wait_n=1)  # the second product goes on under the exponentials
-                    weights, slant = _weights(block, found, run.masked(at), scale, softcap, slope, block.along(lse, 0))
-                    return weights, slant, d_weights[...]
+                    _, steep = _weights(block, found, run.masked(at), scale, softcap, slope, block.along(lse, 0))
+                    return steep * (d_weights[...] - block.along(delta, 0))
 
                 accumulator = plgpu.ACC((rows, width), jnp.float32)
-                weights, slant, d_weights = pl.run_scoped(products, accumulator, accumulator)
+                d_scores = pl.run_scoped(products, accumulator, accumulator)
                 plgpu.barrier_arrive(v_used.at[slot])
-                d_scores = weights * (d_weights - block.along(delta, 0))
-                d_scores = d_scores if slant is None else d_scores * slant
                 pipeline.multiply(total, d_scores.astype(k_smem.dtype), k_smem.at[slot], staged)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(k_used.at[slot])
@@ -233,21 +231,25 @@ def _keys_kernel(
                 block = sights.Block(sight, *sides, (rows, width), 1, at * width, start)
                 slope = None if slopes is None else slopes[head_of(n)]
 
-                def products(scores, d_weights):
+                def first(scores):
                     plgpu.barrier_wait(q_here.at[slot])
                     plgpu.wgmma(scores, k_smem, q_smem.at[slot].T)
-                    plgpu.barrier_wait(g_here.at[slot])
-                    plgpu.wgmma(d_weights, v_smem, g_smem.at[slot].T)
-                    lse = block.along(plgpu.load(lse_smem.at[slot], layout=COLUMNS), 1)
-                    found = plgpu.wgmma_accumulator_load(scores, wait_n=1)  # the second product goes on under the exponentials
-                    weights, slant = _weights(block, found, run.masked(at), scale, softcap, slope, lse)
-                    pipeline.multiply(dv, weights.astype(g_smem.dtype), g_smem.at[slot], staged)
-                    delta = block.along(plgpu.load(delta_smem.at[slot], layout=COLUMNS), 1)
-                    d_scores = weights * (plgpu.wgmma_accumulator_load(d_weights, wait_n=1) - delta)  # under the product with g
-                    return d_scores if slant is None else d_scores * slant
+                    scores = scores[...]
+                    lse = plgpu.load(lse_smem.at[slot], layout=COLUMNS)  # only now: until then there is no register for it
+                    return _weights(block, scores, run.masked(at), scale, softcap, slope, block.along(lse, 1))
 
                 accumulator = plgpu.ACC((rows, width), jnp.float32)
-                d_scores = pl.run_scoped(products, accumulator, accumulator)
+                weights, steep = pl.run_scoped(first, accumulator)
+
+                def second(d_weights):
+                    plgpu.barrier_wait(g_here.at[slot])
+                    plgpu.wgmma(d_weights, v_smem, g_smem.at[slot].T)
+                    pipeline.multiply(dv, weights.astype(g_smem.dtype), g_smem.at[slot], staged)
+                    d_weights = plgpu.wgmma_accumulator_load(d_weights, wait_n=1)  # what follows goes on under the product with g
+                    delta = plgpu.load(delta_smem.at[slot], layout=COLUMNS)
+                    return steep * (d_weights - block.along(delta, 1))
+
+                d_scores = pl.run_scoped(second, accumulator)
                 pipeline.multiply(dk, d_scores.astype(q_smem.dtype), q_smem.at[slot], staged)
                 plgpu.wgmma_wait(1)
                 plgpu.barrier_arrive(g_used.at[slot])
@@ -275,9 +277,9 @@ def _lines(lse: Array, delta: Array, length: int) -> tuple[Array, Array]:
     return pipeline.padded(lse * LOG2E, length, 2, 1e30), pipeline.padded(delta, length, 2)
 
 
-def _weights(block, scores, masked, scale, softcap, slope, lse) -> tuple[Array, Array | None]:
-    """Attention weights, and the derivative of the soft cap where there is one."""
+def _weights(block, scores, masked, scale, softcap, slope, lse) -> tuple[Array, Array]:
+    """Attention weights, and those times the derivative of the soft cap."""
     found, factor = sights.logits(block, scores, scale, softcap, slope)
-    slant = None if softcap is None else 1 - jnp.square(jnp.tanh(scores * (scale / softcap)))
-    found = lax.cond(masked, block.hide, lambda found: found, found)
-    return jnp.exp2(found * factor - lse), slant
+    hidden = lax.cond(masked, block.hide, lambda found: found, found)
+    weights = jnp.exp2(hidden * factor - lse)
+    return weights, weights if softcap is None else weights * (1 - jnp.square(jnp.tanh(scores * (scale / softcap))))
