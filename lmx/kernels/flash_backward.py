@@ -116,7 +116,8 @@ def _queries_kernel(
                     plgpu.barrier_wait(v_here.at[slot])
                     plgpu.wgmma(d_weights, g_smem, v_smem.at[slot].T)
                     found = plgpu.wgmma_accumulator_load(scores, wait_n=1)  # the second product goes on under the exponentials
-                    _, steep = _weights(block, found, run.masked(at), scale, softcap, slope, block.along(lse, 0))
+                    biases = [] if slope is None else [block.along(block.alibi(mine, slope), 1 - mine) for mine in (False, True)]
+                    _, steep = _weights(block, found, run.masked(at), scale, softcap, biases, lambda: block.along(lse, 0))
                     return steep * (d_weights[...] - block.along(delta, 0))
 
                 accumulator = plgpu.ACC((rows, width), jnp.float32)
@@ -205,15 +206,14 @@ def _keys_kernel(
         run = sights.queries_run(sight, tile * (WORKERS * rows), WORKERS * rows, width, steps)
     else:
         run = sights.read_run(table, batch, tile)
-    count = run.last - run.first
-    # All blocks of the first head that shares these keys, then all of the next.
-    head_of = lambda step: kv_head * group + (lax.div(step, count) if group > 1 else 0)
-    block_of = lambda step: run.first + (lax.rem(step, count) if group > 1 else step)
+    # All heads that share these keys, then the next block: dividing by what is known takes no registers.
+    head_of = lambda step: kv_head * group + lax.rem(step, jnp.int32(group))
+    block_of = lambda step: run.first + lax.div(step, jnp.int32(group))
     rows_of = lambda gmem: lambda step: gmem.at[batch, pl.ds(block_of(step) * width, width), head_of(step)]
     line_of = lambda gmem: lambda step: gmem.at[batch, head_of(step), pl.ds(block_of(step) * width, width)]
     of_scores = pipeline.Lane((rows_of(q_gmem), line_of(lse_gmem)), (q_smem, lse_smem), q_here, q_used)
     of_weights = pipeline.Lane((rows_of(g_gmem), line_of(delta_gmem)), (g_smem, delta_smem), g_here, g_used)
-    belt = pipeline.Belt((of_scores, of_weights), count * group, blocks.stages)
+    belt = pipeline.Belt((of_scores, of_weights), (run.last - run.first) * group, blocks.stages)
 
     def work(done):
         start = tile * (WORKERS * rows) + me * rows
@@ -234,9 +234,13 @@ def _keys_kernel(
                 def first(scores):
                     plgpu.barrier_wait(q_here.at[slot])
                     plgpu.wgmma(scores, k_smem, q_smem.at[slot].T)
-                    scores = scores[...]
-                    lse = plgpu.load(lse_smem.at[slot], layout=COLUMNS)  # only now: until then there is no register for it
-                    return _weights(block, scores, run.masked(at), scale, softcap, slope, block.along(lse, 1))
+                    def lse():
+                        line = plgpu.load(lse_smem.at[slot], layout=COLUMNS)
+                        return block.along(line if slope is None else line - block.alibi(True, slope), 1)
+
+                    biases = [] if slope is None else [block.along(block.alibi(False, slope), 0)]
+                    found = _weights(block, scores[...], run.masked(at), scale, softcap, biases, lse)
+                    return tuple(a.astype(g_smem.dtype) for a in found)  # in fp32 they would not find room beside all that follows
 
                 accumulator = plgpu.ACC((rows, width), jnp.float32)
                 weights, steep = pl.run_scoped(first, accumulator)
@@ -244,10 +248,10 @@ def _keys_kernel(
                 def second(d_weights):
                     plgpu.barrier_wait(g_here.at[slot])
                     plgpu.wgmma(d_weights, v_smem, g_smem.at[slot].T)
-                    pipeline.multiply(dv, weights.astype(g_smem.dtype), g_smem.at[slot], staged)
+                    pipeline.multiply(dv, weights, g_smem.at[slot], staged)
                     d_weights = plgpu.wgmma_accumulator_load(d_weights, wait_n=1)  # what follows goes on under the product with g
                     delta = plgpu.load(delta_smem.at[slot], layout=COLUMNS)
-                    return steep * (d_weights - block.along(delta, 1))
+                    return steep.astype(jnp.float32) * (d_weights - block.along(delta, 1))
 
                 d_scores = pl.run_scoped(second, accumulator)
                 pipeline.multiply(dk, d_scores.astype(q_smem.dtype), q_smem.at[slot], staged)
@@ -277,9 +281,9 @@ def _lines(lse: Array, delta: Array, length: int) -> tuple[Array, Array]:
     return pipeline.padded(lse * LOG2E, length, 2, 1e30), pipeline.padded(delta, length, 2)
 
 
-def _weights(block, scores, masked, scale, softcap, slope, lse) -> tuple[Array, Array]:
-    """Attention weights, and those times the derivative of the soft cap."""
-    found, factor = sights.logits(block, scores, scale, softcap, slope)
+def _weights(block, scores, masked, scale, softcap, biases, lse) -> tuple[Array, Array]:
+    """Attention weights, and those times the derivative of the soft cap. `lse` loads: until it is needed there is no register for it."""
+    found, factor = sights.logits(scores, scale, softcap, biases)
     hidden = lax.cond(masked, block.hide, lambda found: found, found)
-    weights = jnp.exp2(hidden * factor - lse)
+    weights = jnp.exp2(hidden * factor - lse())
     return weights, weights if softcap is None else weights * (1 - jnp.square(jnp.tanh(scores * (scale / softcap))))

@@ -125,7 +125,8 @@ def _kernel(
             scores = pl.run_scoped(product, plgpu.ACC((rows, width), jnp.float32))
             plgpu.barrier_arrive(k_used.at[slot])
             block = sights.Block(sight, *sides, (rows, width), 0, start, at * width)
-            scores, factor = sights.logits(block, scores, scale, softcap, slope)
+            biases = [] if slope is None else [block.along(block.alibi(mine, slope), 1 - mine) for mine in (False, True)]
+            scores, factor = sights.logits(scores, scale, softcap, biases)
             scores = lax.cond(run.masked(at), block.hide, lambda scores: scores, scores)
             # The factor stays apart from the scores, so that it and the subtraction are one instruction.
             higher = jnp.maximum(top, scores.max(1) * factor)

@@ -56,7 +56,7 @@ def sight(mask: Mask, keys: int, padded: int) -> Sight:
 def about(mask: Mask, q: Array, k: Array, queries: int, keys: int, slopes: Array | None) -> tuple[dict[str, Array], dict[str, Array]]:
     """What kernels must read of a mask, of queries and of keys: int32 `[batch, queries or keys]` by name, to those lengths.
 
-    `order` is what causality compares, where it is not simply the place; `positions` is what ALiBi measures, where that is not `order`.
+    `order` is what causality compares, where it is not simply the place; `positions` is what ALiBi measures, where that is not `order` too.
     """
     batch = q.shape[0]
 
@@ -72,6 +72,8 @@ def about(mask: Mask, q: Array, k: Array, queries: int, keys: int, slopes: Array
         of_k["order"] = jnp.arange(k.shape[1]) if mask.key_index is None else mask.key_index
     if slopes is not None and mask.query_positions is not None and mask.order == "index":
         of_q["positions"], of_k["positions"] = mask.query_positions, mask.key_positions
+    elif slopes is not None and not of_q:
+        of_q["positions"], of_k["positions"] = jnp.arange(q.shape[1]), jnp.arange(k.shape[1])
     if mask.query_segments is not None:
         of_q["segments"], of_k["segments"] = mask.query_segments, mask.key_segments
     if mask.key_prefix is not None:
@@ -187,48 +189,62 @@ class Block:
     query: Array
     key: Array
 
-    def numbers(self, of_queries: bool, *names: str) -> Array:
-        """What a mask says of each query or key, the first of the names that it speaks of or else their places; broadcast to the block."""
+    def axis(self, of_queries: bool) -> int:
+        return self.queries_axis if of_queries else 1 - self.queries_axis
+
+    def line(self, name: str, of_queries: bool) -> Array:
+        """What a mask says of each query or key."""
         side, start = (self.of_q, self.query) if of_queries else (self.of_k, self.key)
-        axis = self.queries_axis if of_queries else 1 - self.queries_axis
-        name = next((name for name in names if name in side), None)
-        if name is None:
-            return start + plgpu.broadcasted_iota(jnp.int32, self.shape, axis, layout=plgpu.Layout.WGMMA)
-        line = side[name].at[pl.ds(start, self.shape[axis])]
-        return self.along(plgpu.load(line, layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False), axis)
+        axis = self.axis(of_queries)
+        return plgpu.load(side[name].at[pl.ds(start, self.shape[axis])], layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
+
+    def numbers(self, name: str, of_queries: bool) -> Array:
+        """The same, or their places where it says nothing, broadcast to the block."""
+        axis = self.axis(of_queries)
+        if name in (self.of_q if of_queries else self.of_k):
+            return self.along(self.line(name, of_queries), axis)
+        start = self.query if of_queries else self.key
+        return start + plgpu.broadcasted_iota(jnp.int32, self.shape, axis, layout=plgpu.Layout.WGMMA)
 
     def along(self, line: Array, axis: int) -> Array:
         return lax.broadcast_in_dim(line, self.shape, [axis])
 
-    def behind(self, *names: str) -> Array:
-        return self.numbers(True, *names) - self.numbers(False, *names)
+    def alibi(self, of_queries: bool, slope: Array) -> Array:
+        """ALiBi's part of each query or of each key, a line; they add up to minus the slope times the distance, to base 2."""
+        held, start = (self.of_k, self.key) if self.queries_axis else (self.of_q, self.query)
+        name = "positions" if "positions" in held else "order"
+        base = held[name][start]  # counted from what is near, distances are exact
+        return (self.line(name, of_queries) - base).astype(jnp.float32) * (-LOG2E * slope if of_queries else LOG2E * slope)
 
     def hide(self, scores: Array) -> Array:
         """The scores, with what the mask hides at -inf."""
         allowed = []
         if self.sight.causal:
-            behind = self.behind("order")
+            behind = self.numbers("order", True) - self.numbers("order", False)
             seen = behind >= 0
             if self.sight.window is not None:
                 seen &= behind < self.sight.window
             if "prefix" in self.of_k:
-                seen |= self.numbers(False, "prefix") == 1
+                seen |= self.numbers("prefix", False) == 1
             allowed.append(seen)
         if "segments" in self.of_q:
-            segments = self.numbers(True, "segments")
-            allowed += [segments == self.numbers(False, "segments"), segments != 0]
+            segments = self.numbers("segments", True)
+            allowed += [segments == self.numbers("segments", False), segments != 0]
         if self.sight.bounded:
-            allowed.append(self.numbers(False) < self.sight.keys)
+            allowed.append(self.numbers("place", False) < self.sight.keys)
         for seen in allowed:
             scores = jnp.where(seen, scores, -jnp.inf)
         return scores
 
 
-def logits(block: Block, scores: Array, scale: float, softcap: float | None, slope: Array | None) -> tuple[Array, float]:
-    """Scores and what to multiply them by, so that 2 to the power of it all is what softmax sums: the scale, the soft cap and ALiBi are in it."""
+def logits(scores: Array, scale: float, softcap: float | None, biases: list[Array]) -> tuple[Array, float]:
+    """Scores and what to multiply them by, so that 2 to the power of it all is what softmax sums: scale, soft cap and biases to base 2 are in it."""
     if softcap is not None:
         scores, scale = jnp.tanh(scores * (scale / softcap)), softcap
     scale *= LOG2E
-    if slope is None:
+    if not biases:
         return scores, scale
-    return scores * scale - (slope * LOG2E) * block.behind("positions", "order").astype(jnp.float32), 1.0
+    scores *= scale
+    for bias in biases:
+        scores += bias
+    return scores, 1.0
