@@ -43,13 +43,15 @@ def queries_gradient(
     of_q, of_k = sights.about(mask, q, k, tiles * tile, steps * width, slopes)
     sight = sights.sight(mask, keys, steps * width)
     table = None
-    if sights.told(of_q, of_k):
+    if sights.told(mask):
         table = sights.runs(*sights.blocks_seen(sight, of_q, of_k, (tiles, tile), (steps, width)))
     q, g = (pipeline.padded(a, tiles * tile) for a in (q, g))
     k, v = (pipeline.padded(a, steps * width) for a in (k, v))
     lse, delta = _lines(lse, delta, tiles * tile)
     dq = plgpu.kernel(
-        partial(_queries_kernel, sight=sight, scale=scale, softcap=softcap, blocks=blocks, tiles=tiles, steps=steps, group=heads // k.shape[2]),
+        partial(
+            _queries_kernel, sight=sight, scale=scale, softcap=softcap, blocks=blocks, tiles=tiles, steps=steps, group=heads // k.shape[2]
+        ),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid=(batch, heads, tiles),
         grid_names=("batch", "heads", "tiles"),
@@ -158,17 +160,16 @@ def keys_gradient(
     (batch, queries, heads, head_dim), (keys, kv_heads) = q.shape, k.shape[1:3]
     rows, width, stages, tile = blocks.keys, blocks.queries, blocks.stages, WORKERS * blocks.keys
     tiles, steps = pl.cdiv(keys, tile), pl.cdiv(queries, width)
-    of_q, of_k = sights.about(mask, q, k, steps * width, tiles * tile, slopes)
+    # Places and runs are read, where other kernels compute them: what is computed stays in registers all along, and here there are none to spare.
+    of_q, of_k = sights.about(mask, q, k, steps * width, tiles * tile, slopes, spelled=True)
     sight = sights.sight(mask, keys, tiles * tile)
-    table = None
-    if sights.told(of_q, of_k):
-        some, clear = sights.blocks_seen(sight, of_q, of_k, (steps, width), (tiles, tile))
-        table = sights.runs(some.swapaxes(1, 2), clear.swapaxes(1, 2))
+    some, clear = sights.blocks_seen(sight, of_q, of_k, (steps, width), (tiles, tile))
+    table = sights.runs(some.swapaxes(1, 2), clear.swapaxes(1, 2))
     q, g = (pipeline.padded(a, steps * width) for a in (q, g))
     k, v = (pipeline.padded(a, tiles * tile) for a in (k, v))
     lse, delta = _lines(lse, delta, steps * width)
     dk, dv = plgpu.kernel(
-        partial(_keys_kernel, sight=sight, scale=scale, softcap=softcap, blocks=blocks, steps=steps, group=heads // kv_heads),
+        partial(_keys_kernel, sight=sight, scale=scale, softcap=softcap, blocks=blocks, group=heads // kv_heads),
         out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
         grid=(batch, kv_heads, tiles),
         grid_names=("batch", "kv_heads", "tiles"),
@@ -198,14 +199,11 @@ def keys_gradient(
 def _keys_kernel(
     q_gmem, k_gmem, v_gmem, g_gmem, lse_gmem, delta_gmem, of_q, of_k, slopes, table, dk_gmem, dv_gmem,
     *, k_held, v_held, q_smem, g_smem, lse_smem, delta_smem, held_here, q_here, g_here, q_used, g_used, staging=None,
-    sight, scale, softcap, blocks, steps, group,
+    sight, scale, softcap, blocks, group,
 ):  # fmt: skip
     batch, kv_head, tile, me = (lax.axis_index(name) for name in ("batch", "kv_heads", "tiles", "warpgroup"))
     rows, width = blocks.keys, blocks.queries
-    if table is None:
-        run = sights.queries_run(sight, tile * (WORKERS * rows), WORKERS * rows, width, steps)
-    else:
-        run = sights.read_run(table, batch, tile)
+    run = sights.read_run(table, batch, tile)
     # All heads that share these keys, then the next block: dividing by what is known takes no registers.
     head_of = lambda step: kv_head * group + lax.rem(step, jnp.int32(group))
     block_of = lambda step: run.first + lax.div(step, jnp.int32(group))
@@ -234,6 +232,7 @@ def _keys_kernel(
                 def first(scores):
                     plgpu.barrier_wait(q_here.at[slot])
                     plgpu.wgmma(scores, k_smem, q_smem.at[slot].T)
+
                     def lse():
                         line = plgpu.load(lse_smem.at[slot], layout=COLUMNS)
                         return block.along(line if slope is None else line - block.alibi(True, slope), 1)

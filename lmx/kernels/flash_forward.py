@@ -42,10 +42,10 @@ def forward(
     (batch, queries, heads, head_dim), (keys, kv_heads) = q.shape, k.shape[1:3]
     rows, width, stages, tile = blocks.queries, blocks.keys, blocks.stages, WORKERS * blocks.queries
     tiles, steps = pl.cdiv(queries, tile), pl.cdiv(keys, width)
-    of_q, of_k = sights.about(mask, q, k, tiles * tile, steps * width, slopes)
+    of_q, of_k = sights.about(mask, q, k, tiles * tile, steps * width, slopes, spelled=sights.told(mask))
     sight = sights.sight(mask, keys, steps * width)
     table = None
-    if sights.told(of_q, of_k):
+    if sights.told(mask):
         table = sights.runs(*sights.blocks_seen(sight, of_q, of_k, (tiles, tile), (steps, width)))
     q = pipeline.padded(q, tiles * tile)
     k, v = (pipeline.padded(a, steps * width) for a in (k, v))

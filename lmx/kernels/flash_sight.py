@@ -1,8 +1,8 @@
 """What a mask says to the flash kernels: which blocks to visit, which of those need no mask, and the mask within a block.
 
 A kernel walks, for each tile of queries, over a run of blocks of keys (and the other way round for the gradients of keys). Which run follows
-from the order alone, inside the kernel, where nothing else hides; else from a small table that XLA computes beforehand, of the least and the
-largest of what the mask compares in each block.
+from places alone, inside the kernel, or from a small table that XLA computes beforehand, from the least and the largest of what the mask
+compares in each block.
 """
 
 from dataclasses import dataclass
@@ -53,8 +53,10 @@ def sight(mask: Mask, keys: int, padded: int) -> Sight:
     return Sight(mask.causal, mask.window, keys, padded > keys)
 
 
-def about(mask: Mask, q: Array, k: Array, queries: int, keys: int, slopes: Array | None) -> tuple[dict[str, Array], dict[str, Array]]:
-    """What kernels must read of a mask, of queries and of keys: int32 `[batch, queries or keys]` by name, to those lengths.
+def about(
+    mask: Mask, q: Array, k: Array, queries: int, keys: int, slopes: Array | None, spelled: bool = False
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """What kernels must read of a mask, of queries and of keys: int32 `[batch, queries or keys]` by name, to those lengths; `spelled`: places too.
 
     `order` is what causality compares, where it is not simply the place; `positions` is what ALiBi measures, where that is not `order` too.
     """
@@ -67,7 +69,7 @@ def about(mask: Mask, q: Array, k: Array, queries: int, keys: int, slopes: Array
     of_q, of_k = {}, {}
     if mask.order == "positions":
         of_q["order"], of_k["order"] = mask.query_positions, mask.key_positions
-    elif mask.query_index is not None or mask.key_index is not None:
+    elif mask.query_index is not None or mask.key_index is not None or (spelled and mask.causal):
         of_q["order"] = jnp.arange(q.shape[1]) if mask.query_index is None else mask.query_index
         of_k["order"] = jnp.arange(k.shape[1]) if mask.key_index is None else mask.key_index
     if slopes is not None and mask.query_positions is not None and mask.order == "index":
@@ -84,9 +86,10 @@ def about(mask: Mask, q: Array, k: Array, queries: int, keys: int, slopes: Array
     )
 
 
-def told(of_q: dict, of_k: dict) -> bool:
+def told(mask: Mask) -> bool:
     """Whether which blocks to visit depends on more than places."""
-    return any(name != "positions" for name in (*of_q, *of_k))
+    said = (mask.query_segments, mask.key_prefix, mask.query_index, mask.key_index)
+    return mask.order == "positions" or any(a is not None for a in said)
 
 
 def blocks_seen(
@@ -145,20 +148,6 @@ def keys_run(sight: Sight, start: Array, size: int, block: int, number: int) -> 
     if sight.window is not None:
         first = lax.div(lax.max(start - sight.window + 1, 0), jnp.int32(block))
         begin = _up(lax.max(start + size - sight.window, 0), block)
-    return Run(first, last, begin, end)
-
-
-def queries_run(sight: Sight, start: Array, size: int, block: int, number: int) -> Run:
-    """The run of blocks of queries, `number` in all, that see any of keys `start` to `start + size`, as in `keys_run`."""
-    first, last, begin, end = 0, number, 0, number
-    if sight.causal:
-        first = lax.min(lax.div(start, jnp.int32(block)), number)
-        begin = _up(start + size - 1, block)
-    if sight.window is not None:
-        last = lax.max(first, lax.min(_up(start + size - 1 + sight.window, block), number))
-        end = lax.div(start + sight.window, jnp.int32(block))
-    if sight.bounded:
-        end = jnp.where(start + size > sight.keys, 0, end)
     return Run(first, last, begin, end)
 
 
