@@ -11,8 +11,6 @@ from jax import Array
 from jaxtyping import Float
 
 from lmx.kernels import chunked, flash_blocks
-from lmx.kernels.flash_backward import keys_gradient, queries_gradient
-from lmx.kernels.flash_forward import forward
 from lmx.kernels.masks import Mask
 
 TYPES = ("bfloat16", "float16")
@@ -83,6 +81,8 @@ def gradients(
     interpret: object = None,
 ) -> tuple[Array, Array, Array]:
     """Gradients of q, k and v through these keys, given the log-sum-exp over all keys and `delta = chunked.weigh(g, out)`."""
+    from lmx.kernels.flash_backward import keys_gradient, queries_gradient
+
     if q.shape[-1] > BACKWARD:
         found = chunked.backward((scale, softcap), q, k, v, mask, slopes, lse, delta, g)[:3]
         return tuple(a.astype(like.dtype) for a, like in zip(found, (q, k, v), strict=True))
@@ -116,6 +116,8 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _forward(static, q, k, v, mask, slopes):
+    from lmx.kernels.flash_forward import forward  # Pallas takes a third of a second to import, which not every program is to pay
+
     scale, softcap, interpret = static
     return forward(q, k, v, mask, slopes, scale=scale, softcap=softcap, blocks=_blocks("forward", q, mask, slopes), interpret=interpret)
 

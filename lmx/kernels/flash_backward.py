@@ -84,12 +84,13 @@ def _queries_kernel(
     batch, head, me = (lax.axis_index(name) for name in ("batch", "heads", "warpgroup"))
     tile = tiles - 1 - lax.axis_index("tiles") if sight.causal else lax.axis_index("tiles")
     rows, width = blocks.queries, blocks.keys
-    if table is None:
-        run = sights.keys_run(sight, tile * (WORKERS * rows), WORKERS * rows, width, steps)
-    else:
-        run = sights.read_run(table, batch, tile)
+    placed = (sight, tile * (WORKERS * rows), WORKERS * rows, width, steps)
+    run = sights.keys_run(*placed) if table is None else sights.read_run(table, batch, tile)
     kv_head = lax.div(head, jnp.int32(group))
-    source = lambda gmem: lambda step: gmem.at[batch, pl.ds((run.first + step) * width, width), kv_head]
+
+    def source(gmem):
+        return lambda step: gmem.at[batch, pl.ds((run.first + step) * width, width), kv_head]
+
     keys = pipeline.Lane((source(k_gmem),), (k_smem,), k_here, k_used)
     values = pipeline.Lane((source(v_gmem),), (v_smem,), v_here, v_used)
     belt = pipeline.Belt((keys, values), run.last - run.first, blocks.stages)
@@ -204,11 +205,25 @@ def _keys_kernel(
     batch, kv_head, tile, me = (lax.axis_index(name) for name in ("batch", "kv_heads", "tiles", "warpgroup"))
     rows, width = blocks.keys, blocks.queries
     run = sights.read_run(table, batch, tile)
+
     # All heads that share these keys, then the next block: dividing by what is known takes no registers.
-    head_of = lambda step: kv_head * group + lax.rem(step, jnp.int32(group))
-    block_of = lambda step: run.first + lax.div(step, jnp.int32(group))
-    rows_of = lambda gmem: lambda step: gmem.at[batch, pl.ds(block_of(step) * width, width), head_of(step)]
-    line_of = lambda gmem: lambda step: gmem.at[batch, head_of(step), pl.ds(block_of(step) * width, width)]
+    def head_and_block(step):
+        return kv_head * group + lax.rem(step, jnp.int32(group)), run.first + lax.div(step, jnp.int32(group))
+
+    def rows_of(gmem):
+        def source(step):
+            head, block = head_and_block(step)
+            return gmem.at[batch, pl.ds(block * width, width), head]
+
+        return source
+
+    def line_of(gmem):
+        def source(step):
+            head, block = head_and_block(step)
+            return gmem.at[batch, head, pl.ds(block * width, width)]
+
+        return source
+
     of_scores = pipeline.Lane((rows_of(q_gmem), line_of(lse_gmem)), (q_smem, lse_smem), q_here, q_used)
     of_weights = pipeline.Lane((rows_of(g_gmem), line_of(delta_gmem)), (g_smem, delta_smem), g_here, g_used)
     belt = pipeline.Belt((of_scores, of_weights), (run.last - run.first) * group, blocks.stages)
@@ -225,9 +240,9 @@ def _keys_kernel(
         def sum_up(dk, dv):
             @pl.loop(0, belt.total)
             def _(n):
-                at, slot = block_of(n), belt.slot(n)
+                (head, at), slot = head_and_block(n), belt.slot(n)
                 block = sights.Block(sight, *sides, (rows, width), 1, at * width, start)
-                slope = None if slopes is None else slopes[head_of(n)]
+                slope = None if slopes is None else slopes[head]
 
                 def first(scores):
                     plgpu.barrier_wait(q_here.at[slot])

@@ -85,12 +85,13 @@ def _kernel(
     # Under a causal mask the last tiles have the most to do, and so they come first.
     tile = tiles - 1 - lax.axis_index("tiles") if sight.causal else lax.axis_index("tiles")
     rows, width = blocks.queries, blocks.keys
-    if table is None:
-        run = sights.keys_run(sight, tile * (WORKERS * rows), WORKERS * rows, width, steps)
-    else:
-        run = sights.read_run(table, batch, tile)
+    placed = (sight, tile * (WORKERS * rows), WORKERS * rows, width, steps)
+    run = sights.keys_run(*placed) if table is None else sights.read_run(table, batch, tile)
     kv_head = lax.div(head, jnp.int32(group))
-    source = lambda gmem: lambda step: gmem.at[batch, pl.ds((run.first + step) * width, width), kv_head]
+
+    def source(gmem):
+        return lambda step: gmem.at[batch, pl.ds((run.first + step) * width, width), kv_head]
+
     keys = pipeline.Lane((source(k_gmem),), (k_smem,), k_here, k_used)
     values = pipeline.Lane((source(v_gmem),), (v_smem,), v_here, v_used)
     belt = pipeline.Belt((keys, values), run.last - run.first, blocks.stages)
