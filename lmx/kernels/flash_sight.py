@@ -57,7 +57,7 @@ def about(
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """What kernels must read of a mask, of queries and of keys: int32 `[batch, queries or keys]` by name, to those lengths; `spelled`: places too.
 
-    `order` is what causality compares, where it is not simply the place; `positions` is what ALiBi measures, where that is not `order` too.
+    `order` is what causality compares, where it is not simply the place; `positions` is what ALiBi measures.
     """
     batch = q.shape[0]
 
@@ -71,10 +71,10 @@ def about(
     elif mask.query_index is not None or mask.key_index is not None or (spelled and mask.causal):
         of_q["order"] = jnp.arange(q.shape[1]) if mask.query_index is None else mask.query_index
         of_k["order"] = jnp.arange(k.shape[1]) if mask.key_index is None else mask.key_index
-    if slopes is not None and mask.query_positions is not None and mask.order == "index":
-        of_q["positions"], of_k["positions"] = mask.query_positions, mask.key_positions
-    elif slopes is not None and not of_q:
-        of_q["positions"], of_k["positions"] = jnp.arange(q.shape[1]), jnp.arange(k.shape[1])
+    if slopes is not None:  # even where they are `order` too: read once for both, they would stay in registers in between
+        given = mask.query_positions is not None
+        of_q["positions"] = mask.query_positions if given else of_q.get("order", jnp.arange(q.shape[1]))
+        of_k["positions"] = mask.key_positions if given else of_k.get("order", jnp.arange(k.shape[1]))
     if mask.query_segments is not None:
         of_q["segments"], of_k["segments"] = mask.query_segments, mask.key_segments
     if mask.key_prefix is not None:
@@ -200,9 +200,8 @@ class Block:
     def alibi(self, of_queries: bool, slope: Array) -> Array:
         """ALiBi's part of each query or of each key, a line; they add up to minus the slope times the distance, to base 2."""
         held, start = (self.of_k, self.key) if self.queries_axis else (self.of_q, self.query)
-        name = "positions" if "positions" in held else "order"
-        base = held[name][start]  # counted from what is near, distances are exact
-        return (self.line(name, of_queries) - base).astype(jnp.float32) * (-LOG2E * slope if of_queries else LOG2E * slope)
+        base = held["positions"][start]  # counted from what is near, distances are exact
+        return (self.line("positions", of_queries) - base).astype(jnp.float32) * (-LOG2E * slope if of_queries else LOG2E * slope)
 
     def hide(self, scores: Array) -> Array:
         """The scores, with what the mask hides at -inf."""

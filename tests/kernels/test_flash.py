@@ -181,11 +181,11 @@ def test_the_interpreter_would_see_a_block_replaced_too_early(monkeypatch):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     q, k, v, _ = CASES["causal"].arrays(np.random.default_rng(0))
-    try:  # JAX 0.11 takes note, 0.12 raises
+    try:  # it takes note, or raises (JAX 0.12), or a barrier completes twice before anybody has seen it
         jax.block_until_ready(flash.attention(q, k, v, Mask(), scale=1.0, interpret=plgpu.InterpretGPUParams(detect_races=True)))
         seen = races_found()
     except jax.errors.JaxRuntimeError as error:
-        seen = "RACE DETECTED" in str(error)
+        seen = re.search("RACE DETECTED|no threads observed phase", str(error))
     interpreter().reset_gpu_interpret_mode_state()
     assert seen
 
@@ -288,6 +288,16 @@ def test_auto_says_what_it_takes_and_why(monkeypatch):
     assert why(q, k, Mask(), softcap=5.0)[0] == "chunked"
 
 
+def test_the_table_is_read_as_it_is_written(tmp_path):
+    entries = flash_blocks.table()
+    assert {head_dim for kernel, head_dim, _ in entries if kernel == "forward"} == set(flash.WIDTHS)
+    assert {head_dim for kernel, head_dim, _ in entries if kernel != "forward"} == {w for w in flash.WIDTHS if w <= flash.BACKWARD}
+    flash_blocks.write(entries, "nowhere", tmp_path / "table.json")
+    assert flash_blocks.table(tmp_path / "table.json") == entries
+    with pytest.raises(ValueError, match="want queries and keys in multiples of 64"):
+        flash_blocks.Blocks(64, 96, 2, True)
+
+
 def test_gradients_of_wide_heads_are_chunked(monkeypatch):
     def wanted(*_):
         return [jnp.float32(i) for i in range(3)] + [None]
@@ -352,5 +362,5 @@ def test_every_entry_of_the_table_compiles_for_an_h100_without_spilling(h100, ki
         said = capfd.readouterr()
         spills = re.findall(r"(\d+) bytes spill stores", said.out + said.err)
         assert len(spills) >= (3 if head_dim <= flash.BACKWARD else 1), f"{case} was not assembled"
-        # The prefixes of packed texts are what finds the least room.
-        assert max(map(int, spills)) <= (8 if case.prefix and head_dim == 256 else 0), case
+        # Where everything comes together on the widest heads, two numbers that are no array find no room.
+        assert max(map(int, spills)) <= (8 if head_dim == 256 and case.segments and (case.prefix or case.alibi) else 0), case
