@@ -11,6 +11,7 @@ whether what won keeps within registers.
 import argparse
 import itertools
 import statistics
+from collections.abc import Iterator
 from datetime import date
 from functools import partial
 
@@ -28,10 +29,10 @@ TOLERANCE = 0.02
 """Between results of two cuts, relative to the largest: sums in another order, of products of bf16."""
 
 
-def cuts(kernel: str) -> list[Blocks]:
+def cuts(kernel: str) -> Iterator[Blocks]:
     """What is tried: what a tile holds is 64 or 128 a worker, of which only forward has registers for the second."""
     held = (64, 128) if kernel == "forward" else (64,)
-    for mine, walked, stages, carrier in itertools.product(held, (64, 128, 256), (1, 2, 3, 4), (True, False)):
+    for mine, walked, stages, carrier in itertools.product(held, (64, 128, 256), (2, 3, 4), (True, False)):
         yield Blocks(walked, mine, stages, carrier) if kernel == "keys" else Blocks(mine, walked, stages, carrier)
 
 

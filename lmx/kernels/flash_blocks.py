@@ -27,8 +27,9 @@ class Blocks:
     carrier: bool
 
     def __post_init__(self):
-        if self.queries % 64 or self.keys % 64 or min(self.queries, self.keys, self.stages) < 1:
-            raise ValueError(f"blocks={astuple(self)} want queries and keys in multiples of 64, and at least one stage")
+        # With one stage, a worker that brings blocks would wait for the next before it has sent for it.
+        if self.queries % 64 or self.keys % 64 or min(self.queries, self.keys) < 64 or self.stages < 2:
+            raise ValueError(f"blocks={astuple(self)} want queries and keys in multiples of 64, and at least two stages")
 
 
 @functools.cache

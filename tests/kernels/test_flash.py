@@ -12,12 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from lmx.core.execution import Execution
 from lmx.kernels import chunked, cudnn, devices, flash, flash_blocks, flash_pipeline
 from lmx.kernels import flash_sight as sights
 from lmx.kernels.attention import attention, why
 from lmx.kernels.masks import Mask
 from lmx.parallel import absent
+from lmx.parallel import attention as parallel
 from lmx.parallel.layout import Layout
+from lmx.parallel.rules import rules
 
 QUERIES, KEYS, HEADS, KV_HEADS, DIM = 130, 150, 2, 1, 64
 SLOPES = np.array([0.25, 0.0625], np.float32)
@@ -176,7 +179,7 @@ def test_the_interpreter_would_see_a_block_replaced_too_early(monkeypatch):
 
     monkeypatch.setattr(flash_pipeline.Belt, "renew", hasty)
     monkeypatch.setattr(
-        flash_blocks, "table", lambda: {(kernel, DIM, "plain"): flash_blocks.Blocks(64, 64, 1, True) for kernel in flash_blocks.KERNELS}
+        flash_blocks, "table", lambda: {(kernel, DIM, "plain"): flash_blocks.Blocks(64, 64, 2, True) for kernel in flash_blocks.KERNELS}
     )
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -296,6 +299,8 @@ def test_the_table_is_read_as_it_is_written(tmp_path):
     assert flash_blocks.table(tmp_path / "table.json") == entries
     with pytest.raises(ValueError, match="want queries and keys in multiples of 64"):
         flash_blocks.Blocks(64, 96, 2, True)
+    with pytest.raises(ValueError, match="at least two stages"):
+        flash_blocks.Blocks(64, 64, 1, False)
 
 
 def test_gradients_of_wide_heads_are_chunked(monkeypatch):
@@ -345,6 +350,23 @@ KINDS = {
         Case(segments=True, prefix=True),
     ],
 }
+
+
+@pytest.mark.aot
+def test_each_device_of_a_mesh_runs_it_on_its_rows_and_heads(h100):
+    layout = Layout(data=2, tensor=2)
+    mesh = absent.mesh(layout, h100)
+    where = jax.sharding.NamedSharding(mesh.abstract_mesh, jax.sharding.PartitionSpec("data", None, "tensor", None))
+    q, k = (jax.ShapeDtypeStruct((4, 4096, heads, 128), jnp.bfloat16, sharding=where) for heads in (8, 2))
+
+    def both(q, k, v):
+        out, pullback = jax.vjp(lambda *a: parallel.attention(*a, Mask(), Execution(rules=rules(layout)), softcap=30.0), q, k, v)
+        return out, pullback(out)
+
+    text = absent.compiled(jax.jit(both), mesh, q, k, k).as_text()
+    calls = [line for line in text.splitlines() if 'custom_call_target="mosaic_gpu' in line]
+    assert len(calls) == 3
+    assert "(bf16[2,4096,4,128]{3,2,1,0}, f32[2,4,4096]{2,1,0}) custom-call" in calls[0]
 
 
 @pytest.mark.aot
