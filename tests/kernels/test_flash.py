@@ -79,13 +79,16 @@ CASES = {
 
 @cache
 def kernels(case: Case):
-    """Output, log-sum-exp and gradients from the kernels, compiled once a case."""
+    """Output, log-sum-exp (of packed cases) and gradients from the kernels, compiled once a case."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     knobs = {"scale": case.scale, "softcap": case.softcap, "interpret": plgpu.InterpretGPUParams(detect_races=True)}
     slopes = SLOPES if case.alibi else None
 
     def run(q, k, v, g, mask):
+        if not case.segments:
+            out, pullback = jax.vjp(lambda *a: flash.attention(*a, mask, slopes=slopes, **knobs), q, k, v)
+            return out, None, *pullback(g)
         out, lse = flash.with_lse(q, k, v, mask, slopes=slopes, **knobs)
         return out, lse, *flash.gradients(q, k, v, mask, lse, chunked.weigh(g, out), g, slopes=slopes, **knobs)
 
@@ -162,6 +165,8 @@ def test_values_and_gradients_err_no_more_than_twice_as_much_as_the_textbook_in_
     for what, ours, true, theirs in zip(
         ("out", "lse", "dq", "dk", "dv"), found, exact(case, *arrays, mask), rough(case, *arrays, mask), strict=True
     ):
+        if ours is None:
+            continue
         ours = np.asarray(ours, np.float64)[0]
         assert np.isfinite(ours).all(), what
         if what == "lse":
