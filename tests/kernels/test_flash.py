@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh
 
@@ -155,7 +155,7 @@ def rough(case: Case, q, k, v, g, mask: Mask) -> list[jax.Array]:
 
 
 @pytest.mark.parametrize("name", CASES)
-@settings(max_examples=2, deadline=None, derandomize=True)
+@settings(max_examples=2, deadline=None, derandomize=True, phases=[Phase.generate])  # to shrink a failure would take minutes
 @given(seed=st.integers(0, 2**16))
 def test_values_and_gradients_err_no_more_than_twice_as_much_as_the_textbook_in_the_same_type(name, seed):
     case, rng = CASES[name], np.random.default_rng(seed)
