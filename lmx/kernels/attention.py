@@ -3,14 +3,13 @@
 from jax import Array
 from jaxtyping import Float
 
-from lmx.kernels import chunked, cudnn, dense, devices, reference, single
+from lmx.kernels import chunked, cudnn, dense, devices, flash, reference, single
 from lmx.kernels.masks import Mask
 
-IMPLEMENTATIONS = ("auto", "xla", "reference", "dense", "chunked", "cudnn", "single")
+IMPLEMENTATIONS = ("auto", "xla", "reference", "dense", "chunked", "cudnn", "flash", "single")
 """`reference` is the textbook; `dense` forms every score too, with a faster backward pass; `chunked` never forms more than a tile of
-them; `cudnn` is NVIDIA's; `single` is for one query a row (decoding). `auto` takes `single` for one query, `reference` under dropout,
-`cudnn` on NVIDIA GPUs where it can do what is asked, `dense` up to `LONG` keys where there is no soft cap, and else `chunked`; `xla` does
-so anywhere without `cudnn`."""
+them; `cudnn` is NVIDIA's; `flash` is our own kernel for Hopper GPUs; `single` is for one query a row (decoding). `why` says which of them
+`auto` takes, and `xla`, which is `auto` without the kernels of GPUs."""
 LONG = 2048
 """From this many keys on, scores are not kept."""
 
@@ -47,18 +46,8 @@ def attention(
         raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads evenly")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if implementation in ("auto", "xla"):
-        if keep is not None:
-            implementation = "reference"
-        elif q.shape[1] == 1:
-            implementation = "single"
-        elif (
-            implementation == "auto"
-            and devices.on_nvidia()
-            and cudnn.refusal(q, k, mask, softcap=softcap, slopes=slopes, bias=bias, keep=keep) is None
-        ):
-            implementation = "cudnn"
-        else:
-            implementation = "dense" if softcap is None and k.shape[1] <= LONG else "chunked"
+        asked = {"scale": scale, "softcap": softcap, "slopes": slopes, "bias": bias, "keep": keep}
+        implementation, _ = why(q, k, mask, v, **asked, implementation=implementation)
     if implementation == "single":
         if q.shape[1] != 1 or keep is not None:
             raise ValueError(f"attention='single' takes one query a row, not {q.shape[1]}, and no dropout; use auto")
@@ -71,8 +60,52 @@ def attention(
         if reason := cudnn.refusal(q, k, mask, softcap=softcap, slopes=slopes, bias=bias, keep=keep):
             raise ValueError(f"attention='cudnn' {reason}; use auto")
         return cudnn.attention(q, k, v, mask, scale=scale)
+    if implementation == "flash":
+        reason = flash.refusal(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes, bias=bias, keep=keep)
+        if reason or not devices.on_hopper():
+            raise ValueError(f"attention='flash' {reason or f'runs on Hopper GPUs, not {devices.kind()}'}; use auto")
+        return flash.attention(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes)
     if implementation == "chunked":
         if keep is not None:
             raise ValueError("attention='chunked' takes no dropout; use auto")
         return chunked.attention(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes, bias=bias)
     return reference.attention(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes, bias=bias, keep=keep)
+
+
+def why(
+    q: Float[Array, "batch queries heads head_dim"],
+    k: Float[Array, "batch keys kv_heads head_dim"],
+    mask: Mask,
+    v: Float[Array, "batch keys kv_heads head_dim"] | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    slopes: Array | None = None,
+    bias: Array | None = None,
+    keep: Array | None = None,
+    implementation: str = "auto",
+) -> tuple[str, str]:
+    """What `auto`, or `xla`, takes for a call, and the reason in words. Arrays may be abstract; values are as keys unless given.
+
+    cuDNN comes before our own kernel until the two have been measured side by side.
+    """
+    v, scale = k if v is None else v, q.shape[-1] ** -0.5 if scale is None else scale
+    if keep is not None:
+        return "reference", "dropout of attention weights is the textbook's alone"
+    if q.shape[1] == 1:
+        return "single", "there is one query a row"
+    said = []
+    if implementation == "auto" and devices.on_nvidia():
+        asked = {"softcap": softcap, "slopes": slopes, "bias": bias, "keep": keep}
+        refused = cudnn.refusal(q, k, mask, **asked)
+        if refused is None:
+            return "cudnn", "the GPU is NVIDIA's, and cuDNN does what is asked"
+        said.append(f"cudnn {refused}")
+        if devices.on_hopper():
+            refused = flash.refusal(q, k, v, mask, scale=scale, **asked)
+            if refused is None:
+                return "flash", f"{said[0]}; the GPU is a Hopper"
+            said.append(f"flash {refused}")
+    if softcap is None and k.shape[1] <= LONG:
+        return "dense", "; ".join([*said, f"there are no more than {LONG} keys"])
+    return "chunked", "; ".join([*said, "there is a soft cap" if k.shape[1] <= LONG else f"there are more than {LONG} keys"])

@@ -15,3 +15,8 @@ def on_cpu() -> bool:
 
 def on_nvidia() -> bool:
     return kind().startswith("NVIDIA")
+
+
+def on_hopper() -> bool:
+    """Whether the devices are NVIDIA's of compute capability 9.0, whose kernels no other chip runs."""
+    return kind().startswith(("NVIDIA H100", "NVIDIA H200", "NVIDIA H800", "NVIDIA H20", "NVIDIA GH200"))

@@ -13,7 +13,7 @@ from lmx.kernels import chunked
 from lmx.kernels.attention import IMPLEMENTATIONS, attention
 from lmx.kernels.masks import Mask
 
-WHOLE = [name for name in IMPLEMENTATIONS if name not in ("auto", "xla", "single", "cudnn")]
+WHOLE = [name for name in IMPLEMENTATIONS if name not in ("auto", "xla", "single", "cudnn", "flash")]
 """Implementations that take any number of queries, on any device."""
 PAIRS = [(name, queries) for name in WHOLE for queries in (4, 1)] + [("single", 1)]
 BATCH, KEYS, HEADS, KV_HEADS, DIM = 2, 7, 6, 2, 4
