@@ -21,6 +21,7 @@ from lmx.infer.sampling import Sampling
 from lmx.interop.tokenizers import CheckpointTokenizer
 from lmx.interop.writers import Writer, load_writer
 
+BOLD, DIM = 1, 2
 USAGE = 'python -m lmx.generate PATH "Once upon a time" [--temperature 0.8] ... (--help lists all)'
 
 
@@ -139,23 +140,24 @@ def engine_for(writer: Writer, prompts: Sequence[Sequence[int]], wishes: Wishes)
 
 def show(engine: Engine, job: Job, title: str, prompt: tuple[str, Sequence[int]] | None) -> None:
     """Prints a request's texts one after another, the first as it comes, behind its prompt where there is one to show."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
     several = len(job.completions)
     for sample, text in enumerate(job.completions):
         titles = [title] * bool(title) + [f"text {sample + 1} of {several}"] * (several > 1)
         if titles:
-            console.out(f"--- {', '.join(titles)}", style="bold", highlight=False)
+            _write(f"--- {', '.join(titles)}\n", BOLD)
         if prompt:
-            console.out(prompt[0], style="dim", end="", highlight=False)
+            _write(prompt[0], DIM)
         fresh = prompt is not None
         for piece in engine.stream(job):
             if piece.sample == sample and piece.text:
-                lead = _lead(engine, prompt[1], text.tokens[0]) if fresh and text.tokens else ""
-                console.out(lead + piece.text, end="", highlight=False)
+                _write((_lead(engine, prompt[1], text.tokens[0]) if fresh and text.tokens else "") + piece.text)
                 fresh = False
-        console.out("", highlight=False)
+        _write("\n")
+
+
+def _write(text: str, style: int | None = None) -> None:
+    """To stdout at once and as it is (rich would lay out tabs, and drop control characters); with a style on a terminal."""
+    print(f"\033[{style}m{text}\033[0m" if style and sys.stdout.isatty() else text, end="", flush=True)
 
 
 def _lead(engine: Engine, prompt: Sequence[int], first: int) -> str:
@@ -166,20 +168,17 @@ def _lead(engine: Engine, prompt: Sequence[int], first: int) -> str:
 
 def show_statistics(engine: Engine, jobs: Sequence[Job], seconds: float) -> None:
     """Prints how fast it was, and how many pages it took."""
-    from rich.console import Console
-
-    console = Console(stderr=True, highlight=False, style="dim")
     tokens = sum(len(text.tokens) for job in jobs for text in job.completions)
     decoding = [len(moment.decoded) / (moment.end - moment.start) for moment in engine.timeline if moment.decoded and not moment.read]
     rate = f"; {statistics.median(decoding):,.1f} tokens/s in the median step" if decoding else ""
-    console.out(f"{tokens:,} new tokens in {seconds:.2f} s, {tokens / seconds:,.1f} tokens/s, compiling among it{rate}", style="dim")
+    lines = [f"{tokens:,} new tokens in {seconds:.2f} s, {tokens / seconds:,.1f} tokens/s, compiling among it{rate}"]
     if engine.pages is not None:
-        most = max(moment.pages for moment in engine.timeline)
-        found = engine.statistics.hit_rate
-        console.out(
-            f"{most:,} of {engine.pages.count - 1:,} pages in use at most, of {engine.pages.size} tokens; {found:.0%} of full pages of prompts found again",
-            style="dim",
+        most, found = max(moment.pages for moment in engine.timeline), engine.statistics.hit_rate
+        lines.append(
+            f"{most:,} of {engine.pages.count - 1:,} pages in use at most, of {engine.pages.size} tokens; {found:.0%} of full pages of prompts "
+            "found again"
         )
+    print(*lines, sep="\n", file=sys.stderr)
 
 
 if __name__ == "__main__":

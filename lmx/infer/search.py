@@ -96,7 +96,9 @@ def beam_search(
     if wanted > engine.limit:
         raise ValueError(f"beams={beams} choose among {wanted} tokens, and the vocabulary has {engine.limit}; use fewer beams")
     if engine.top < wanted:
-        raise ValueError(f"beams={beams} choose among {wanted} tokens, and the engine was made for top={engine.top}; make it with top={wanted}")
+        raise ValueError(
+            f"beams={beams} choose among {wanted} tokens, and the engine was made for top={engine.top}; make it with top={wanted}"
+        )
     if not engine.reuse:
         raise ValueError("the engine was made with reuse=False, and beam search finds texts again; make it with reuse=True")
     searches = [_Search(_ids(engine, prompt)) for prompt in prompts]

@@ -74,7 +74,9 @@ def _of_checkpoint(model: Model, params: Tree, files: Path, tokenizer: str | Non
         said = ((found.generation or {}), model.hub, model.table.tokens)
         start = next((some["decoder_start_token_id"] for some in said if some.get("decoder_start_token_id") is not None), None)
         if start is None:
-            raise ValueError(f"neither config.json nor generation_config.json of {files} has decoder_start_token_id, behind which texts begin")
+            raise ValueError(
+                f"neither config.json nor generation_config.json of {files} has decoder_start_token_id, behind which texts begin"
+            )
     return Writer(model.config, params, reads, tuple(stops), start)
 
 
@@ -86,7 +88,9 @@ def _of_run(run: Path, tokenizer: str | None, step: int | None) -> Writer:
         return _of_checkpoint(read_run(run), params, run / HUB, tokenizer)
     reads, wanted = _given(tokenizer) or prepare_tokenizer(experiment.data), record["data"].get("tokenizer")
     if tokenizer is None and wanted not in (None, reads.fingerprint):
-        raise ValueError(f"{run} was trained with another tokenizer than data.tokenizer={experiment.data.tokenizer!r} gives now; name its file")
+        raise ValueError(
+            f"{run} was trained with another tokenizer than data.tokenizer={experiment.data.tokenizer!r} gives now; name its file"
+        )
     if has_two_sides(experiment.data):
         objective = experiment.data.denoising
         return Writer(experiment.model, params, reads, () if objective.eos is None else (objective.eos,), objective.start)
