@@ -18,6 +18,7 @@ from lmx.core.execution import Execution
 from lmx.core.precision import PrecisionName, policy
 from lmx.infer.engine import Engine, Job
 from lmx.infer.sampling import Sampling
+from lmx.infer.texts import context_of
 from lmx.interop.tokenizers import CheckpointTokenizer
 from lmx.interop.writers import Writer, load_writer
 
@@ -131,7 +132,7 @@ def engine_for(writer: Writer, prompts: Sequence[Sequence[int]], wishes: Wishes)
         writer.params,
         tokenizer=writer.tokenizer,
         rows=max(wishes.n, min(wishes.rows, wishes.n * len(prompts))),
-        longest=begun + wishes.max_new_tokens,
+        longest=min(context_of(writer.model), begun + wishes.max_new_tokens),
         cache=wishes.cache,
         trace=wishes.stats,
         execution=Execution(precision=policy(wishes.precision)),

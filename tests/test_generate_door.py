@@ -214,7 +214,7 @@ def test_a_run_whose_tokenizer_changed_is_refused(run, tmp_path):
     write_run(
         tmp_path / "run", Experiment(name="run", data=Data(train="", tokenizer="bytes"), model=SMALL), 1, data={"tokenizer": "another"}
     )
-    with pytest.raises(ValueError, match="was trained with another tokenizer than data.tokenizer='bytes' gives now"):
+    with pytest.raises(ValueError, match="was trained with another tokenizer than"):
         load_writer(tmp_path / "run")
     assert load_writer(tmp_path / "run", tokenizer="bytes").tokenizer.vocab == 257
 

@@ -139,7 +139,12 @@ def _following(engine: Engine, searches: Sequence[_Search], top: int) -> list[li
     found = []
     for search, group in zip(searches, jobs, strict=True):
         pairs = zip(search.running, group, strict=True)
-        each = [(total + more, (*tokens, new)) for (tokens, total), job in pairs for new, more in job.completions[0].top[0]]
+        each = [
+            (total + more, (*tokens, new))
+            for (tokens, total), job in pairs
+            for new, more in job.completions[0].top[0]
+            if new < engine.limit
+        ]
         found.append(sorted(each, key=lambda one: one[0], reverse=True))
     return found
 
