@@ -57,9 +57,8 @@ def draw_requests(timeline: Sequence[Moment], jobs: Sequence[Job], axes: "Axes")
             axes.broken_barh(edges, (row - height / 2, height), facecolor=COLOURS[name], linewidth=0, label=name if row == 0 else None)
         out = [1e3 * (moment.start - origin) for moment in timeline if job.number in moment.preempted]
         axes.plot(out, np.full(len(out), row), "X", color=PUT_OUT, markersize=8, markeredgecolor="white", zorder=3)
-        found = len(job.request.prompt) - _read_first(timeline, job)
-        if found:
-            first = next(moment.start for moment in timeline if job.number in (one for one, _ in moment.read))
+        if found := _found(timeline, job):
+            first = next(moment.start for moment in timeline if _doing(moment, job.number))
             note = f"{found} tokens found"
             axes.annotate(note, (1e3 * (first - origin), row - 0.36), fontsize=7.5, color="#555555", va="bottom", ha="left")
     axes.plot([], [], "X", color=PUT_OUT, markersize=8, markeredgecolor="white", linestyle="none", label="is put out for want of pages")
@@ -71,16 +70,16 @@ def draw_requests(timeline: Sequence[Moment], jobs: Sequence[Job], axes: "Axes")
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _read_first(timeline: Sequence[Moment], job: Job) -> int:
-    """Tokens of its prompt that a request read before it wrote; all where it was put out before."""
-    count = 0
+def _found(timeline: Sequence[Moment], job: Job) -> int:
+    """Tokens of its prompt that a request found in pages when it began; 0 where it was put out before it wrote, or never began."""
+    prompt, read = len(job.request.prompt), 0
     for moment in timeline:
-        if job.number in moment.decoded:
-            return count
         if job.number in moment.preempted:
-            return len(job.request.prompt)
-        count += sum(tokens for one, tokens in moment.read if one == job.number)
-    return count or len(job.request.prompt)
+            return 0
+        if job.number in moment.decoded:  # a last token that is left alone is read as one that is written
+            return prompt - read - (read in (0, prompt - 1))
+        read += sum(tokens for one, tokens in moment.read if one == job.number)
+    return prompt - read if read else 0
 
 
 def draw_pages(timeline: Sequence[Moment], pool: int, axes: "Axes") -> None:
