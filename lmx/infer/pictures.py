@@ -20,24 +20,18 @@ def spans(timeline: Sequence[Moment], job: Job) -> dict[str, list[tuple[float, f
     """When a request did what of `COLOURS`: start and length, in seconds since the first moment. It waits from its arrival on, and whenever a
     step leaves it out before its last."""
     origin, mine = timeline[0].start, [_doing(moment, job.number) for moment in timeline]
-    last = max((i for i, doing in enumerate(mine) if doing), default=-1)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in COLOURS}
-    before, at = None, max(job.arrived, origin)
-    for moment, doing in zip(timeline[: last + 1], mine, strict=False):
-        if moment.end <= at:
-            continue
-        doing = doing or "waits"
-        if doing != before:
-            if before is not None:
-                begun = found[before].pop()[0]
-                found[before].append((begun, moment.start - origin - begun))
-            elif doing != "waits":  # since it arrived
-                found["waits"].append((at - origin, moment.start - at))
-            found[doing].append((moment.start - origin if before is not None or doing != "waits" else at - origin, 0.0))
-        before, end = doing, moment.end
-    if before is not None:
-        begun = found[before].pop()[0]
-        found[before].append((begun, end - origin - begun))
+    last = max((i for i, doing in enumerate(mine) if doing), default=None)
+    if last is None:
+        return found
+    at = max(job.arrived, origin)
+    here = [(max(moment.start, at), doing or "waits") for moment, doing in zip(timeline[: last + 1], mine, strict=False) if moment.end > at]
+    turns = [(at, "waits"), *here]
+    turns = [(start, doing) for i, (start, doing) in enumerate(turns) if i == 0 or doing != turns[i - 1][1]]
+    ends = [*(start for start, _ in turns[1:]), timeline[last].end]
+    for (start, doing), end in zip(turns, ends, strict=True):
+        if end > start:
+            found[doing].append((start - origin, end - start))
     return found
 
 
@@ -92,21 +86,20 @@ def draw_pages(timeline: Sequence[Moment], pool: int, axes: "Axes") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw(timeline: Sequence[Moment], jobs: Sequence[Job], pool: int) -> "Figure":
+def draw(timeline: Sequence[Moment], jobs: Sequence[Job], pool: int, figure: "Figure") -> None:
     """Requests above, pages below, over the same time.
 
     Args:
       pool: pages that there are (`engine.pages.count - 1`).
+      figure: an empty one, which takes a size for so many requests.
 
     Raises:
       ValueError: a timeline without a moment, of an engine made without `trace=True`, say.
     """
-    from matplotlib.figure import Figure
-
     if not timeline:
         raise ValueError("the timeline is empty; make the engine with trace=True, and run it")
-    figure = Figure(figsize=(11, 2.2 + 0.42 * len(jobs)), dpi=100, layout="constrained")
+    figure.set_size_inches(11, 2.2 + 0.42 * len(jobs))
+    figure.set_layout_engine("constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(0.42 * len(jobs) + 0.4, 1.5))
     draw_requests(timeline, jobs, above)
     draw_pages(timeline, pool, below)
-    return figure
