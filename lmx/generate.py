@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lmx.core.config import ConfigError, command_line, exits_with_one_line
@@ -47,7 +47,7 @@ class Wishes:
     frequency_penalty: float = 0.0
     """The same, once for each time."""
     seed: int = 0
-    """Decides what is drawn."""
+    """Decides what is drawn; each further prompt has the next."""
     n: int = 1
     """Texts of each prompt."""
     stop: tuple[str, ...] = ()
@@ -85,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         engine = engine_for(writer, ids, wishes)
         how = {"max_new_tokens": wishes.max_new_tokens, "n": wishes.n, "stop": wishes.stop, "stop_ids": writer.stop_ids}
         started = time.perf_counter()
-        jobs = [engine.submit(prompt, sampling=sampling, start_id=writer.start_id, **how) for prompt in ids]
+        # With one seed for all, prompts that are alike would draw alike.
+        draws = [replace(sampling, seed=(wishes.seed + number) % 2**32) for number in range(len(ids))]
+        jobs = [engine.submit(prompt, sampling=own, start_id=writer.start_id, **how) for prompt, own in zip(ids, draws, strict=True)]
     continues = writer.start_id is None and not wishes.chat
     try:
         for number, job in enumerate(jobs):
