@@ -52,6 +52,23 @@ def searched(model, case: dict) -> list[list[list]]:
     return [texts[i : i + beams] for i in range(0, len(texts), beams)]
 
 
+def telling(model, rng: np.random.Generator) -> list[dict]:
+    """Cases that differ by early stopping alone, and whose texts do."""
+    found = []
+    for penalty in (1.0, 2.0):
+        for _ in range(40):
+            case = {
+                "beams": 2, "early_stopping": False, "max_new_tokens": 14, "length_penalty": penalty, "stop_ids": STOPS[3],
+                "prompts": rng.integers(VOCAB, size=(PROMPTS, 4)).tolist(),
+            }  # fmt: skip
+            pair = [case | {"early_stopping": early} for early in (False, "never")]
+            pair = [one | {"texts": searched(model, one)} for one in pair]
+            if pair[0]["texts"] != pair[1]["texts"]:
+                found += pair
+                break
+    return found
+
+
 def main() -> None:
     found = {}
     for name in CONFIGS:
@@ -59,6 +76,7 @@ def main() -> None:
             write(name, Path(folder))
             model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
         found[name] = [{**case, "texts": searched(model, case)} for case in cases(np.random.default_rng(len(name)))]
+        found[name] += telling(model, np.random.default_rng(1))
         ended = [len(t[0]) < c["max_new_tokens"] for c in found[name] for texts in c["texts"] for t in texts]
         print(f"{name}: {len(found[name])} cases, {sum(ended)} of {len(ended)} texts stopped early")
     made_by = f"transformers {transformers.__version__}: generate(num_beams=...)"
