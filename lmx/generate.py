@@ -1,0 +1,188 @@
+"""Text from a model, as it comes.
+
+`python -m lmx.generate PATH PROMPT [PROMPT ...] [--temperature 0.8] [...]`: PATH is the folder of a run or of a Hugging Face checkpoint. Several
+prompts are continued together and shown one after another; `-` stands for the lines of the standard input. An encoder-decoder reads the
+prompt and writes its own text.
+"""
+
+import re
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lmx.core.config import ConfigError, command_line, exits_with_one_line
+from lmx.core.execution import Execution
+from lmx.core.precision import PrecisionName, policy
+from lmx.infer.engine import Engine, Job
+from lmx.infer.sampling import Sampling
+from lmx.infer.texts import context_of
+from lmx.interop.tokenizers import CheckpointTokenizer
+from lmx.interop.writers import Writer, load_writer
+
+BOLD, DIM = 1, 2
+USAGE = 'python -m lmx.generate PATH "Once upon a time" [--temperature 0.8] ... (--help lists all)'
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the door takes beside folder and prompts."""
+
+    max_new_tokens: int = 128
+    """Tokens of each text, at most."""
+    temperature: float = 0.0
+    """Logits are divided by it; 0 takes the likeliest token."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together reach this probability."""
+    min_p: float = 0.0
+    """Only tokens at least this many times as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Positive logits of tokens that were read or written are divided by it, others multiplied."""
+    presence_penalty: float = 0.0
+    """Taken from logits of tokens that were written."""
+    frequency_penalty: float = 0.0
+    """The same, once for each time."""
+    seed: int = 0
+    """Decides what is drawn; each further prompt has the next."""
+    n: int = 1
+    """Texts of each prompt."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a text; they are no part of it."""
+    chat: bool = False
+    """Prompts are what a user says, in the chat template of the checkpoint."""
+    precision: PrecisionName = "fp32"
+    """Types of parameters and activations."""
+    cache: Literal["float32", "bfloat16", "float16", "int8"] | None = None
+    """The type of keys and values; None: that of activations."""
+    rows: int = 16
+    """Texts that run at a time, at most."""
+    tokenizer: str | None = None
+    """Another than the folder's: bytes, a file, or a folder."""
+    step: int | None = None
+    """The checkpoint of a run; None: its newest."""
+    stats: bool = False
+    """Whether to say, on stderr, how fast it was and how many pages it took."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The door. A wrong flag, folder or prompt is one line on stderr and exit code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    given = next((i for i, word in enumerate(argv) if re.match(r"--?[A-Za-z_]", word)), len(argv))
+    (*words,), flags = argv[:given], argv[given:]
+    wishes, _ = command_line(Wishes(), flags, description=__doc__)
+    with exits_with_one_line():
+        if len(words) < 2:
+            raise ConfigError(f"name a folder and at least one prompt, before any flag: {USAGE}")
+        prompts = read_prompts(words[1:])
+        sampling = sampling_of(wishes)
+        precision = policy(wishes.precision)
+        writer = load_writer(words[0], tokenizer=wishes.tokenizer, step=wishes.step, dtype=precision.params)
+        ids = [encoded(writer, prompt, chat=wishes.chat) for prompt in prompts]
+        engine = engine_for(writer, ids, wishes)
+        how = {"max_new_tokens": wishes.max_new_tokens, "n": wishes.n, "stop": wishes.stop, "stop_ids": writer.stop_ids}
+        started = time.perf_counter()
+        # With one seed for all, prompts that are alike would draw alike.
+        draws = [replace(sampling, seed=(wishes.seed + number) % 2**32) for number in range(len(ids))]
+        jobs = [engine.submit(prompt, sampling=own, start_id=writer.start_id, **how) for prompt, own in zip(ids, draws, strict=True)]
+    continues = writer.start_id is None and not wishes.chat
+    try:
+        for number, job in enumerate(jobs):
+            show(engine, job, f"prompt {number + 1}" if len(jobs) > 1 else "", (prompts[number], ids[number]) if continues else None)
+    except KeyboardInterrupt:
+        print()
+        raise SystemExit(130) from None
+    if wishes.stats:
+        show_statistics(engine, jobs, time.perf_counter() - started)
+
+
+def read_prompts(words: Sequence[str]) -> list[str]:
+    """The prompts; `-` stands for the lines of the standard input, empty ones left out. Raises ConfigError where there are none."""
+    prompts = [line for word in words for line in ([line.rstrip("\n") for line in sys.stdin] if word == "-" else [word])]
+    if not (prompts := [prompt for prompt in prompts if prompt]):
+        raise ConfigError("there is no prompt, or an empty one; give at least one character")
+    return prompts
+
+
+def sampling_of(wishes: Wishes) -> Sampling:
+    """Raises ValueError for what means nothing."""
+    if wishes.n < 1 or wishes.rows < 1 or wishes.max_new_tokens < 1:
+        raise ConfigError(f"n={wishes.n}, rows={wishes.rows} and max_new_tokens={wishes.max_new_tokens} must be at least 1")
+    if wishes.n > 1 and wishes.temperature == 0:
+        raise ConfigError(f"n={wishes.n} texts at temperature=0 would all be the same; raise --temperature")
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
+    return Sampling(**{name: getattr(wishes, name) for name in names})
+
+
+def encoded(writer: Writer, prompt: str, *, chat: bool) -> list[int]:
+    """Tokens of a prompt. Raises ConfigError for a chat with what has no chat template."""
+    if not chat:
+        return writer.tokenizer.encode(prompt)
+    if not isinstance(writer.tokenizer, CheckpointTokenizer):
+        raise ConfigError("--chat needs the chat template of a Hugging Face checkpoint, and a run's tokenizer has none; leave it out")
+    return writer.tokenizer.chat_ids([{"role": "user", "content": prompt}], add_generation_prompt=True)
+
+
+def engine_for(writer: Writer, prompts: Sequence[Sequence[int]], wishes: Wishes) -> Engine:
+    """An engine with room for just these prompts, and for all of their texts at a time where `wishes.rows` allows."""
+    begun = 0 if writer.start_id is not None else max(map(len, prompts))
+    return Engine(
+        writer.model,
+        writer.params,
+        tokenizer=writer.tokenizer,
+        rows=max(wishes.n, min(wishes.rows, wishes.n * len(prompts))),
+        longest=min(context_of(writer.model), begun + wishes.max_new_tokens),
+        cache=wishes.cache,
+        trace=wishes.stats,
+        execution=Execution(precision=policy(wishes.precision)),
+    )
+
+
+def show(engine: Engine, job: Job, title: str, prompt: tuple[str, Sequence[int]] | None) -> None:
+    """Prints a request's texts one after another, the first as it comes, behind its prompt where there is one to show."""
+    several = len(job.completions)
+    for sample, text in enumerate(job.completions):
+        titles = [title] * bool(title) + [f"text {sample + 1} of {several}"] * (several > 1)
+        if titles:
+            _write(f"--- {', '.join(titles)}\n", BOLD)
+        if prompt:
+            _write(prompt[0], DIM)
+        fresh = prompt is not None
+        for piece in engine.stream(job):
+            if piece.sample == sample and piece.text:
+                _write((_lead(engine, prompt[1], text.tokens[0]) if fresh and text.tokens else "") + piece.text)
+                fresh = False
+        _write("\n")
+
+
+def _write(text: str, style: int | None = None) -> None:
+    """To stdout at once and as it is (rich would lay out tabs, and drop control characters); with a style on a terminal."""
+    print(f"\033[{style}m{text}\033[0m" if style and sys.stdout.isatty() else text, end="", flush=True)
+
+
+def _lead(engine: Engine, prompt: Sequence[int], first: int) -> str:
+    """The space before a text's first token, which some tokenizers leave out at the beginning of what they decode."""
+    before, after = engine.tokenizer.decode(prompt), engine.tokenizer.decode([*prompt, first])
+    return " " if after == f"{before} {engine.tokenizer.decode([first])}" else ""
+
+
+def show_statistics(engine: Engine, jobs: Sequence[Job], seconds: float) -> None:
+    """Prints how fast it was, and how many pages it took."""
+    tokens = sum(len(text.tokens) for job in jobs for text in job.completions)
+    decoding = [len(moment.decoded) / (moment.end - moment.start) for moment in engine.timeline if moment.decoded and not moment.read]
+    rate = f"; {statistics.median(decoding):,.1f} tokens/s in the median step" if decoding else ""
+    lines = [f"{tokens:,} new tokens in {seconds:.2f} s, {tokens / seconds:,.1f} tokens/s, compiling among it{rate}"]
+    if engine.pages is not None:
+        most, found = max(moment.pages for moment in engine.timeline), engine.statistics.hit_rate
+        lines.append(
+            f"{most:,} of {engine.pages.count - 1:,} pages in use at most, of {engine.pages.size} tokens; {found:.0%} of full pages of prompts "
+            "found again"
+        )
+    print(*lines, sep="\n", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""What writes texts, from a run's folder or a checkpoint's: the model, its parameters, its tokenizer, and where texts begin and end."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from lmx.core.config import from_json, nearest
+from lmx.core.tree import Tree
+from lmx.data.recipe import has_two_sides, prepare_tokenizer
+from lmx.data.tokenizers import Tokenizer
+from lmx.data.tokenizers import load_tokenizer as plain_tokenizer
+from lmx.interop.checkpoint import Model, load
+from lmx.interop.runs import HUB, imported, is_run, read_run, run_params
+from lmx.interop.tokenizer_files import read_files
+from lmx.interop.tokenizers import CheckpointTokenizer, load_tokenizer
+from lmx.models import config as model_config
+from lmx.models.config import EncoderDecoder
+from lmx.train.experiment import Experiment
+from lmx.train.logging import RECORD, read_record
+
+
+@dataclass(frozen=True)
+class Writer:
+    """What `lmx.infer.Engine` is made of, and what its requests begin and end with.
+
+    Attributes:
+      stop_ids: tokens that end a text.
+      start_id: behind which an encoder-decoder's texts begin; None of others.
+    """
+
+    model: model_config.Model
+    params: Tree
+    tokenizer: Tokenizer | CheckpointTokenizer
+    stop_ids: tuple[int, ...]
+    start_id: int | None
+
+
+def load_writer(path: str | Path, *, tokenizer: str | None = None, step: int | None = None, dtype=jnp.float32) -> Writer:
+    """Reads a folder.
+
+    Args:
+      tokenizer: another than the folder's: `bytes`, a file, or a folder.
+      step: of a run, whose newest parameters are read otherwise.
+      dtype: of a checkpoint's parameters.
+
+    Raises:
+      FileNotFoundError: nothing is there.
+      ValueError: a folder that is neither, one without a tokenizer, a run whose tokenizer is another now, an encoder-decoder of which nothing
+        says where its texts begin, and what `load` and `load_tokenizer` refuse.
+    """
+    path = Path(path)
+    if not path.exists():
+        there = path.parent.iterdir() if path.parent.is_dir() else ()
+        near = nearest(path.name, (other.name for other in there))
+        hint = f"; did you mean {path.parent / near}?" if near else ""
+        raise FileNotFoundError(f"{path} does not exist{hint} (expected the folder of a run or of a Hugging Face checkpoint)")
+    if is_run(path):
+        return _of_run(path, tokenizer, step)
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} is no run, which has {RECORD}, and no Hugging Face checkpoint, which has config.json")
+    if step is not None:
+        raise ValueError(f"step={step} is of a run, and {path} is a checkpoint; leave it out")
+    model, params = load(path, dtype=dtype)
+    return _of_checkpoint(model, params, path, tokenizer)
+
+
+def _of_checkpoint(model: Model, params: Tree, files: Path, tokenizer: str | None) -> Writer:
+    """With the tokenizer and the special tokens that a checkpoint's files say."""
+    reads, found = _given(tokenizer) or load_tokenizer(files), read_files(files)
+    stops = reads.stop_ids if isinstance(reads, CheckpointTokenizer) else found.stop_ids
+    start = None
+    if isinstance(model.config, EncoderDecoder):
+        said = ((found.generation or {}), model.hub, model.table.tokens)
+        start = next((some["decoder_start_token_id"] for some in said if some.get("decoder_start_token_id") is not None), None)
+        if start is None:
+            raise ValueError(
+                f"neither config.json nor generation_config.json of {files} has decoder_start_token_id, behind which texts begin"
+            )
+    return Writer(model.config, params, reads, tuple(stops), start)
+
+
+def _of_run(run: Path, tokenizer: str | None, step: int | None) -> Writer:
+    record = read_record(run)
+    experiment = from_json(Experiment, record["config"])
+    params = run_params(run, experiment.model, step=step)
+    if imported(run):
+        return _of_checkpoint(read_run(run), params, run / HUB, tokenizer)
+    reads, wanted = _given(tokenizer) or prepare_tokenizer(experiment.data), record["data"].get("tokenizer")
+    if tokenizer is None and wanted not in (None, reads.fingerprint):
+        raise ValueError(
+            f"{run} was trained with another tokenizer than data.tokenizer={experiment.data.tokenizer!r} gives now; name its file"
+        )
+    if has_two_sides(experiment.data):
+        objective = experiment.data.denoising
+        return Writer(experiment.model, params, reads, () if objective.eos is None else (objective.eos,), objective.start)
+    return Writer(experiment.model, params, reads, () if reads.eos_id is None else (reads.eos_id,), None)
+
+
+def _given(tokenizer: str | None) -> Tokenizer | CheckpointTokenizer | None:
+    """The tokenizer that was asked for: as a checkpoint's where it is a folder."""
+    if tokenizer is None:
+        return None
+    return load_tokenizer(tokenizer) if Path(tokenizer).is_dir() else plain_tokenizer(tokenizer)

@@ -1,0 +1,228 @@
+"""The door `python -m lmx.generate`."""
+
+import io
+import json
+import shutil
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmx import generate as door
+from lmx import interop
+from lmx.core.params import is_spec
+from lmx.core.tree import map_named
+from lmx.data.denoising import SpanCorruption
+from lmx.data.recipe import Data
+from lmx.infer import generate
+from lmx.interop.checkpoint import Model
+from lmx.interop.families import FAMILIES
+from lmx.interop.writers import load_writer
+from lmx.models.config import EncoderDecoder, Transformer
+from lmx.models.families import functions
+from lmx.train.checkpoints import Checkpoints, Manager
+from lmx.train.experiment import Experiment
+from lmx.train.logging import write_record
+from lmx.train.objectives import CausalLM, Seq2Seq
+from lmx.train.state import TrainState
+
+SMALL = Transformer(vocab=257, layers=2, embed=16, heads=2, mlp=16, context=64)
+T5 = {
+    "model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 16, "num_heads": 2, "num_layers": 1, "num_decoder_layers": 1, "n_positions": 64,
+    "feed_forward_proj": "relu", "decoder_start_token_id": 5, "eos_token_id": 1, "is_encoder_decoder": True,
+}  # fmt: skip
+
+
+def random(model, seed=0):
+    """Weights large enough that texts differ."""
+    rng = np.random.default_rng(seed)
+    table = functions(model).specs(model)
+    return map_named(lambda _, spec: jnp.asarray(0.5 * rng.normal(size=spec.shape), jnp.float32), table, is_leaf=is_spec)
+
+
+def write_run(run, experiment, *steps, data=None):
+    write_record(run, experiment, sources={}, data=data or {})
+    with Manager(run / "checkpoints", Checkpoints()) as manager:
+        for step in steps:
+            state = TrainState(jnp.int32(step), jax.random.key(0), random(experiment.model, step), {}, {})
+            manager.save(step, state, {"example": 0})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "plays"
+    write_run(folder, Experiment(name="plays", data=Data(train="", tokenizer="bytes"), model=SMALL, objective=CausalLM()), 3, 7)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hub(root, tmp_path_factory):
+    """A llama with a SentencePiece vocabulary and a chat template."""
+    folder = tmp_path_factory.mktemp("hub")
+    files = root / "tests" / "data_files"
+    for path in (files / "tokenizers" / "llama").iterdir():
+        shutil.copyfile(path, folder / path.name)
+    shutil.copyfile(files / "chat_templates" / "chatml.jinja", folder / "chat_template.jinja")
+    model = Model(replace(SMALL, vocab=interop.load_tokenizer(folder).vocab), "llama")
+    interop.save(model, random(model.config), folder)
+    return folder
+
+
+def printed(capsys, *argv) -> str:
+    door.main([str(word) for word in argv])
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_continues_a_prompt_from_the_newest_step_of_a_run(run, capsys):
+    prompt = "ROMEO."
+    writer = load_writer(run)
+    (text,) = generate(SMALL, random(SMALL, 7), [prompt], max_new_tokens=12, stop_ids=[256], tokenizer=writer.tokenizer)
+    (other,) = generate(SMALL, random(SMALL, 3), [prompt], max_new_tokens=12, stop_ids=[256], tokenizer=writer.tokenizer)
+    assert text != other
+    assert (writer.stop_ids, writer.start_id) == ((256,), None)
+    assert printed(capsys, run, prompt, "--max-new-tokens", 12) == f"{prompt}{text}\n"
+    assert printed(capsys, run, prompt, "--max-new-tokens", 12, "--step", 3) == f"{prompt}{other}\n"
+
+
+def test_several_prompts_and_texts_come_one_after_another(run, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("first\n\nsecond\n"))
+    argv = ["-", "third", "--max-new-tokens", 6, "--n", 2, "--temperature", 1.5, "--rows", 3]
+    door.main([str(word) for word in (run, *argv, "--stats")])
+    out, err = capsys.readouterr()
+    heads = [line for line in out.splitlines() if line.startswith("---")]
+    assert heads == [f"--- prompt {p}, text {t} of 2" for p in (1, 2, 3) for t in (1, 2)]
+    parts = out.split("--- prompt ")[1:]
+    assert [part.split("\n", 1)[1][:5] for part in parts] == ["first"] * 2 + ["secon"] * 2 + ["third"] * 2
+    assert len(set(parts)) == 6
+    assert "36 new tokens in" in err
+    assert "pages in use at most, of 16 tokens" in err
+    monkeypatch.setattr("sys.stdin", io.StringIO("first\n\nsecond\n"))
+    assert printed(capsys, run, *argv) == out
+    monkeypatch.setattr("sys.stdin", io.StringIO("first\n\nsecond\n"))
+    assert printed(capsys, run, *argv, "--seed", 1) != out
+
+
+def test_streams_as_it_comes(run, monkeypatch):
+    """What is printed before the engine's last step."""
+    seen, said = [], io.StringIO()
+    monkeypatch.setattr("sys.stdout", said)
+    step = door.Engine.step
+    monkeypatch.setattr(door.Engine, "step", lambda engine: (seen.append(len(said.getvalue())), step(engine))[1])
+    door.main([str(run), "ROMEO.", "--max-new-tokens", "12"])
+    assert len(seen) == 12
+    assert 6 < seen[6] < seen[-1] < len(said.getvalue())
+
+
+def test_a_stop_string_and_other_wishes_are_heeded(run, capsys):
+    text = printed(capsys, run, "ROMEO.", "--max-new-tokens", 12).removeprefix("ROMEO.").rstrip("\n")
+    stop = text[4:6]
+    assert printed(capsys, run, "ROMEO.", "--max-new-tokens", 12, "--stop", stop) == f"ROMEO.{text[: text.index(stop)]}\n"
+    for wishes in (["--repetition-penalty", 5], ["--presence-penalty", 9, "--frequency-penalty", 2], ["--temperature", 3, "--min-p", 0.01]):
+        assert printed(capsys, run, "ROMEO.", "--max-new-tokens", 12, *wishes) != f"ROMEO.{text}\n"
+    for wishes in (["--temperature", 3, "--top-k", 1], ["--temperature", 1, "--top-p", 1e-6], ["--cache", "float32"]):
+        assert printed(capsys, run, "ROMEO.", "--max-new-tokens", 12, *wishes) == f"ROMEO.{text}\n"
+    assert printed(capsys, run, "ROMEO.", "--max-new-tokens", 4, "--cache", "int8", "--precision", "bf16").startswith("ROMEO.")
+
+
+def test_a_checkpoint_chats_in_its_own_template(hub, capsys):
+    tokenizer, (model, params) = interop.load_tokenizer(hub), interop.load(hub)
+    how = {"max_new_tokens": 8, "stop_ids": tokenizer.stop_ids, "tokenizer": tokenizer}
+    ids = tokenizer.encode("the king")
+    (new,) = generate(model, params, [ids], **how)
+    whole = tokenizer.decode([*ids, *new])
+    assert printed(capsys, hub, "the king", "--max-new-tokens", 8) == f"{whole}\n"
+    asked = tokenizer.chat_ids([{"role": "user", "content": "the king"}], add_generation_prompt=True)
+    (new,) = generate(model, params, [asked], **how)
+    assert printed(capsys, hub, "the king", "--max-new-tokens", 8, "--chat") == f"{tokenizer.decode(new)}\n"
+
+
+def test_a_word_behind_the_prompt_keeps_its_space(hub):
+    """SentencePiece leaves out the space before the first piece that it decodes."""
+    tokenizer = interop.load_tokenizer(hub)
+    ids = tokenizer.encode("the king")
+    engine = door.engine_for(load_writer(hub), [ids], door.Wishes(max_new_tokens=1))
+    assert door._lead(engine, ids, tokenizer.encode("the", special=False)[0]) == " "
+    assert door._lead(engine, ids, tokenizer.id("s")) == ""
+
+
+def test_an_imported_run_has_its_checkpoint_s_tokenizer(hub, capsys, tmp_path):
+    interop.import_run(hub, tmp_path / "imported")
+    assert printed(capsys, tmp_path / "imported", "the king", "--max-new-tokens", 8, "--chat") == printed(
+        capsys, hub, "the king", "--max-new-tokens", 8, "--chat"
+    )
+
+
+def test_an_encoder_decoder_begins_as_its_checkpoint_says(root, capsys, tmp_path):
+    for path in (root / "tests" / "data_files" / "tokenizers" / "t5").iterdir():
+        shutil.copyfile(path, tmp_path / path.name)
+    tokenizer = interop.load_tokenizer(tmp_path)
+    model = Model(FAMILIES["t5"].read(T5 | {"vocab_size": tokenizer.vocab}), "t5", json.dumps(T5 | {"vocab_size": tokenizer.vocab}))
+    params = random(model.config)
+    interop.save(model, params, tmp_path)
+    (new,) = generate(model, params, [tokenizer.encode("the king")], max_new_tokens=8, stop_ids=[1], start_id=5, tokenizer=tokenizer)
+    assert load_writer(tmp_path).start_id == 5
+    assert printed(capsys, tmp_path, "the king", "--max-new-tokens", 8) == f"{tokenizer.decode(new)}\n"
+
+
+def test_an_encoder_decoder_s_run_begins_as_it_was_trained(capsys, tmp_path):
+    sides = replace(SMALL, vocab=300)
+    model = EncoderDecoder(**{k: getattr(sides, k) for k in ("vocab", "layers", "embed", "heads", "mlp", "context")}, encoder=sides)
+    data = Data(train="", tokenizer="bytes", packing="first_fit", denoising=SpanCorruption(start=257, eos=256, sentinels=(299, 258)))
+    write_run(tmp_path / "t5", Experiment(name="t5", data=data, model=model, objective=Seq2Seq()), 1)
+    writer = load_writer(tmp_path / "t5")
+    assert (writer.start_id, writer.stop_ids) == (257, (256,))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["RUN", "x", "--temprature", "1"], "--temprature is not a knob; did you mean --temperature? (--help lists all)"),
+        (["RUN", "x", "--top-k", "many"], "--top-k=many is not an integer"),
+        (["RUN", "x", "--cache", "int4"], "--cache=int4 is not one of float32, bfloat16, float16, int8 or None; did you mean int8?"),
+        (["RUN"], "name a folder and at least one prompt, before any flag: python -m lmx.generate PATH"),
+        (["RUN", ""], "there is no prompt, or an empty one"),
+        (["RUNS/play", "x"], "did you mean RUNS/plays? (expected the folder of a run or of a Hugging Face checkpoint)"),
+        (["RUNS", "x"], "RUNS is no run, which has experiment.json, and no Hugging Face checkpoint, which has config.json"),
+        (["RUN", "x", "--chat"], "--chat needs the chat template of a Hugging Face checkpoint"),
+        (["RUN", "x", "--n", "2"], "n=2 texts at temperature=0 would all be the same; raise --temperature"),
+        (["RUN", "x", "--top-p", "0"], "top_p=0.0 must be above 0 and at most 1"),
+        (["RUN", "x"], "a prompt of 1 tokens and max_new_tokens=128 are longer than the engine's longest=64"),
+        (["RUN", "x", "--max-new-tokens", "4", "--stop", ""], "has an empty string, which ends every text before it begins"),
+        (["RUN", "x", "--step", "5"], "has no checkpoint of step 5"),
+        (["RUN", "x", "--tokenizer", "nowhere.json"], "nowhere.json' does not exist"),
+        (["HUB", "x", "--step", "5"], "step=5 is of a run"),
+    ],
+)
+def test_what_is_wrong_is_one_line(argv, message, run, hub, capsys):
+    def there(text):
+        return text.replace("RUNS", str(run.parent)).replace("RUN", str(run)).replace("HUB", str(hub))
+
+    with pytest.raises(SystemExit) as stop:
+        door.main([there(word) for word in argv])
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert there(message) in err
+    assert len(err.strip().splitlines()) == 1
+    assert out == ""
+
+
+def test_a_run_whose_tokenizer_changed_is_refused(run, tmp_path):
+    write_run(
+        tmp_path / "run", Experiment(name="run", data=Data(train="", tokenizer="bytes"), model=SMALL), 1, data={"tokenizer": "another"}
+    )
+    with pytest.raises(ValueError, match="was trained with another tokenizer than"):
+        load_writer(tmp_path / "run")
+    assert load_writer(tmp_path / "run", tokenizer="bytes").tokenizer.vocab == 257
+
+
+def test_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        door.main(["--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    for flag in ("--max-new-tokens", "--repetition-penalty", "--cache", "--chat", "--stats"):
+        assert flag in said
