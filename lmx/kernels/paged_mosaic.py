@@ -1,0 +1,294 @@
+"""The two kernels of paged attention for Hopper, in Pallas' Mosaic GPU dialect; `paged_gpu` calls them.
+
+A program of the first has a tile of queries and one work item: it walks over the item's blocks of keys, a few blocks ahead of which the pages
+are on their way to shared memory. It is one warpgroup, so that two programs fit a processor, and while one computes or starts, the other
+reads: reading is what takes the time. What a tile's items found, the second kernel puts together.
+
+The left side of both products lies in shared memory, the weights of the values too: assemblers before CUDA 13.3 get products wrong whose left
+side is in registers.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Float, Int
+
+from lmx.kernels.paged_work import KEYS, ROWS, Items
+
+NONE, LEAST = -1e30, -1e20
+"""The score of what is hidden, and the largest score before the first: so far above it that 2 to the power of their difference is 0."""
+TINY = 1.1754944e-38
+LOG2E = math.log2(math.e)
+RESIDENT = 2
+"""Programs that share a processor."""
+SHARED, RESERVED = 233_472, 1024
+"""Bytes of a processor's shared memory, and of it what each program has no use of."""
+MOST_STAGES = 4
+LINE = plgpu.Layout.WGMMA.reduce(1)
+
+Partials = tuple[Float[Array, "items kv_heads rows head_dim"], Float[Array, "items kv_heads 2 rows"]]
+
+
+def tiled(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
+    """Shared memory as the tensor cores and their copies want it."""
+    bits = jnp.dtype(dtype).itemsize * 8
+    swizzle = plgpu.find_swizzle(shape[-1] * bits)
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)))
+
+
+def width(dim: int) -> int:
+    """Columns of the result that one product gives: all, or as many as leave registers to spare."""
+    return dim if dim <= 128 else 128 if dim % 128 == 0 else 64
+
+
+def stages(dim: int, dtype, held) -> int:
+    """How many blocks of keys and values are in shared memory at a time: as many as let `RESIDENT` programs share it, else one have it."""
+    size, narrow = jnp.dtype(held).itemsize, jnp.dtype(held).itemsize == 1
+    fixed = (ROWS + narrow * KEYS) * dim * jnp.dtype(dtype).itemsize + ROWS * KEYS * jnp.dtype(dtype).itemsize + ROWS * 64 * 4 + 2048
+    each = 2 * KEYS * (dim * size + 4 * narrow)
+    for programs in range(RESIDENT, 0, -1):
+        number = min(MOST_STAGES, (SHARED // programs - RESERVED - fixed) // each)
+        if number >= 2:
+            return number
+    raise ValueError(f"head_dim={dim} is too wide for two blocks of {held} pages in shared memory")
+
+
+def partials(
+    q: Float[Array, "tiles kv_heads rows head_dim"],
+    last: Int[Array, "tiles rows"],
+    slopes: Float[Array, "kv_heads rows"] | None,
+    cache: dict[str, Array],
+    pages: Int[Array, "n"],
+    items: Items,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    interpret: object,
+) -> Partials:
+    """Of each item the sum of values, weighted, and of each row the largest score, in units of log 2, and the sum of weights.
+
+    Args:
+      last: the last position that a row may see.
+      interpret: Pallas' parameters, to run without a GPU.
+    """
+    (_, kv_heads, rows, dim), (key, value) = q.shape, (cache["key"], cache["value"])
+    count, scales = items.table.shape[0], tuple(cache.get(f"{name}_scale") for name in ("key", "value"))
+    ahead, copies = stages(dim, q.dtype, key.dtype), max(1, KEYS // key.shape[2])
+    narrow = key.dtype != q.dtype
+    arrivals = copies * (1 if scales[0] is None else 2)
+    scale_smem = None if scales[0] is None else plgpu.SMEM((ahead, KEYS), jnp.float32)
+    return plgpu.kernel(
+        partial(_attend, scale=scale, window=window, softcap=softcap),
+        out_type=(
+            jax.ShapeDtypeStruct((count, kv_heads, rows, dim), jnp.float32),
+            jax.ShapeDtypeStruct((count, kv_heads, 2, rows), jnp.float32),
+        ),
+        grid=(count, kv_heads),
+        grid_names=("items", "kv_heads"),
+        scratch_types={
+            "q_smem": tiled((ROWS, dim), q.dtype),
+            "last_smem": plgpu.SMEM((ROWS,), jnp.int32),
+            "slopes_smem": None if slopes is None else plgpu.SMEM((ROWS,), jnp.float32),
+            "pages_smem": [tiled((ahead, KEYS, dim), a.dtype) for a in (key, value)],
+            "scales_smem": [scale_smem] * 2,
+            "wide_smem": tiled((KEYS, dim), q.dtype) if narrow else None,
+            "weights_smem": tiled((ROWS, KEYS), q.dtype),
+            "out_smem": tiled((ROWS, 64), jnp.float32),
+            "stats_smem": plgpu.SMEM((2, ROWS), jnp.float32),
+            "here": plgpu.Barrier(num_arrivals=2 if slopes is None else 3),
+            "arrived": [plgpu.Barrier(num_arrivals=arrivals, num_barriers=ahead)] * 2,
+        },
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="lmx_paged_attention",
+        interpret=interpret,
+    )(q, last, slopes, (key, value), scales, pages, items.table)
+
+
+def _attend(
+    q_gmem, last_gmem, slopes_gmem, pages_gmem, scales_gmem, pages, table, out_gmem, stats_gmem,
+    *, q_smem, last_smem, slopes_smem, pages_smem, scales_smem, wide_smem, weights_smem, out_smem, stats_smem, here, arrived,
+    scale, window, softcap,
+):  # fmt: skip
+    item, head = lax.axis_index("items"), lax.axis_index("kv_heads")
+    tile, first, end, begin, behind, clear, unclear = (table[item, i] for i in range(7))
+    rows, dim, page, ahead = q_gmem.shape[2], q_gmem.shape[3], pages_gmem[0].shape[2], pages_smem[0].shape[0]
+    copies, parts, size = max(1, KEYS // page), max(1, page // KEYS), min(page, KEYS)
+    columns = width(dim)
+    slot_of = lambda block: lax.rem(block - first, jnp.int32(ahead))
+
+    def ids(block):
+        """A block's pages; where the text has ended, its last page once more."""
+        at = begin + (block * copies if parts == 1 else lax.div(block, jnp.int32(parts)))
+        return [pages[jnp.minimum(at + i, behind - 1)] for i in range(copies)]
+
+    def fetch(which, block, ids):
+        """Keys or values (0 or 1) of a block are sent for."""
+        slot, start = slot_of(block), 0 if parts == 1 else lax.rem(block, jnp.int32(parts)) * KEYS
+        pairs = [(pages_gmem, pages_smem)] + ([] if scales_gmem[0] is None else [(scales_gmem, scales_smem)])
+        for i, number in enumerate(ids):
+            for gmem, smem in pairs:
+                here = (number, head, pl.ds(start, size))
+                plgpu.copy_gmem_to_smem(gmem[which].at[here], smem[which].at[slot, pl.ds(i * size, size)], arrived[which].at[slot])
+
+    def widened(which, slot):
+        """What the tensor cores can take of a block that has arrived."""
+        if wide_smem is None:
+            return pages_smem[which].at[slot]
+        wide_smem[...] = pages_smem[which][slot].astype(wide_smem.dtype)
+        return wide_smem
+
+    def multiply(a, b, shape):
+        def product(accumulator):
+            plgpu.wgmma(accumulator, a, b)
+            plgpu.wgmma_wait(0)
+            return accumulator[...]
+
+        return pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
+
+    @pl.when(first < end)
+    def _():
+        plgpu.copy_gmem_to_smem(q_gmem.at[tile, head], q_smem.at[pl.ds(0, rows)], here)
+        plgpu.copy_gmem_to_smem(last_gmem.at[tile], last_smem.at[pl.ds(0, rows)], here)
+        if slopes_gmem is not None:
+            plgpu.copy_gmem_to_smem(slopes_gmem.at[head], slopes_smem.at[pl.ds(0, rows)], here)
+        for i in range(ahead):
+
+            @pl.when(first + i < end)
+            def _():
+                numbers = ids(first + i)
+                fetch(0, first + i, numbers)
+                fetch(1, first + i, numbers)
+
+        plgpu.barrier_wait(here)
+        along = lambda line, axis=0: lax.broadcast_in_dim(line, (ROWS, KEYS), [axis])
+        last, slopes = last_smem[...], None if slopes_smem is None else slopes_smem[...]
+
+        def step(block, carry):
+            mixed, top, total, coming = carry
+            slot = slot_of(block)
+
+            def after(which):
+                """What comes next is sent for; all have read what it takes the place of."""
+
+                @pl.when(block + ahead < end)
+                def _():
+                    fetch(which, block + ahead, coming)
+
+            def distance():
+                keys = plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 1, layout=plgpu.Layout.WGMMA)
+                return along(last - block * KEYS) - keys
+
+            def hidden(scores):
+                allowed = distance() >= 0
+                if window is not None:
+                    allowed &= distance() < window
+                return jnp.where(allowed, scores, NONE)
+
+            plgpu.barrier_wait(arrived[0].at[slot])
+            keys, key_scale = widened(0, slot), None if scales_smem[0] is None else scales_smem[0][slot]
+            if wide_smem is not None:
+                plgpu.commit_smem()
+                after(0)
+            scores = multiply(q_smem, keys.T, (ROWS, KEYS))
+            if key_scale is not None:
+                scores *= along(key_scale, 1)
+            if softcap is None:
+                scores *= scale * LOG2E
+            else:  # the hyperbolic tangent by an exponential: that of the hardware is too coarse
+                scores = softcap * LOG2E - 2 * softcap * LOG2E / (jnp.exp2(scores * (2 * scale * LOG2E / softcap)) + 1)
+            if slopes is not None:
+                scores -= along(slopes * LOG2E) * distance().astype(jnp.float32)
+            scores = lax.cond((block < clear) | (block >= unclear), hidden, lambda scores: scores, scores)
+            higher = jnp.maximum(top, scores.max(1))
+            shrink = jnp.exp2(top - higher)
+            weights = jnp.exp2(scores - along(higher))
+            total = total * shrink + weights.sum(1)
+
+            plgpu.barrier_wait(arrived[1].at[slot])
+            if scales_smem[1] is not None:
+                weights *= along(scales_smem[1][slot], 1)
+            weights_smem[...] = weights.astype(weights_smem.dtype)
+            values = widened(1, slot)
+            plgpu.commit_smem()
+            after(0 if wide_smem is None else 1)
+            shrink = lax.broadcast_in_dim(shrink, (ROWS, columns), [0])
+            mixed = [
+                part * shrink + multiply(weights_smem, values.at[:, pl.ds(i * columns, columns)], (ROWS, columns))
+                for i, part in enumerate(mixed)
+            ]
+            if wide_smem is None:
+                plgpu.commit_smem()
+                after(1)
+            return mixed, higher, total, ids(block + ahead + 1)
+
+        top = plgpu.layout_cast(jnp.full((ROWS,), LEAST, jnp.float32), LINE)
+        total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), LINE)
+        mixed = [plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)] * (dim // columns)
+        mixed, top, total, _ = lax.fori_loop(first, end, step, (mixed, top, total, ids(first + ahead)))
+
+        stats_smem[0] = top
+        stats_smem[1] = total
+        for at in range(0, dim, 64):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            out_smem[...] = mixed[at // columns][:, at % columns : at % columns + 64]
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, rows)], out_gmem.at[item, head, :, pl.ds(at, 64)])
+        for i in range(2):
+            plgpu.copy_smem_to_gmem(stats_smem.at[i, pl.ds(0, rows)], stats_gmem.at[item, head, i])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def combined(out, stats, items: Items, dtype, interpret: object) -> Float[Array, "tiles kv_heads rows head_dim"]:
+    """What the items of each tile found, together; zeros of rows that saw nothing."""
+    _, kv_heads, rows, dim = out.shape
+    tiles = items.bounds.shape[0] - 1
+    return plgpu.kernel(
+        _combine,
+        out_type=jax.ShapeDtypeStruct((tiles, kv_heads, rows, dim), dtype),
+        grid=(tiles, kv_heads),
+        grid_names=("tiles", "kv_heads"),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="lmx_paged_combine",
+        interpret=interpret,
+    )(out, stats, items.bounds)
+
+
+def _combine(parts, stats, bounds, out):
+    tile, head = lax.axis_index("tiles"), lax.axis_index("kv_heads")
+    (_, _, rows, dim), begin, end = parts.shape, bounds[tile], bounds[tile + 1]
+    # Each thread has a column or two of every row (or every other), so that what is known of a row is known to all who need it.
+    across = 128 if dim % 128 == 0 else 64
+    warps = (-3,) if across == 128 else (-4, -3)
+    tiling = plgpu.Tiling(((128 // across, across), (32,), (1,)))
+    grid = plgpu.Layout.TILED(tiling, warp_dims=warps, lane_dims=(-2,), vector_dim=-1)
+    at_once = max(1, 64 * 128 // (rows * max(dim, 128)))
+    along = lambda line: lax.broadcast_in_dim(line, (rows, dim), [0])
+
+    def step(i, carry):
+        mixed, top, total = carry
+        at = [begin + i * at_once + n for n in range(at_once)]
+        real = [jnp.where(a < end, 1.0, 0.0) for a in at]
+        at = [jnp.minimum(a, end - 1) for a in at]
+        tops, totals = ([plgpu.load(stats.at[a, head, n], layout=grid.reduce(1), optimized=False) for a in at] for n in range(2))
+        found = [plgpu.load(parts.at[a, head], layout=grid, optimized=False) for a in at]
+        higher = top
+        for new in tops:
+            higher = jnp.maximum(higher, new)
+        shrink = jnp.exp2(top - higher)
+        mixed, total = mixed * along(shrink), total * shrink
+        for new, weight, part, yes in zip(tops, totals, found, real, strict=True):
+            factor = jnp.exp2(new - higher) * yes
+            mixed, total = mixed + part * along(factor), total + weight * factor
+        return mixed, higher, total
+
+    top, total = (plgpu.layout_cast(jnp.full((rows,), a, jnp.float32), grid.reduce(1)) for a in (LEAST, 0))
+    mixed = plgpu.layout_cast(jnp.zeros((rows, dim), jnp.float32), grid)
+    mixed, _, total = lax.fori_loop(0, lax.div(end - begin + at_once - 1, jnp.int32(at_once)), step, (mixed, top, total))
+    mixed *= along(1 / jnp.maximum(total, TINY))
+    plgpu.store(out.at[tile, head], mixed.astype(out.dtype), optimized=False)
