@@ -15,8 +15,8 @@ from lmx.kernels.paged_work import KEYS, ROWS, Cut, Tiles
 
 TYPES = ("bfloat16", "float16")
 NARROW = ("int8", "float8_e4m3fn")
-WIDEST = 256
-"""Of heads."""
+WIDEST, WIDEST_NARROW = 256, 192
+"""Of heads, and of those of narrow pages, whose conversion takes registers."""
 PROCESSORS, WAVES = 132, 2
 """Of an H100 or H200; and how many programs each place on one is to run where there is enough to read."""
 
@@ -31,6 +31,8 @@ def refusal(q: Array, cache: dict[str, Array], *, bias=None) -> str | None:
         return f"takes pages of {q.dtype} or of {' or '.join(NARROW)}, not {key.dtype}"
     if dim % 64 or dim > WIDEST or value.shape[-1] != dim:
         return f"takes head dimensions that are multiples of 64 up to {WIDEST}, of values as of keys, not {dim}"
+    if key.dtype != q.dtype and dim > WIDEST_NARROW:
+        return f"takes {key.dtype} pages of head dimensions up to {WIDEST_NARROW}, not {dim}"
     least = 32 if "key_scale" in cache else 8
     if page < least or max(page, KEYS) % min(page, KEYS):
         return f"takes pages of {least} tokens or more that divide {KEYS} or are its multiples, not {page}"
@@ -72,6 +74,9 @@ def attention(
     found = []
     if view.singles:
         found.append(of(q[: view.singles], work.single_tiles(view, group)))
-    if (count := q.shape[0] - view.singles) > 0:
-        found.append(of(q[view.singles :], work.chunk_tiles(view, count, group, causal)))
-    return found[0] if len(found) == 1 else jnp.concatenate(found)
+    rest = q[view.singles :]
+    if view.lengths.shape[0] == view.singles:
+        found.append(jnp.zeros_like(rest))
+    elif rest.shape[0]:
+        found.append(of(rest, work.chunk_tiles(view, rest.shape[0], group, causal)))
+    return jnp.concatenate(found)

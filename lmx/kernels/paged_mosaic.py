@@ -41,11 +41,6 @@ def tiled(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)))
 
 
-def width(dim: int) -> int:
-    """Columns of the result that one product gives: all, or as many as leave registers to spare."""
-    return dim if dim <= 128 else 128 if dim % 128 == 0 else 64
-
-
 def stages(dim: int, dtype, held) -> int:
     """How many blocks of keys and values are in shared memory at a time: as many as let `RESIDENT` programs share it, else one have it."""
     size, narrow = jnp.dtype(held).itemsize, jnp.dtype(held).itemsize == 1
@@ -84,7 +79,7 @@ def partials(
     arrivals = copies * (1 if scales[0] is None else 2)
     scale_smem = None if scales[0] is None else plgpu.SMEM((ahead, KEYS), jnp.float32)
     return plgpu.kernel(
-        partial(_attend, scale=scale, window=window, softcap=softcap),
+        partial(_attend, scale=scale, window=window, softcap=softcap, interpreted=interpret is not None),
         out_type=(
             jax.ShapeDtypeStruct((count, kv_heads, rows, dim), jnp.float32),
             jax.ShapeDtypeStruct((count, kv_heads, 2, rows), jnp.float32),
@@ -113,13 +108,12 @@ def partials(
 def _attend(
     q_gmem, last_gmem, slopes_gmem, pages_gmem, scales_gmem, pages, table, out_gmem, stats_gmem,
     *, q_smem, last_smem, slopes_smem, pages_smem, scales_smem, wide_smem, weights_smem, out_smem, stats_smem, here, arrived,
-    scale, window, softcap,
+    scale, window, softcap, interpreted,
 ):  # fmt: skip
     item, head = lax.axis_index("items"), lax.axis_index("kv_heads")
     tile, first, end, begin, behind, clear, unclear = (table[item, i] for i in range(7))
     rows, dim, page, ahead = q_gmem.shape[2], q_gmem.shape[3], pages_gmem[0].shape[2], pages_smem[0].shape[0]
     copies, parts, size = max(1, KEYS // page), max(1, page // KEYS), min(page, KEYS)
-    columns = width(dim)
     slot_of = lambda block: lax.rem(block - first, jnp.int32(ahead))
 
     def ids(block):
@@ -140,16 +134,11 @@ def _attend(
         """What the tensor cores can take of a block that has arrived."""
         if wide_smem is None:
             return pages_smem[which].at[slot]
-        wide_smem[...] = pages_smem[which][slot].astype(wide_smem.dtype)
+        held = pages_smem[which][slot]
+        if held.dtype == jnp.float8_e4m3fn:  # Hopper converts it to float16 alone
+            held = held.astype(jnp.float16).astype(jnp.float32)
+        wide_smem[...] = held.astype(wide_smem.dtype)
         return wide_smem
-
-    def multiply(a, b, shape):
-        def product(accumulator):
-            plgpu.wgmma(accumulator, a, b)
-            plgpu.wgmma_wait(0)
-            return accumulator[...]
-
-        return pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
 
     @pl.when(first < end)
     def _():
@@ -195,7 +184,7 @@ def _attend(
             if wide_smem is not None:
                 plgpu.commit_smem()
                 after(0)
-            scores = multiply(q_smem, keys.T, (ROWS, KEYS))
+            scores = product(q_smem, keys.T, (ROWS, KEYS))
             if key_scale is not None:
                 scores *= along(key_scale, 1)
             if softcap is None:
@@ -217,11 +206,7 @@ def _attend(
             values = widened(1, slot)
             plgpu.commit_smem()
             after(0 if wide_smem is None else 1)
-            shrink = lax.broadcast_in_dim(shrink, (ROWS, columns), [0])
-            mixed = [
-                part * shrink + multiply(weights_smem, values.at[:, pl.ds(i * columns, columns)], (ROWS, columns))
-                for i, part in enumerate(mixed)
-            ]
+            mixed = add_product(mixed * lax.broadcast_in_dim(shrink, mixed.shape, [0]), weights_smem, values, interpreted)
             if wide_smem is None:
                 plgpu.commit_smem()
                 after(1)
@@ -229,19 +214,37 @@ def _attend(
 
         top = plgpu.layout_cast(jnp.full((ROWS,), LEAST, jnp.float32), LINE)
         total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), LINE)
-        mixed = [plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)] * (dim // columns)
+        mixed = plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), plgpu.Layout.WGMMA)
         mixed, top, total, _ = lax.fori_loop(first, end, step, (mixed, top, total, ids(first + ahead)))
 
         stats_smem[0] = top
         stats_smem[1] = total
         for at in range(0, dim, 64):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out_smem[...] = mixed[at // columns][:, at % columns : at % columns + 64]
+            out_smem[...] = mixed[:, at : at + 64]
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, rows)], out_gmem.at[item, head, :, pl.ds(at, 64)])
         for i in range(2):
             plgpu.copy_smem_to_gmem(stats_smem.at[i, pl.ds(0, rows)], stats_gmem.at[item, head, i])
         plgpu.wait_smem_to_gmem(0)
+
+
+def product(a, b, shape: tuple[int, int]) -> Array:
+    """Of two blocks in shared memory."""
+
+    def multiply(accumulator):
+        plgpu.wgmma(accumulator, a, b)
+        plgpu.wgmma_wait(0)
+        return accumulator[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+
+def add_product(total: Array, a, b, interpreted: bool) -> Array:
+    """`total` and a product, in the same registers; Pallas' interpreter knows no accumulator that starts from something."""
+    if interpreted:
+        return total + product(a, b, total.shape)
+    return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(plgpu.ACC.init(total))
 
 
 def combined(out, stats, items: Items, dtype, interpret: object) -> Float[Array, "tiles kv_heads rows head_dim"]:
