@@ -15,3 +15,13 @@ def on_cpu() -> bool:
 
 def on_nvidia() -> bool:
     return kind().startswith("NVIDIA")
+
+
+def on_hopper() -> bool:
+    return any(name in kind() for name in ("H100", "H200", "H800", "H20", "GH200"))
+
+
+def alone() -> bool:
+    """Whether what is being traced is one device's: no mesh, or within it none but manual axes. A kernel is opaque to the partitioner."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return all(size == 1 or name in mesh.manual_axes for name, size in mesh.shape.items())

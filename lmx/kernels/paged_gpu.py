@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from lmx.kernels import devices
 from lmx.kernels import paged_mosaic as mosaic
 from lmx.kernels import paged_work as work
 from lmx.kernels.paged import View
@@ -25,6 +26,10 @@ def refusal(q: Array, cache: dict[str, Array], *, bias=None) -> str | None:
     """What of a call the kernel cannot do, or None."""
     key, value, dim = cache["key"], cache["value"], q.shape[-1]
     page, group = key.shape[2], q.shape[1] // key.shape[1]
+    if not devices.on_hopper():
+        return f"is for Hopper GPUs (H100, H200), not {devices.kind()}"
+    if not devices.alone():
+        return "is one device's: under a mesh of several, call it within jax.shard_map over the axes that split heads or rows"
     if q.dtype not in TYPES:
         return f"computes in {' or '.join(TYPES)}, not {q.dtype}"
     if key.dtype != value.dtype or key.dtype not in (q.dtype, *NARROW):

@@ -114,7 +114,12 @@ def _attend(
     tile, first, end, begin, behind, clear, unclear = (table[item, i] for i in range(7))
     rows, dim, page, ahead = q_gmem.shape[2], q_gmem.shape[3], pages_gmem[0].shape[2], pages_smem[0].shape[0]
     copies, parts, size = max(1, KEYS // page), max(1, page // KEYS), min(page, KEYS)
-    slot_of = lambda block: lax.rem(block - first, jnp.int32(ahead))
+
+    def slot_of(block):
+        return lax.rem(block - first, jnp.int32(ahead))
+
+    def along(line, axis=0):
+        return lax.broadcast_in_dim(line, (ROWS, KEYS), [axis])
 
     def ids(block):
         """A block's pages; where the text has ended, its last page once more."""
@@ -146,16 +151,14 @@ def _attend(
         plgpu.copy_gmem_to_smem(last_gmem.at[tile], last_smem.at[pl.ds(0, rows)], here)
         if slopes_gmem is not None:
             plgpu.copy_gmem_to_smem(slopes_gmem.at[head], slopes_smem.at[pl.ds(0, rows)], here)
-        for i in range(ahead):
 
-            @pl.when(first + i < end)
-            def _():
-                numbers = ids(first + i)
-                fetch(0, first + i, numbers)
-                fetch(1, first + i, numbers)
+        @pl.loop(first, jnp.minimum(first + ahead, end))
+        def _(block):
+            numbers = ids(block)
+            fetch(0, block, numbers)
+            fetch(1, block, numbers)
 
         plgpu.barrier_wait(here)
-        along = lambda line, axis=0: lax.broadcast_in_dim(line, (ROWS, KEYS), [axis])
         last, slopes = last_smem[...], None if slopes_smem is None else slopes_smem[...]
 
         def step(block, carry):
@@ -184,7 +187,7 @@ def _attend(
             if wide_smem is not None:
                 plgpu.commit_smem()
                 after(0)
-            scores = product(q_smem, keys.T, (ROWS, KEYS))
+            scores = product(q_smem, keys, interpreted, transposed=True)
             if key_scale is not None:
                 scores *= along(key_scale, 1)
             if softcap is None:
@@ -229,21 +232,23 @@ def _attend(
         plgpu.wait_smem_to_gmem(0)
 
 
-def product(a, b, shape: tuple[int, int]) -> Array:
-    """Of two blocks in shared memory."""
+def product(a, b, interpreted: bool, *, transposed: bool = False) -> Array:
+    """Of two blocks in shared memory, or of one and the transpose of the other."""
+    if interpreted:  # Pallas' interpreter looks for races of loads, but not of products
+        lax.optimization_barrier((a[...], b[...]))
 
     def multiply(accumulator):
-        plgpu.wgmma(accumulator, a, b)
+        plgpu.wgmma(accumulator, a, b.T if transposed else b)
         plgpu.wgmma_wait(0)
         return accumulator[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0 if transposed else 1]), jnp.float32))
 
 
 def add_product(total: Array, a, b, interpreted: bool) -> Array:
     """`total` and a product, in the same registers; Pallas' interpreter knows no accumulator that starts from something."""
     if interpreted:
-        return total + product(a, b, total.shape)
+        return total + product(a, b, interpreted)
     return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(plgpu.ACC.init(total))
 
 
@@ -271,7 +276,9 @@ def _combine(parts, stats, bounds, out):
     tiling = plgpu.Tiling(((128 // across, across), (32,), (1,)))
     grid = plgpu.Layout.TILED(tiling, warp_dims=warps, lane_dims=(-2,), vector_dim=-1)
     at_once = max(1, 64 * 128 // (rows * max(dim, 128)))
-    along = lambda line: lax.broadcast_in_dim(line, (rows, dim), [0])
+
+    def along(line):
+        return lax.broadcast_in_dim(line, (rows, dim), [0])
 
     def step(i, carry):
         mixed, top, total = carry
