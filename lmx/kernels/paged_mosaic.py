@@ -29,6 +29,8 @@ RESIDENT = 2
 SHARED, RESERVED = 233_472, 1024
 """Bytes of a processor's shared memory, and of it what each program has no use of."""
 MOST_STAGES = 4
+SOME, AT_ONCE = 8, 8
+"""Rows that a program of the second kernel puts together, and of how many items at a time."""
 LINE = plgpu.Layout.WGMMA.reduce(1)
 
 Partials = tuple[Float[Array, "items kv_heads rows head_dim"], Float[Array, "items kv_heads 2 rows"]]
@@ -259,8 +261,8 @@ def combined(out, stats, items: Items, dtype, interpret: object) -> Float[Array,
     return plgpu.kernel(
         _combine,
         out_type=jax.ShapeDtypeStruct((tiles, kv_heads, rows, dim), dtype),
-        grid=(tiles, kv_heads),
-        grid_names=("tiles", "kv_heads"),
+        grid=(tiles, kv_heads, rows // SOME),
+        grid_names=("tiles", "kv_heads", "rows"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="lmx_paged_combine",
         interpret=interpret,
@@ -268,25 +270,25 @@ def combined(out, stats, items: Items, dtype, interpret: object) -> Float[Array,
 
 
 def _combine(parts, stats, bounds, out):
-    tile, head = lax.axis_index("tiles"), lax.axis_index("kv_heads")
-    (_, _, rows, dim), begin, end = parts.shape, bounds[tile], bounds[tile + 1]
+    tile, head, some = lax.axis_index("tiles"), lax.axis_index("kv_heads"), pl.ds(lax.axis_index("rows") * SOME, SOME)
+    dim, begin, end = parts.shape[-1], bounds[tile], bounds[tile + 1]
     # Each thread has a column or two of every row (or every other), so that what is known of a row is known to all who need it.
     across = 128 if dim % 128 == 0 else 64
     warps = (-3,) if across == 128 else (-4, -3)
     tiling = plgpu.Tiling(((128 // across, across), (32,), (1,)))
     grid = plgpu.Layout.TILED(tiling, warp_dims=warps, lane_dims=(-2,), vector_dim=-1)
-    at_once = max(1, 64 * 128 // (rows * max(dim, 128)))
+    at_once = max(1, AT_ONCE * 128 // max(dim, 128))
 
     def along(line):
-        return lax.broadcast_in_dim(line, (rows, dim), [0])
+        return lax.broadcast_in_dim(line, (SOME, dim), [0])
 
     def step(i, carry):
         mixed, top, total = carry
         at = [begin + i * at_once + n for n in range(at_once)]
         real = [jnp.where(a < end, 1.0, 0.0) for a in at]
         at = [jnp.minimum(a, end - 1) for a in at]
-        tops, totals = ([plgpu.load(stats.at[a, head, n], layout=grid.reduce(1), optimized=False) for a in at] for n in range(2))
-        found = [plgpu.load(parts.at[a, head], layout=grid, optimized=False) for a in at]
+        tops, totals = ([plgpu.load(stats.at[a, head, n, some], layout=grid.reduce(1), optimized=False) for a in at] for n in range(2))
+        found = [plgpu.load(parts.at[a, head, some], layout=grid, optimized=False) for a in at]
         higher = top
         for new in tops:
             higher = jnp.maximum(higher, new)
@@ -297,8 +299,8 @@ def _combine(parts, stats, bounds, out):
             mixed, total = mixed + part * along(factor), total + weight * factor
         return mixed, higher, total
 
-    top, total = (plgpu.layout_cast(jnp.full((rows,), a, jnp.float32), grid.reduce(1)) for a in (LEAST, 0))
-    mixed = plgpu.layout_cast(jnp.zeros((rows, dim), jnp.float32), grid)
+    top, total = (plgpu.layout_cast(jnp.full((SOME,), a, jnp.float32), grid.reduce(1)) for a in (LEAST, 0))
+    mixed = plgpu.layout_cast(jnp.zeros((SOME, dim), jnp.float32), grid)
     mixed, _, total = lax.fori_loop(0, lax.div(end - begin + at_once - 1, jnp.int32(at_once)), step, (mixed, top, total))
     mixed *= along(1 / jnp.maximum(total, TINY))
-    plgpu.store(out.at[tile, head], mixed.astype(out.dtype), optimized=False)
+    plgpu.store(out.at[tile, head, some], mixed.astype(out.dtype), optimized=False)
