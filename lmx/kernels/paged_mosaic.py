@@ -272,11 +272,12 @@ def combined(out, stats, items: Items, dtype, interpret: object) -> Float[Array,
 def _combine(parts, stats, bounds, out):
     tile, head, some = lax.axis_index("tiles"), lax.axis_index("kv_heads"), pl.ds(lax.axis_index("rows") * SOME, SOME)
     dim, begin, end = parts.shape[-1], bounds[tile], bounds[tile + 1]
-    # Each thread has a column or two of every row (or every other), so that what is known of a row is known to all who need it.
-    across = 128 if dim % 128 == 0 else 64
-    warps = (-3,) if across == 128 else (-4, -3)
-    tiling = plgpu.Tiling(((128 // across, across), (32,), (1,)))
-    grid = plgpu.Layout.TILED(tiling, warp_dims=warps, lane_dims=(-2,), vector_dim=-1)
+    # Each thread has two neighbouring columns of every second or fourth row, so that what is known of a row is known to all who need it.
+    if dim % 128 == 0:
+        tiling, warps = ((2, 128), (64,), (2,)), (-4, -3)
+    else:
+        tiling, warps = ((4, 64), (2,)), (-3,)
+    grid = plgpu.Layout.TILED(plgpu.Tiling(tiling), warp_dims=warps, lane_dims=(-2,), vector_dim=-1)
     at_once = max(1, AT_ONCE * 128 // max(dim, 128))
 
     def along(line):
@@ -303,4 +304,4 @@ def _combine(parts, stats, bounds, out):
     mixed = plgpu.layout_cast(jnp.zeros((SOME, dim), jnp.float32), grid)
     mixed, _, total = lax.fori_loop(0, lax.div(end - begin + at_once - 1, jnp.int32(at_once)), step, (mixed, top, total))
     mixed *= along(1 / jnp.maximum(total, TINY))
-    plgpu.store(out.at[tile, head, some], mixed.astype(out.dtype), optimized=False)
+    out[tile, head, some] = mixed.astype(out.dtype)
