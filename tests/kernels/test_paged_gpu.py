@@ -135,8 +135,12 @@ def test_a_race_would_be_found(forgotten, monkeypatch):
     rng = np.random.default_rng(0)
     view, _ = layout(rng, [20], [1], 1, 16)
     q, cache, *_ = contents(rng, 1, 1, 1, 16, 64, BF16, BF16)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="RACE DETECTED"):
+    try:
         interpreted(scale=1.0, cut=Cut(1, 1))(q, cache, view).block_until_ready()
+        found = races()  # jax 0.11 says so, 0.12 raises
+    except jax.errors.JaxRuntimeError as error:
+        found = "RACE DETECTED" in str(error)
+    assert found
     assert len(calls) == 3
 
 
