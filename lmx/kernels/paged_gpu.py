@@ -1,7 +1,7 @@
 """Paged attention on Hopper GPUs by kernels of our own (Kwon et al., 2023; flash-decoding: Dao et al., 2023).
 
 Rows that decode and chunks of prompts are cut into tiles of up to 64 rows, tokens times the query heads of one key head, so that several tokens
-of a text (chunks, drafts) cost about as much as one: their keys and values are read once. `paged_work` cuts, `paged_mosaic` computes.
+of a text (a chunk, a draft) read its keys and values once. `paged_work` cuts, `paged_mosaic` computes.
 """
 
 import jax.numpy as jnp
@@ -12,14 +12,19 @@ from lmx.kernels import devices
 from lmx.kernels import paged_mosaic as mosaic
 from lmx.kernels import paged_work as work
 from lmx.kernels.paged import View
-from lmx.kernels.paged_work import KEYS, ROWS, Cut, Tiles
+from lmx.kernels.paged_work import KEYS, Cut, Tiles
 
 TYPES = ("bfloat16", "float16")
 NARROW = ("int8", "float8_e4m3fn")
-WIDEST, WIDEST_NARROW = 256, 192
-"""Of heads, and of those of narrow pages, whose conversion takes registers."""
+WIDEST = 256
+"""Of heads."""
 PROCESSORS, WAVES = 132, 2
 """Of an H100 or H200; and how many programs each place on one is to run where there is enough to read."""
+
+
+def most_rows(dim: int, narrow: bool) -> int:
+    """Of a tile, so that its sums, and what narrow pages are widened to, fit the registers."""
+    return 64 >> (dim > 128) >> narrow
 
 
 def refusal(q: Array, cache: dict[str, Array], *, bias=None) -> str | None:
@@ -36,13 +41,11 @@ def refusal(q: Array, cache: dict[str, Array], *, bias=None) -> str | None:
         return f"takes pages of {q.dtype} or of {' or '.join(NARROW)}, not {key.dtype}"
     if dim % 64 or dim > WIDEST or value.shape[-1] != dim:
         return f"takes head dimensions that are multiples of 64 up to {WIDEST}, of values as of keys, not {dim}"
-    if key.dtype != q.dtype and dim > WIDEST_NARROW:
-        return f"takes {key.dtype} pages of head dimensions up to {WIDEST_NARROW}, not {dim}"
     least = 32 if "key_scale" in cache else 8
     if page < least or max(page, KEYS) % min(page, KEYS):
         return f"takes pages of {least} tokens or more that divide {KEYS} or are its multiples, not {page}"
-    if group > ROWS:
-        return f"takes up to {ROWS} query heads for one key head, not {group}"
+    if group > (most := most_rows(dim, key.dtype != q.dtype)):
+        return f"takes up to {most} query heads of dimension {dim} for one key head of {key.dtype}, not {group}"
     return "takes no learned bias" if bias is not None else None
 
 
@@ -60,12 +63,12 @@ def attention(
     interpret: object = None,
 ) -> Float[Array, "tokens heads head_dim"]:
     """As `paged.attention`, of what `refusal` has nothing against. `interpret`: Pallas' parameters, to run without a GPU."""
-    kv_heads = cache["key"].shape[1]
-    group = q.shape[1] // kv_heads
-    cut = cut or Cut(-(-WAVES * mosaic.RESIDENT * PROCESSORS // kv_heads))
+    kv_heads, held = cache["key"].shape[1], cache["key"].dtype
+    group, most = q.shape[1] // kv_heads, most_rows(q.shape[-1], held != q.dtype)
 
     def of(q: Array, tiles: Tiles) -> Array:
-        items = work.items(view, tiles, window, cut)
+        programs, _ = mosaic.room(tiles.rows, q.shape[-1], q.dtype, held)
+        items = work.items(view, tiles, window, cut or Cut(-(-WAVES * programs * PROCESSORS // kv_heads)))
         lines = None
         if slopes is not None:
             lines = tiles.along_rows(jnp.tile(slopes.astype(jnp.float32).reshape(kv_heads, 1, group), (1, tiles.per, 1)))
@@ -83,5 +86,5 @@ def attention(
     if view.lengths.shape[0] == view.singles:
         found.append(jnp.zeros_like(rest))
     elif rest.shape[0]:
-        found.append(of(rest, work.chunk_tiles(view, rest.shape[0], group, causal)))
+        found.append(of(rest, work.chunk_tiles(view, rest.shape[0], group, most, causal)))
     return jnp.concatenate(found)

@@ -1,11 +1,13 @@
 """The two kernels of paged attention for Hopper, in Pallas' Mosaic GPU dialect; `paged_gpu` calls them.
 
-A program of the first has a tile of queries and one work item: it walks over the item's blocks of keys, a few blocks ahead of which the pages
-are on their way to shared memory. It is one warpgroup, so that two programs fit a processor, and while one computes or starts, the other
-reads: reading is what takes the time. What a tile's items found, the second kernel puts together.
+A program of the first has a tile of queries and one work item: it walks over the item's blocks of keys, the next few of which are on their
+way to shared memory, page by page. It is one warpgroup and holds little, so that two or three programs fit a processor, and while one
+computes or starts, the others read: reading is what takes the time.
 
-The left side of both products lies in shared memory, the weights of the values too: assemblers before CUDA 13.3 get products wrong whose left
-side is in registers.
+Products are turned round: keys are on the left of the first and columns of values on the left of the second, 64 at a time as the tensor cores
+want it, and the tile is on the right, where 8 rows will do. With the tile on the left a token that decodes would pay for 64 rows, and int8
+pages would be read no faster than they are computed with. Both sides lie in shared memory: assemblers before CUDA 13.3 get products wrong
+whose left side is in registers. What the items of a tile found, the second kernel puts together.
 """
 
 import math
@@ -18,20 +20,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int
 
-from lmx.kernels.paged_work import KEYS, ROWS, Items
+from lmx.kernels.paged_work import KEYS, Items
 
 NONE, LEAST = -1e30, -1e20
 """The score of what is hidden, and the largest score before the first: so far above it that 2 to the power of their difference is 0."""
 TINY = 1.1754944e-38
 LOG2E = math.log2(math.e)
-RESIDENT = 2
-"""Programs that share a processor."""
+MOST_PROGRAMS = 3
+"""That share a processor."""
 SHARED, RESERVED = 233_472, 1024
 """Bytes of a processor's shared memory, and of it what each program has no use of."""
 MOST_STAGES = 4
 SOME, AT_ONCE = 8, 8
 """Rows that a program of the second kernel puts together, and of how many items at a time."""
-LINE = plgpu.Layout.WGMMA.reduce(1)
 
 Partials = tuple[Float[Array, "items kv_heads rows head_dim"], Float[Array, "items kv_heads 2 rows"]]
 
@@ -43,15 +44,15 @@ def tiled(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)))
 
 
-def stages(dim: int, dtype, held) -> int:
-    """How many blocks of keys and values are in shared memory at a time: as many as let `RESIDENT` programs share it, else one have it."""
-    size, narrow = jnp.dtype(held).itemsize, jnp.dtype(held).itemsize == 1
-    fixed = (ROWS + narrow * KEYS) * dim * jnp.dtype(dtype).itemsize + ROWS * KEYS * jnp.dtype(dtype).itemsize + ROWS * 64 * 4 + 2048
-    each = 2 * KEYS * (dim * size + 4 * narrow)
-    for programs in range(RESIDENT, 0, -1):
-        number = min(MOST_STAGES, (SHARED // programs - RESERVED - fixed) // each)
-        if number >= 2:
-            return number
+def room(rows: int, dim: int, dtype, held) -> tuple[int, int]:
+    """How many programs share a processor, and how many blocks of keys and values each has in shared memory at a time."""
+    size, narrow = jnp.dtype(dtype).itemsize, jnp.dtype(held).itemsize == 1
+    fixed = (rows * (dim + KEYS) + narrow * KEYS * dim) * size + rows * 64 * 4 + 4096
+    each = 2 * KEYS * (dim * jnp.dtype(held).itemsize + 4 * narrow)
+    for programs in range(MOST_PROGRAMS if rows <= 16 else 2, 0, -1):
+        stages = min(MOST_STAGES, (SHARED // programs - RESERVED - fixed) // each)
+        if stages >= 2:
+            return programs, stages
     raise ValueError(f"head_dim={dim} is too wide for two blocks of {held} pages in shared memory")
 
 
@@ -76,10 +77,8 @@ def partials(
     """
     (_, kv_heads, rows, dim), (key, value) = q.shape, (cache["key"], cache["value"])
     count, scales = items.table.shape[0], tuple(cache.get(f"{name}_scale") for name in ("key", "value"))
-    ahead, copies = stages(dim, q.dtype, key.dtype), max(1, KEYS // key.shape[2])
-    narrow = key.dtype != q.dtype
+    (_, ahead), copies = room(rows, dim, q.dtype, key.dtype), max(1, KEYS // key.shape[2])
     arrivals = copies * (1 if scales[0] is None else 2)
-    scale_smem = None if scales[0] is None else plgpu.SMEM((ahead, KEYS), jnp.float32)
     return plgpu.kernel(
         partial(_attend, scale=scale, window=window, softcap=softcap, interpreted=interpret is not None),
         out_type=(
@@ -89,15 +88,15 @@ def partials(
         grid=(count, kv_heads),
         grid_names=("items", "kv_heads"),
         scratch_types={
-            "q_smem": tiled((ROWS, dim), q.dtype),
-            "last_smem": plgpu.SMEM((ROWS,), jnp.int32),
-            "slopes_smem": None if slopes is None else plgpu.SMEM((ROWS,), jnp.float32),
+            "q_smem": tiled((rows, dim), q.dtype),
+            "last_smem": plgpu.SMEM((rows,), jnp.int32),
+            "slopes_smem": None if slopes is None else plgpu.SMEM((rows,), jnp.float32),
             "pages_smem": [tiled((ahead, KEYS, dim), a.dtype) for a in (key, value)],
-            "scales_smem": [scale_smem] * 2,
-            "wide_smem": tiled((KEYS, dim), q.dtype) if narrow else None,
-            "weights_smem": tiled((ROWS, KEYS), q.dtype),
-            "out_smem": tiled((ROWS, 64), jnp.float32),
-            "stats_smem": plgpu.SMEM((2, ROWS), jnp.float32),
+            "scales_smem": [None if scales[0] is None else plgpu.SMEM((ahead, KEYS), jnp.float32)] * 2,
+            "wide_smem": tiled((KEYS, dim), q.dtype) if key.dtype != q.dtype else None,
+            "weights_smem": tiled((rows, KEYS), q.dtype),
+            "out_smem": tiled((rows, 64), jnp.float32),
+            "stats_smem": [plgpu.SMEM((rows,), jnp.float32)] * 2,
             "here": plgpu.Barrier(num_arrivals=2 if slopes is None else 3),
             "arrived": [plgpu.Barrier(num_arrivals=arrivals, num_barriers=ahead)] * 2,
         },
@@ -120,8 +119,9 @@ def _attend(
     def slot_of(block):
         return lax.rem(block - first, jnp.int32(ahead))
 
-    def along(line, axis=0):
-        return lax.broadcast_in_dim(line, (ROWS, KEYS), [axis])
+    def across(line, shape=(KEYS, rows)):
+        """What is known of rows, said of every key."""
+        return lax.broadcast_in_dim(line, shape, [1])
 
     def ids(block):
         """A block's pages; where the text has ended, its last page once more."""
@@ -141,18 +141,24 @@ def _attend(
         """What the tensor cores can take of a block that has arrived."""
         if wide_smem is None:
             return pages_smem[which].at[slot]
-        held = pages_smem[which][slot]
-        if held.dtype == jnp.float8_e4m3fn:  # Hopper converts it to float16 alone
-            held = held.astype(jnp.float16).astype(jnp.float32)
-        wide_smem[...] = held.astype(wide_smem.dtype)
+        for at in range(0, dim, 128):  # a part at a time, for want of registers
+            part = (slice(None), pl.ds(at, min(128, dim - at)))
+            held = pages_smem[which].at[slot][part]
+            if held.dtype == jnp.float8_e4m3fn:  # Hopper converts it to float16 alone
+                held = held.astype(jnp.float16).astype(jnp.float32)
+            wide_smem[part] = held.astype(wide_smem.dtype)
         return wide_smem
+
+    def scaled(a, which, slot):
+        """By the scales of keys or values, where they have some."""
+        return a if scales_smem[which] is None else a * lax.broadcast_in_dim(scales_smem[which][slot], a.shape, [0])
 
     @pl.when(first < end)
     def _():
-        plgpu.copy_gmem_to_smem(q_gmem.at[tile, head], q_smem.at[pl.ds(0, rows)], here)
-        plgpu.copy_gmem_to_smem(last_gmem.at[tile], last_smem.at[pl.ds(0, rows)], here)
+        plgpu.copy_gmem_to_smem(q_gmem.at[tile, head], q_smem, here)
+        plgpu.copy_gmem_to_smem(last_gmem.at[tile], last_smem, here)
         if slopes_gmem is not None:
-            plgpu.copy_gmem_to_smem(slopes_gmem.at[head], slopes_smem.at[pl.ds(0, rows)], here)
+            plgpu.copy_gmem_to_smem(slopes_gmem.at[head], slopes_smem, here)
 
         @pl.loop(first, jnp.minimum(first + ahead, end))
         def _(block):
@@ -175,8 +181,8 @@ def _attend(
                     fetch(which, block + ahead, coming)
 
             def distance():
-                keys = plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 1, layout=plgpu.Layout.WGMMA)
-                return along(last - block * KEYS) - keys
+                keys = plgpu.broadcasted_iota(jnp.int32, (KEYS, rows), 0, layout=plgpu.Layout.WGMMA)
+                return across(last - block * KEYS) - keys
 
             def hidden(scores):
                 allowed = distance() >= 0
@@ -185,73 +191,78 @@ def _attend(
                 return jnp.where(allowed, scores, NONE)
 
             plgpu.barrier_wait(arrived[0].at[slot])
-            keys, key_scale = widened(0, slot), None if scales_smem[0] is None else scales_smem[0][slot]
+            keys = widened(0, slot)
             if wide_smem is not None:
                 plgpu.commit_smem()
-                after(0)
-            scores = product(q_smem, keys, interpreted, transposed=True)
-            if key_scale is not None:
-                scores *= along(key_scale, 1)
+            scores = scaled(product(keys, q_smem, interpreted), 0, slot)
             if softcap is None:
                 scores *= scale * LOG2E
             else:  # the hyperbolic tangent by an exponential: that of the hardware is too coarse
                 scores = softcap * LOG2E - 2 * softcap * LOG2E / (jnp.exp2(scores * (2 * scale * LOG2E / softcap)) + 1)
             if slopes is not None:
-                scores -= along(slopes * LOG2E) * distance().astype(jnp.float32)
+                scores -= across(slopes * LOG2E) * distance().astype(jnp.float32)
             scores = lax.cond((block < clear) | (block >= unclear), hidden, lambda scores: scores, scores)
-            higher = jnp.maximum(top, scores.max(1))
+            higher = jnp.maximum(top, scores.max(0))
             shrink = jnp.exp2(top - higher)
-            weights = jnp.exp2(scores - along(higher))
-            total = total * shrink + weights.sum(1)
+            weights = jnp.exp2(scores - across(higher))
+            total = total * across(shrink) + weights
 
             plgpu.barrier_wait(arrived[1].at[slot])
-            if scales_smem[1] is not None:
-                weights *= along(scales_smem[1][slot], 1)
-            weights_smem[...] = weights.astype(weights_smem.dtype)
+            narrow = scaled(weights, 1, slot).astype(weights_smem.dtype)
+            weights_smem.T[...] = plgpu.layout_cast(narrow, plgpu.Layout.WGMMA)
             values = widened(1, slot)
             plgpu.commit_smem()
-            after(0 if wide_smem is None else 1)
-            mixed = add_product(mixed * lax.broadcast_in_dim(shrink, mixed.shape, [0]), weights_smem, values, interpreted)
-            if wide_smem is None:
-                plgpu.commit_smem()
-                after(1)
+            after(0)
+            mixed = add_product(mixed * across(shrink, mixed.shape), values, weights_smem, interpreted)
+            plgpu.commit_smem()
+            after(1)
             return mixed, higher, total, ids(block + ahead + 1)
 
-        top = plgpu.layout_cast(jnp.full((ROWS,), LEAST, jnp.float32), LINE)
-        total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), LINE)
-        mixed = plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), plgpu.Layout.WGMMA)
+        top = plgpu.layout_cast(jnp.full((rows,), LEAST, jnp.float32), plgpu.Layout.WGMMA.reduce(0))
+        total = plgpu.layout_cast(jnp.zeros((KEYS, rows), jnp.float32), plgpu.Layout.WGMMA)
+        mixed = plgpu.layout_cast(jnp.zeros((dim, rows), jnp.float32), plgpu.Layout.WGMMA)
         mixed, top, total, _ = lax.fori_loop(first, end, step, (mixed, top, total, ids(first + ahead)))
 
-        stats_smem[0] = top
-        stats_smem[1] = total
+        for i, line in enumerate((top, total.sum(0))):
+            stats_smem[i][...] = line
         for at in range(0, dim, 64):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out_smem[...] = mixed[:, at : at + 64]
+            out_smem.T[...] = plgpu.layout_cast(mixed[at : at + 64], plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, rows)], out_gmem.at[item, head, :, pl.ds(at, 64)])
+            plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[item, head, :, pl.ds(at, 64)])
         for i in range(2):
-            plgpu.copy_smem_to_gmem(stats_smem.at[i, pl.ds(0, rows)], stats_gmem.at[item, head, i])
+            plgpu.copy_smem_to_gmem(stats_smem[i], stats_gmem.at[item, head, i])
         plgpu.wait_smem_to_gmem(0)
 
 
-def product(a, b, interpreted: bool, *, transposed: bool = False) -> Array:
-    """Of two blocks in shared memory, or of one and the transpose of the other."""
+def product(keys, q, interpreted: bool) -> Array:
+    """Of keys with queries: `[keys, rows]`."""
     if interpreted:  # Pallas' interpreter looks for races of loads, but not of products
-        lax.optimization_barrier((a[...], b[...]))
+        lax.optimization_barrier((keys[...], q[...]))
 
     def multiply(accumulator):
-        plgpu.wgmma(accumulator, a, b.T if transposed else b)
+        plgpu.wgmma(accumulator, keys, q.T)
         plgpu.wgmma_wait(0)
         return accumulator[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0 if transposed else 1]), jnp.float32))
+    return pl.run_scoped(multiply, plgpu.ACC((keys.shape[0], q.shape[0]), jnp.float32))
 
 
-def add_product(total: Array, a, b, interpreted: bool) -> Array:
-    """`total` and a product, in the same registers; Pallas' interpreter knows no accumulator that starts from something."""
-    if interpreted:
-        return total + product(a, b, interpreted)
-    return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(plgpu.ACC.init(total))
+def add_product(total: Array, values, weights, interpreted: bool) -> Array:
+    """`total` and values times weights, `[head_dim, rows]`, in the same registers."""
+
+    def multiply(accumulator):
+        plgpu.wgmma(accumulator, values.T, weights.T)
+        if interpreted:
+            plgpu.wgmma_wait(0)
+            return accumulator[...]
+
+    if not interpreted:
+        return pl.run_state(multiply)(plgpu.ACC.init(total))
+    lax.optimization_barrier((values[...], weights[...]))
+    return total + pl.run_scoped(
+        multiply, plgpu.ACC(total.shape, jnp.float32)
+    )  # the interpreter knows no accumulator that starts from something
 
 
 def combined(out, stats, items: Items, dtype, interpret: object) -> Float[Array, "tiles kv_heads rows head_dim"]:

@@ -1,7 +1,6 @@
 """How the kernels of paged attention cut their work: new tokens into tiles of rows, and what each tile reads into items of like length.
 
-A tile is what one product of the tensor cores has on its left: the query heads of one key head, of one token that decodes or of several tokens
-of one row. An item is a tile and a stretch of its row's blocks of keys; there are enough of them to fill the chip however long each text is
+A tile is what keys are multiplied with at once: the query heads of one key head, of one token that decodes or of several tokens of one row. An item is a tile and a stretch of its row's blocks of keys; there are enough of them to fill the chip however long each text is
 (flash-decoding; Dao et al., 2023), and their number is bounded by shapes alone. All of this is a few small arrays, the same for all layers.
 """
 
@@ -13,10 +12,8 @@ from jaxtyping import Float, Int
 
 from lmx.kernels.paged import View
 
-ROWS = 64
-"""Of a tile: what a product of the tensor cores takes."""
 KEYS = 64
-"""Of a block: what is multiplied at once."""
+"""Of a block: what a product of the tensor cores takes on its left."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +94,13 @@ def single_tiles(view: View, group: int) -> Tiles:
     return Tiles(_rounded(group), view.lengths[: view.singles, None] - 1, jnp.arange(view.singles, dtype=jnp.int32))
 
 
-def chunk_tiles(view: View, count: int, group: int, causal: bool) -> Tiles:
-    """Of the other rows, which have `count` new tokens together, padding included; tokens are counted from the first of these."""
+def chunk_tiles(view: View, count: int, group: int, most: int, causal: bool) -> Tiles:
+    """Of the other rows, which have `count` new tokens together, padding included, in tiles of up to `most` rows.
+
+    Tokens are counted from the first of these.
+    """
     begins, lengths = view.queries[view.singles :] - view.singles, view.lengths[view.singles :]
-    rows, per = lengths.shape[0], max(1, min(ROWS // group, count))
+    rows, per = lengths.shape[0], max(1, min(most // group, count))
     number = jnp.where(lengths > 0, -(-(begins[1:] - begins[:-1]) // per), 0)  # of tiles
     ends = jnp.cumsum(number)
     tiles = jnp.arange((count + min(rows, count) * (per - 1)) // per, dtype=jnp.int32)
