@@ -1,7 +1,8 @@
 """How the kernels of paged attention cut their work: new tokens into tiles of rows, and what each tile reads into items of like length.
 
-A tile is what keys are multiplied with at once: the query heads of one key head, of one token that decodes or of several tokens of one row. An item is a tile and a stretch of its row's blocks of keys; there are enough of them to fill the chip however long each text is
-(flash-decoding; Dao et al., 2023), and their number is bounded by shapes alone. All of this is a few small arrays, the same for all layers.
+A tile is what keys are multiplied with at once: the query heads of one key head, of one token that decodes or of several tokens of one row. An
+item is a tile and a stretch of its row's blocks of keys; there are enough of them to fill the chip however long each text is (flash-decoding;
+Dao et al., 2023), and their number is bounded by shapes alone. All of this is a few small arrays, the same for all layers.
 """
 
 from dataclasses import dataclass

@@ -266,7 +266,16 @@ def on(mesh, shapes):
 EVERYTHING = {"window": 100, "softcap": 30.0, "slopes": True}
 
 
+@pytest.fixture
+def uncached():
+    """A program that comes from the cache says nothing of registers."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
 @pytest.mark.aot
+@pytest.mark.usefixtures("uncached")
 @pytest.mark.parametrize(
     ("shape", "asked"),
     [
@@ -297,6 +306,7 @@ def test_it_compiles_for_an_h100_without_spilling(h100, shape, asked, monkeypatc
 
 
 @pytest.mark.aot
+@pytest.mark.usefixtures("uncached")
 @pytest.mark.parametrize("held", [BF16, INT8])
 def test_pages_are_written_in_place(h100, held):
     """No kernel is needed for this: XLA scatters into donated pages, with no copy of them."""
