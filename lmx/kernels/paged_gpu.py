@@ -41,9 +41,8 @@ def refusal(q: Array, cache: dict[str, Array], *, bias=None) -> str | None:
         return f"takes pages of {q.dtype} or of {' or '.join(NARROW)}, not {key.dtype}"
     if dim % 64 or dim > WIDEST or value.shape[-1] != dim:
         return f"takes head dimensions that are multiples of 64 up to {WIDEST}, of values as of keys, not {dim}"
-    least = 32 if "key_scale" in cache else 8
-    if page < least or max(page, KEYS) % min(page, KEYS):
-        return f"takes pages of {least} tokens or more that divide {KEYS} or are its multiples, not {page}"
+    if page < 8 or max(page, KEYS) % min(page, KEYS):
+        return f"takes pages of 8 tokens or more that divide {KEYS} or are its multiples, not {page}"
     if group > (most := most_rows(dim, key.dtype != q.dtype)):
         return f"takes up to {most} query heads of dimension {dim} for one key head of {key.dtype}, not {group}"
     return "takes no learned bias" if bias is not None else None

@@ -131,11 +131,11 @@ def _attend(
     def fetch(which, block, ids):
         """Keys or values (0 or 1) of a block are sent for."""
         slot, start = slot_of(block), 0 if parts == 1 else lax.rem(block, jnp.int32(parts)) * KEYS
-        pairs = [(pages_gmem, pages_smem)] + ([] if scales_gmem[0] is None else [(scales_gmem, scales_smem)])
         for i, number in enumerate(ids):
-            for gmem, smem in pairs:
-                here = (number, head, pl.ds(start, size))
-                plgpu.copy_gmem_to_smem(gmem[which].at[here], smem[which].at[slot, pl.ds(i * size, size)], arrived[which].at[slot])
+            here, there = (number, head, pl.ds(start, size)), (slot, pl.ds(i * size, size))
+            plgpu.copy_gmem_to_smem(pages_gmem[which].at[here], pages_smem[which].at[there], arrived[which].at[slot])
+            if scales_gmem[which] is not None:
+                copy_line(scales_gmem[which].at[here], scales_smem[which].at[there], arrived[which].at[slot])
 
     def widened(which, slot):
         """What the tensor cores can take of a block that has arrived."""
@@ -156,9 +156,9 @@ def _attend(
     @pl.when(first < end)
     def _():
         plgpu.copy_gmem_to_smem(q_gmem.at[tile, head], q_smem, here)
-        plgpu.copy_gmem_to_smem(last_gmem.at[tile], last_smem, here)
+        copy_line(last_gmem.at[tile], last_smem, here)
         if slopes_gmem is not None:
-            plgpu.copy_gmem_to_smem(slopes_gmem.at[head], slopes_smem, here)
+            copy_line(slopes_gmem.at[head], slopes_smem, here)
 
         @pl.loop(first, jnp.minimum(first + ahead, end))
         def _(block):
@@ -233,6 +233,11 @@ def _attend(
         for i in range(2):
             plgpu.copy_smem_to_gmem(stats_smem[i], stats_gmem.at[item, head, i])
         plgpu.wait_smem_to_gmem(0)
+
+
+def copy_line(gmem, smem, arrived) -> None:
+    """Of what lies in one piece. That it is within its array is said since the copy may then begin at any 16 bytes, not at 128."""
+    plgpu.copy_gmem_to_smem(gmem, smem, arrived, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
 
 def product(keys, q, interpreted: bool) -> Array:

@@ -94,7 +94,7 @@ CASES = {
     "mixed, within a window": (MIXED, BF16, BF16, {"window": 20}),
     "chunks, a soft cap and ALiBi": (CHUNKS, F16, F16, {"softcap": 2.0, "slopes": SLOPES}),
     "an encoder's, int8 pages": (CHUNKS, BF16, INT8, {"causal": False}),
-    "fp8 pages": (DECODING | {"lengths": [90, 0, 7], "new": [1, 0, 1], "page": 64, "dim": 64}, F16, FP8, {}),
+    "fp8 pages": (DECODING | {"lengths": [90, 0, 7], "new": [1, 0, 1], "page": 16, "dim": 64}, F16, FP8, {}),
 }
 
 
@@ -215,7 +215,6 @@ def abstract(rows=4, singles=4, tokens=4, heads=8, kv_heads=1, dim=128, page=16,
         ({"dim": 80}, "head dimensions that are multiples of 64 up to 256"),
         ({"page": 4}, "pages of 8 tokens or more that divide 64 or are its multiples, not 4"),
         ({"page": 96}, "not 96"),
-        ({"page": 16, "held": INT8}, "pages of 32 tokens or more"),
         ({"heads": 65}, "up to 64 query heads of dimension 128 for one key head of bfloat16, not 65"),
         ({"heads": 24, "dim": 256, "held": INT8, "page": 32}, "up to 16 query heads of dimension 256 for one key head of int8, not 24"),
     ],
@@ -282,7 +281,7 @@ def uncached():
         ({"dim": 64, "kind": F16, "held": F16, "heads": 32, "kv_heads": 32}, {}),
         ({"page": 64, "tokens": 40, "rows": 6}, EVERYTHING),
         ({"page": 128, "tokens": 40, "rows": 6, "dim": 256, "kv_heads": 2}, EVERYTHING),
-        ({"page": 32, "tokens": 40, "rows": 6, "held": INT8}, EVERYTHING),
+        ({"page": 8, "tokens": 40, "rows": 6, "held": INT8}, EVERYTHING),
         ({"page": 64, "tokens": 40, "rows": 6, "dim": 256, "held": INT8}, EVERYTHING),
         ({"page": 64, "tokens": 40, "rows": 6, "dim": 192, "held": FP8}, EVERYTHING),
     ],
