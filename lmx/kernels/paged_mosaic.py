@@ -37,7 +37,7 @@ SOME, AT_ONCE = 8, 8
 Partials = tuple[Float[Array, "items kv_heads rows head_dim"], Float[Array, "items kv_heads 2 rows"]]
 
 
-def tiled(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
+def tiled(shape: tuple[int, ...], dtype) -> object:
     """Shared memory as the tensor cores and their copies want it."""
     bits = jnp.dtype(dtype).itemsize * 8
     swizzle = plgpu.find_swizzle(shape[-1] * bits)
