@@ -3,7 +3,8 @@
 New tokens of all rows stand one after another, without a batch dimension: those of rows that decode, one each, and chunks of prompts. A layer's
 cache is `{"key", "value"}` of `[pages, kv_heads, page, head_dim]`; or int8 with a scale for each vector, `{"key_scale", "value_scale"}` of
 `[pages, kv_heads, page]` beside them. What is here is the plain XLA form: it goes through the pages that are in use, some at a time, so
-that what it costs is what texts are long, however many pages there are.
+that what it costs is what texts are long, however many pages there are. Hopper GPUs have kernels, in `paged_gpu`; the writing of pages is
+XLA's there too, which compiles it to one kernel for each array, in place where the cache is donated.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from lmx.kernels import devices
 from lmx.kernels.wide import widened
 
+IMPLEMENTATIONS = ("auto", "xla", "gpu")
+"""`gpu` are kernels for Hopper; `auto` takes them on one where they can do what is asked, and `xla` otherwise."""
 BLOCK = 512
 """Slots that are read at once."""
 NONE = -1e30
@@ -90,15 +94,30 @@ def attention(
     softcap: float | None = None,
     slopes: Float[Array, "heads"] | None = None,
     bias: Bias | None = None,
+    implementation: str = "auto",
 ) -> Float[Array, "tokens heads head_dim"]:
     """Attention of each new token to its own row's pages, up to itself (`causal`), or to all of them (to an encoder's text).
 
     Args:
       window: a token sees only the last `window` up to and including itself.
       scale, softcap, slopes: as of `lmx.kernels.attention.attention`.
+      implementation: one of `IMPLEMENTATIONS`.
 
     A token that is no row's, or whose row is not there, gets zeros.
+
+    Raises:
+      ValueError: an unknown implementation, or one that cannot do what is asked.
     """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"paged attention={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation == "gpu" or (implementation == "auto" and devices.on_hopper() and devices.alone()):
+        from lmx.kernels import paged_gpu  # here, since Pallas takes a second to import
+
+        reason = paged_gpu.refusal(q, cache, bias=bias)
+        if reason is None:
+            return paged_gpu.attention(q, cache, view, scale=scale, causal=causal, window=window, softcap=softcap, slopes=slopes)
+        if implementation == "gpu":
+            raise ValueError(f"paged attention='gpu' {reason}; use auto or xla")
     rows, positions = view.tokens(q.shape[0])
     if not causal:
         count = view.lengths.shape[0]
