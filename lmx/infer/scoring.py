@@ -126,7 +126,7 @@ def _run(model, kind, top, penalised, execution, params, tokens, segments, writt
             seen, counts = seen[:, -1], counts[:, -1]
         found = log_probs(flat(logits(params, model, hidden)), wishes, history, kind=kind)
         values, ids = jax.lax.top_k(found, top)
-        of_parts = (a.reshape(rows, -1, *a.shape[1:]) for a in (taken(found, flat(targets)), ids.astype(jnp.int32), values))
+        of_parts = (a.reshape(rows, length // parts, *a.shape[1:]) for a in (taken(found, flat(targets)), ids.astype(jnp.int32), values))
         return (seen, counts), tuple(of_parts)
 
     none = jnp.zeros((rows, model.vocab if penalised else 0), jnp.int32)
