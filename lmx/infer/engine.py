@@ -85,7 +85,9 @@ class Job:
     source: tuple[int, ...] | None
     completions: list[Completion]
     arrived: float
-    _stoppers: list[Stopper | None]
+    pieces: list[Piece] = field(default_factory=list, repr=False)
+    """All that were given, of all its texts, in their order."""
+    _stoppers: list[Stopper | None] = field(default_factory=list)
 
     @property
     def done(self) -> bool:
@@ -151,11 +153,21 @@ class Engine:
         model = getattr(model, "config", model)
         check_continues(model)
         check_tokens_alone(model, params)
-        for name, value in (("rows", rows), ("page", page), ("chunk", chunk), ("prompts", prompts)):
+        context = context_of(model)
+        longest = context if longest is None else longest
+        for name, value in (("rows", rows), ("page", page), ("chunk", chunk), ("prompts", prompts), ("longest", longest)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if longest > context:
+            raise ValueError(f"longest={longest} is more than the {context} tokens of a text of model.context={model.context}")
+        if host_pages < 0:
+            raise ValueError(f"host_pages={host_pages} must be at least 0")
+        if not 0 <= top <= model.vocab:
+            raise ValueError(f"top={top} must be at least 0 and at most the vocabulary's {model.vocab}")
+        if cache is not None and jnp.dtype(cache) != jnp.int8 and not jnp.issubdtype(cache, jnp.floating):
+            raise ValueError(f"cache={cache!r} is no type for keys and values: int8, or one of floating point")
         self.model, self.tokenizer, self.execution = model, tokenizer, execution
-        self.longest = min(context_of(model), longest or context_of(model))
+        self.longest = longest
         self.limit = model.vocab if tokenizer is None else min(tokenizer.vocab, model.vocab)
         self.top, self.reuse, self.timeline = top, reuse, [] if trace else None
         sizes = Sizes(rows, chunk, min(prompts, rows))
@@ -177,7 +189,7 @@ class Engine:
         kept = {"pages": count_of, "page": page, "longest": self.longest, "host_pages": host_pages}
         self._runner = runner(model, reading_params(model, params, execution), execution, sizes, dtype=dtype, **kept)
         self._sizes = sizes
-        self._history = draws.blank(rows + 1, self.limit)
+        self._history = draws.blank(rows + 1, model.vocab)
         self._in_history: dict[int, Sequence] = {}
         self._seeds, self._numbers = np.random.default_rng(seed), count()
         self._jobs: dict[Request, Job] = {}
@@ -243,7 +255,7 @@ class Engine:
         sequence = self._scheduler.add(request)
         job = Job(
             next(self._numbers), request, sampling, seed, top, tuple(stop), tuple(stop_ids), ids if reads else None, completions,
-            time.perf_counter(), stoppers,
+            time.perf_counter(), _stoppers=stoppers,
         )  # fmt: skip
         self._jobs[request] = job
         self._samples[sequence] = 0
@@ -273,12 +285,12 @@ class Engine:
         """Other weights from here on. Texts that are running go on, what they have read and written being read again; nothing that was cached
         under the old weights is found again."""
         check_tokens_alone(self.model, params)
-        new = fingerprint(params)
+        new, read = fingerprint(params), reading_params(self.model, params, self.execution)
         old, self._fingerprint = self._fingerprint, new
         self._scheduler.restart(lambda known: known.replace(old, new, 1))
         if self.pages is not None:
             self.pages.clear()
-        self._runner.params = reading_params(self.model, params, self.execution)
+        self._runner.params = read
 
     def run(self) -> None:
         """Until nothing is left to do."""
@@ -286,47 +298,65 @@ class Engine:
             self.step()
 
     def stream(self, job: Job) -> Iterator[Piece]:
-        """The pieces of a request as they come, while all others go on too."""
-        yield from (piece for piece in self._shown(job))
-
-    def _shown(self, job: Job) -> Iterator[Piece]:
-        for sample, one in enumerate(job.completions):
-            if one.text or one.tokens:
-                yield Piece(job, sample, None, one.text, one.finish)
-        while not job.done:
-            yield from (piece for piece in self.step() if piece.job is job)
+        """The pieces of a request, those that there are and then as they come, while all others go on too. Streams may run side by side."""
+        given = 0
+        while True:
+            new = job.pieces[given:]
+            yield from new
+            given += len(new)
+            if not new and job.done:
+                return
+            if given == len(job.pieces) and not job.done:
+                self.step()
 
     def generate(self, prompts: Several[Several[int] | str], **wishes) -> list[list[Completion]]:
         """Each prompt's texts; `wishes` are those of `submit`."""
-        jobs = [self.submit(prompt, **wishes) for prompt in prompts]
+        jobs: list[Job] = []
+        try:
+            for prompt in prompts:
+                jobs.append(self.submit(prompt, **wishes))
+        except ValueError:
+            for job in jobs:
+                self.cancel(job)
+            raise
         self.run()
         return [job.completions for job in jobs]
 
     def step(self) -> list[Piece]:
-        """Computes one step; gives what it added to texts."""
+        """Computes one step; gives what it, and what was cancelled before it, added to texts. Does nothing when nothing is left to do."""
         started = time.perf_counter()
+        if self.busy:
+            with jax.default_matmul_precision(self.execution.precision.products):
+                self._compute(started)
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+    def _compute(self, started: float) -> None:
         step = self._scheduler.plan()
         self._runner.move(step)
         back = {move.target for move in step.slots_in}  # what an encoder said is read again rather than kept on the host
         for sequence in [*step.started, *(c.sequence for c in step.chunks if c.sequence.slot in back)]:
             self._runner.start(sequence, self._jobs[sequence.request].source)
-        if step.chunks:
-            rows = [(i, chunk.sequence, k) for i, chunk in enumerate(step.chunks) if chunk.draws for k in range(chunk.sequence.rows)]
-            take = sorted({i for i, _, _ in rows})
-            hidden = self._runner.compute(step, take, self._spans(step.chunks))
-            drawn = self._draw(hidden, [(take.index(i), sequence, k) for i, sequence, k in rows]) if rows else None
-            self._advance(step, rows, drawn)
+        rows = [(i, chunk.sequence, k) for i, chunk in enumerate(step.chunks) if chunk.draws for k in range(chunk.sequence.rows)]
+        take = sorted({i for i, _, _ in rows})
+        hidden = self._runner.compute(step, take, self._spans(step.chunks))
+        drawn = self._draw(hidden, [(take.index(i), sequence, k) for i, sequence, k in rows]) if rows else None
+        self._advance(step, rows, drawn)
         if self.timeline is not None:
             self._mark(step, started)
-        pieces, self._pieces = self._pieces, []
-        return pieces
 
     def warm_up(self) -> None:
         """Compiles every program that there may be, so that no request waits for one."""
-        self._runner.warm_up()
+        with jax.default_matmul_precision(self.execution.precision.products):
+            self._runner.warm_up()
+            self._warm_up()
+
+    def _warm_up(self) -> None:
         hidden = jnp.zeros((self._sizes.rows, self.model.embed), self.execution.precision.compute)
         for rows in self._sizes.decodes:
             self._picked(hidden, np.zeros(rows, np.int32), draws.knobs([None] * rows, self.limit), *np.zeros((3, rows), np.int32))
+        for length in {self._length(tokens) for tokens in range(1, self.longest + 1)}:
+            self._history = _begun(self._history, np.int32(0), np.full(length, -1, np.int32), np.zeros(length, bool))
         self._history = _extended(self._history, np.int32(0), np.int32(0))
 
     def _advance(self, step, rows, drawn: Drawn | None) -> None:
@@ -350,14 +380,14 @@ class Engine:
             self._samples[other] = next(following[sequence])[0]
         for sequence in outcome.finished:
             job, sample = self._jobs[sequence.request], self._samples[sequence]
-            if going.get(sequence) and job.completions[sample].finish is None:
+            if job.completions[sample].finish is None:
                 stopper = job._stoppers[sample]
                 self._finish(job, sample, "length", None, stopper.finish() if stopper else "")
-        for sequence in order:
+        for sequence in [*order, *(other for _, other in outcome.forked)]:
             job = self._jobs.get(sequence.request)
             if job is not None and job.done:
                 self._forget(job)
-            elif self._turned(sequence) and sequence.fingerprint != (there := self._context(len(sequence.request.prompt), long=True)):
+            elif sequence.status == "running" and self._turned(sequence) and sequence.fingerprint != (there := self._context(len(sequence.request.prompt), long=True)):
                 self._scheduler.renew(sequence, there)
 
     def _written(self, job: Job, sample: int, token: int, drawn: Drawn, place: int) -> bool:
@@ -376,13 +406,17 @@ class Engine:
             self._finish(job, sample, reason, None if stopped else token, text)
             return False
         one.text += text
-        self._pieces.append(Piece(job, sample, token, text, None))
+        self._give(Piece(job, sample, token, text, None))
         return True
 
     def _finish(self, job: Job, sample: int, why: Finish, token: int | None, text: str) -> None:
         one = job.completions[sample]
         one.text, one.finish = one.text + text, why
-        self._pieces.append(Piece(job, sample, token, text, why))
+        self._give(Piece(job, sample, token, text, why))
+
+    def _give(self, piece: Piece) -> None:
+        piece.job.pieces.append(piece)
+        self._pieces.append(piece)
 
     def _forget(self, job: Job) -> None:
         self._jobs.pop(job.request, None)
@@ -423,11 +457,17 @@ class Engine:
         """The history of a sequence that is new to its slot."""
         if self._in_history.get(sequence.slot) is sequence:
             return
-        self._in_history[sequence.slot] = sequence
-        length = 1 << (len(sequence.tokens) - 1).bit_length()
+        # What another slot has of it, from before it was put out, lacks what it draws from now on.
+        self._in_history = {slot: s for slot, s in self._in_history.items() if s is not sequence} | {sequence.slot: sequence}
+        length = self._length(len(sequence.tokens))
         tokens, written = np.full(length, -1, np.int32), np.zeros(length, bool)
         tokens[: len(sequence.tokens)], written[len(sequence.request.prompt) : len(sequence.tokens)] = sequence.tokens, True
         self._history = _begun(self._history, np.int32(sequence.slot), tokens, written)
+
+    @staticmethod
+    def _length(tokens: int) -> int:
+        """So many places a program has for a text that is to be remembered."""
+        return max(16, 1 << (tokens - 1).bit_length())
 
     def _scaling(self) -> str | None:
         scaling = getattr(self.model, "rope_scaling", None)
@@ -475,8 +515,10 @@ def _window(model: Model) -> int | None:
 @partial(jax.jit, static_argnums=0)
 def _pick(static, params: Tree, hidden: Array, which, knobs: Knobs, seeds, drawn, history: History, slots) -> Drawn:
     model, limit, top = static
-    rows = logits(params, model, hidden[which][:, None])[:, 0, :limit]
-    return draws.draw(rows, knobs, draws.row_keys(seeds, drawn), history, slots=slots, top=top)
+    rows = logits(params, model, hidden[which][:, None])[:, 0]
+    # What only pads the vocabulary is never drawn, and has its part in what `raw` means, as where the model is trained and scored.
+    allowed = None if limit == model.vocab else jnp.arange(model.vocab)[None] < limit
+    return draws.draw(rows, knobs, draws.row_keys(seeds, drawn), history, slots=slots, allowed=allowed, top=top)
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -114,12 +114,21 @@ class PagedRunner:
         """Reads the source of a sequence that begins to run."""
         if not self._source:
             return
-        length, slot = -(-len(source) // 16) * 16, sequence.slot
+        self._sources[sequence.slot] = len(source)
+        self._read(source, self._of_source(sequence.slot))
+
+    def _read(self, source: Several[int], pages: np.ndarray) -> None:
+        length = next(n for n in self._source_lengths() if n >= len(source))
         tokens, segments, at = (np.zeros((1, length), np.int32) for _ in range(3))
         here = np.arange(len(source))
-        tokens[0, : len(source)], segments[0, : len(source)], self._sources[slot] = source, 1, len(source)
-        at[0, : len(source)] = (self._of_source(slot)[0] + here // self.page) * self.page + here % self.page
+        tokens[0, : len(source)], segments[0, : len(source)] = source, 1
+        at[0, : len(source)] = pages[here // self.page] * self.page + here % self.page
         self.layers = _read(self._static, self.params, self.layers, Source(tokens, segments=segments), at[0])
+
+    def _source_lengths(self) -> list[int]:
+        """Of sources, in the programs that read them: twice the last each time."""
+        most = -(-self.model.encoder.context // 16)
+        return [16 * n for n in (*(2**i for i in range(most.bit_length()) if 2**i < most), most)]
 
     def compute(self, step: Step, take: Several[int], spans: Several[int] | None = None) -> Float[Array, "rows embed"]:
         """Hidden states of the last tokens of the chunks `take`, in that order; `spans`: of each chunk's text, its length at least, where the
@@ -132,6 +141,8 @@ class PagedRunner:
         self.move(Step(copies=[Move(0, 0)]))
         if self._host is not None:
             self.move(Step(pages_out=[Move(0, 0)], pages_in=[Move(0, 0)]))
+        for length in self._source_lengths() if self._source else []:
+            self._read([0] * min(length, self.model.encoder.context), np.zeros(self._source, np.int32))
         for size in self.sizes.all:
             self._run(Step(), size, [], [] if self._spans else None)
 

@@ -1,6 +1,7 @@
 """A model's parameters in the form in which the engine reads them, and what tells two sets of them apart."""
 
 import hashlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +23,25 @@ MULTIPLY = ("weight", "embed", "head")
 def decoding_params(params: Tree) -> Tree:
     """Parameters in the form that decoding runs on: each group of layers as a tuple. Does nothing to those that are."""
     if any(isinstance(group, dict) for group in params["layers"]):
-        return jax.jit(lambda p: p | {"layers": stack.unstack(p["layers"])})(params)
+        return _unrolled(params)
     return params
+
+
+@jax.jit
+def _unrolled(params: Tree) -> Tree:
+    return params | {"layers": stack.unstack(params["layers"])}
 
 
 def reading_params(model: Model, params: Tree, execution: Execution) -> Tree:
     """Parameters as the chip reads them fastest, token by token: layers as tuples, what multiplies in the compute type already, and on a CPU
     matrices `[out, in]`. Numbers are what they are without it."""
-    dtype = jnp.dtype(execution.precision.compute)
     turning = devices.on_cpu() and execution.rules is None and not execution.precision.fp8
+    return _all_read(model, execution.precision.compute, turning, decoding_params(params))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _all_read(model: Model, compute: str, turning: bool, params: Tree) -> Tree:
+    dtype = jnp.dtype(compute)
 
     def read(name: str, spec: ParamSpec, weight: Weight) -> Weight:
         if isinstance(weight, Adapted):
@@ -43,26 +54,28 @@ def reading_params(model: Model, params: Tree, execution: Execution) -> Tree:
         weight = weight.astype(dtype)
         return turned(weight, spec.inputs) if turning and spec.inputs and "experts" not in spec.axes else weight
 
-    def all_read(params: Tree) -> Tree:
-        table = functions(model).specs(model)
-        found = {name: read(name, table[name], params[name]) for name in ("embed", "head") if name in params}
+    table = functions(model).specs(model)
+    found = {name: read(name, table[name], params[name]) for name in ("embed", "head") if name in params}
 
-        def group(specs: Tree, layers: Tree) -> Tree:
-            return tuple(map_named(read, specs[str(i % len(specs))], layer, is_leaf=is_spec) for i, layer in enumerate(layers))
+    def group(specs: Tree, layers: Tree) -> Tree:
+        return tuple(map_named(read, specs[str(i % len(specs))], layer, is_leaf=is_spec) for i, layer in enumerate(layers))
 
-        return params | found | {"layers": tuple(group(*pair) for pair in zip(table["layers"], params["layers"], strict=True))}
-
-    return jax.jit(all_read)(decoding_params(params))
+    return params | found | {"layers": tuple(group(*pair) for pair in zip(table["layers"], params["layers"], strict=True))}
 
 
 def fingerprint(params: Tree) -> bytes:
     """16 bytes that stand for a tree's names, shapes, types and numbers. What sees the numbers is two sums, with other factors for every place,
     formed where the arrays are."""
     digest = hashlib.blake2b(digest_size=16)
-    sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(_sums, tree))(params))
+    sums = jax.device_get(_all_sums(params))
     for (name, leaf), found in zip(named_leaves(params).items(), jax.tree.leaves(sums), strict=True):
         digest.update(f"{name} {leaf.shape} {leaf.dtype}".encode() + found.tobytes())
     return digest.digest()
+
+
+@jax.jit
+def _all_sums(params: Tree) -> Tree:
+    return jax.tree.map(_sums, params)
 
 
 def _sums(a: Array) -> Array:
