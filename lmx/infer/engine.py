@@ -27,15 +27,18 @@ from lmx.core.tree import Tree
 from lmx.data.tokenizers import Tokenizer
 from lmx.infer import sampling as draws
 from lmx.infer.pages import Pages, Statistics
+from lmx.infer.places import places, where
 from lmx.infer.runners import Sizes, runner
 from lmx.infer.sampling import Drawn, History, Knobs, Sampling
 from lmx.infer.scheduler import Scheduler
-from lmx.infer.steps import Chunk, Request, Sequence
+from lmx.infer.steps import Chunk, Request, Sequence, Step
 from lmx.infer.stopping import Stopper
 from lmx.infer.texts import check_continues, check_tokens_alone, context_of
-from lmx.infer.weights import fingerprint, reading_params
+from lmx.infer.weights import fingerprint
 from lmx.models.config import RWKV, EncoderDecoder, Model
 from lmx.models.losses import logits
+from lmx.parallel.layout import Layout
+from lmx.parallel.rules import constrain
 
 Finish = Literal["length", "stop_id", "stop_string", "cancelled"]
 GREEDY = Sampling(temperature=0)
@@ -104,11 +107,54 @@ class Moment:
     pages: int
 
 
-class Engine:
+@dataclass
+class Begun:
+    """A step that the devices have been told to compute.
+
+    Attributes:
+      rows: those that get a token: the place of their chunk, the sequence, which of those that it is to become.
+      drawn: their tokens, on the devices; None where none is drawn.
+      penalised: sequences whose history these go to, and the place of each.
+    """
+
+    step: Step
+    started: float
+    rows: list[tuple[int, Sequence, int]]
+    drawn: Drawn | None = None
+    penalised: list[tuple[Sequence, int]] = field(default_factory=list)
+
+
+class Door:
+    """What is the same of one engine and of several, by what each has of its own."""
+
+    def run(self) -> None:
+        """Until nothing is left to do."""
+        while self.busy:
+            self.step()
+
+    def stream(self, job: Job) -> Iterator[Piece]:
+        """The pieces of a request as they come, while all others go on too."""
+        for sample, one in enumerate(job.completions):
+            if one.text or one.tokens:
+                yield Piece(job, sample, None, one.text, one.finish)
+        while not job.done:
+            yield from (piece for piece in self.step() if piece.job is job)
+
+    def generate(self, prompts: Several[Several[int] | str], **wishes) -> list[list[Completion]]:
+        """Each prompt's texts; `wishes` are those of `submit`."""
+        jobs = [self.submit(prompt, **wishes) for prompt in prompts]
+        self.run()
+        return [job.completions for job in jobs]
+
+
+class Engine(Door):
     """Continuous batching over the one forward.
 
     Args:
-      params: as of `lmx.infer.generate`; they are kept in a form of the engine's own.
+      params: as of `lmx.infer.generate`, wherever they are; they are kept in a form of the engine's own.
+      layout: tensor and pipeline devices, as of training (`lmx.infer.places`).
+      devices: which; the first ones by default.
+      sharing: an engine of the same model, layout and devices, whose weights this one reads too, in place of `params`; it is updated first.
       tokenizer: with one, prompts may be strings, texts come back, and strings may stop them.
       rows: texts that run at a time.
       page: tokens of a page.
@@ -125,7 +171,7 @@ class Engine:
       trace: whether `timeline` is kept.
 
     Raises:
-      ValueError: a model that continues nothing, or that reads more than tokens.
+      ValueError: a model that continues nothing, or that reads more than tokens; a layout that does not fit it.
     """
 
     def __init__(
@@ -133,6 +179,9 @@ class Engine:
         model: Model,
         params: Tree,
         *,
+        layout: Layout = Layout(),
+        devices: Several[jax.Device] | None = None,
+        sharing: "Engine | None" = None,
         tokenizer: Tokenizer | None = None,
         rows: int = 16,
         page: int = 16,
@@ -154,6 +203,7 @@ class Engine:
         for name, value in (("rows", rows), ("page", page), ("chunk", chunk), ("prompts", prompts)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        stages = places(model, layout, execution, devices)
         self.model, self.tokenizer, self.execution = model, tokenizer, execution
         self.longest = min(context_of(model), longest or context_of(model))
         self.limit = model.vocab if tokenizer is None else min(tokenizer.vocab, model.vocab)
@@ -172,12 +222,13 @@ class Engine:
             states=recurrent or reading,
             host_pages=host_pages,
         )
-        self._fingerprint = fingerprint(params)
+        self._sharing, self._fingerprint = sharing, _fingerprint(params) if sharing is None else sharing._fingerprint
         dtype = cache or execution.precision.compute
         kept = {"pages": count_of, "page": page, "longest": self.longest, "host_pages": host_pages}
-        self._runner = runner(model, reading_params(model, params, execution), execution, sizes, dtype=dtype, **kept)
-        self._sizes = sizes
-        self._history = draws.blank(rows + 1, self.limit)
+        self._runner = runner(model, stages, sizes, dtype=dtype, **kept)
+        self._load(params)
+        self._sizes, self._place = sizes, self._runner.place
+        self._history = self._place.put(draws.blank(rows + 1, self.limit))
         self._in_history: dict[int, Sequence] = {}
         self._seeds, self._numbers = np.random.default_rng(seed), count()
         self._jobs: dict[Request, Job] = {}
@@ -210,11 +261,9 @@ class Engine:
         Raises:
           ValueError: what cannot be done, by name; the engine goes on with the rest.
         """
-        if isinstance(prompt, str) and self.tokenizer is None:
-            raise ValueError("the prompt is a string, so the engine needs a tokenizer")
         if stop and self.tokenizer is None:
             raise ValueError(f"stop={list(stop)!r} are strings, so the engine needs a tokenizer; or give stop_ids")
-        ids = tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else map(int, prompt))
+        ids = self.read(prompt)
         if not ids:
             raise ValueError("the prompt is empty; begin it with at least one token")
         if not 0 <= top <= self.top:
@@ -251,10 +300,32 @@ class Engine:
             sequence.fingerprint = self._context(len(begun), long=True)
         return job
 
+    def read(self, prompt: Several[int] | str) -> tuple[int, ...]:
+        """A prompt's tokens."""
+        if isinstance(prompt, str) and self.tokenizer is None:
+            raise ValueError("the prompt is a string, so the engine needs a tokenizer")
+        return tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else map(int, prompt))
+
+    def cost(self, prompt: Several[int]) -> int:
+        """How many tokens are to be computed until a prompt that comes now could draw its first: those of all that is here, as long as it may
+        become, and of the prompt what is in no page."""
+        here = sum(s.remaining + s.request.max_new_tokens - (len(s.tokens) - len(s.request.prompt)) for s in self._all())
+        found = 0
+        if self.pages is not None and self.reuse and prompt and not isinstance(self.model, EncoderDecoder):
+            found = self.pages.size * len(self.pages.match(self._context(len(prompt), long=False), prompt))
+        return here + len(prompt) - found
+
+    def holds(self, job: Job) -> bool:
+        """Whether a request is on its way here."""
+        return job.request in self._jobs
+
+    def _all(self) -> list[Sequence]:
+        return self._scheduler.running + self._scheduler.waiting
+
     @property
     def busy(self) -> bool:
         """Whether anything runs or waits."""
-        return bool(self._scheduler.running or self._scheduler.waiting)
+        return bool(self._all())
 
     @property
     def statistics(self) -> Statistics | None:
@@ -273,61 +344,57 @@ class Engine:
         """Other weights from here on. Texts that are running go on, what they have read and written being read again; nothing that was cached
         under the old weights is found again."""
         check_tokens_alone(self.model, params)
-        new = fingerprint(params)
+        new = _fingerprint(params) if self._sharing is None else self._sharing._fingerprint
         old, self._fingerprint = self._fingerprint, new
         self._scheduler.restart(lambda known: known.replace(old, new, 1))
         if self.pages is not None:
             self.pages.clear()
-        self._runner.params = reading_params(self.model, params, self.execution)
+        self._load(params)
 
-    def run(self) -> None:
-        """Until nothing is left to do."""
-        while self.busy:
-            self.step()
-
-    def stream(self, job: Job) -> Iterator[Piece]:
-        """The pieces of a request as they come, while all others go on too."""
-        yield from (piece for piece in self._shown(job))
-
-    def _shown(self, job: Job) -> Iterator[Piece]:
-        for sample, one in enumerate(job.completions):
-            if one.text or one.tokens:
-                yield Piece(job, sample, None, one.text, one.finish)
-        while not job.done:
-            yield from (piece for piece in self.step() if piece.job is job)
-
-    def generate(self, prompts: Several[Several[int] | str], **wishes) -> list[list[Completion]]:
-        """Each prompt's texts; `wishes` are those of `submit`."""
-        jobs = [self.submit(prompt, **wishes) for prompt in prompts]
-        self.run()
-        return [job.completions for job in jobs]
+    def _load(self, params: Tree) -> None:
+        if self._sharing is None:
+            self._runner.load(params)
+        else:
+            self._runner.share(self._sharing._runner)
 
     def step(self) -> list[Piece]:
         """Computes one step; gives what it added to texts."""
+        return self.finish(self.begin())
+
+    def begin(self) -> Begun:
+        """The first half of a step: the devices are told what to compute, and not waited for. Then comes `finish`."""
         started = time.perf_counter()
         step = self._scheduler.plan()
         self._runner.move(step)
         back = {move.target for move in step.slots_in}  # what an encoder said is read again rather than kept on the host
         for sequence in [*step.started, *(c.sequence for c in step.chunks if c.sequence.slot in back)]:
             self._runner.start(sequence, self._jobs[sequence.request].source)
+        rows = [(i, chunk.sequence, k) for i, chunk in enumerate(step.chunks) if chunk.draws for k in range(chunk.sequence.rows)]
+        begun = Begun(step, started, rows)
         if step.chunks:
-            rows = [(i, chunk.sequence, k) for i, chunk in enumerate(step.chunks) if chunk.draws for k in range(chunk.sequence.rows)]
             take = sorted({i for i, _, _ in rows})
             hidden = self._runner.compute(step, take, self._spans(step.chunks))
-            drawn = self._draw(hidden, [(take.index(i), sequence, k) for i, sequence, k in rows]) if rows else None
-            self._advance(step, rows, drawn)
+            if rows:
+                begun.drawn, begun.penalised = self._draw(hidden, [(take.index(i), sequence, k) for i, sequence, k in rows])
+        return begun
+
+    def finish(self, begun: Begun) -> list[Piece]:
+        """The second half: waits for what was drawn; gives what that adds to texts."""
+        if begun.step.chunks:
+            self._advance(begun.step, begun.rows, self._found(begun))
         if self.timeline is not None:
-            self._mark(step, started)
+            self._mark(begun.step, begun.started)
         pieces, self._pieces = self._pieces, []
         return pieces
 
     def warm_up(self) -> None:
         """Compiles every program that there may be, so that no request waits for one."""
         self._runner.warm_up()
-        hidden = jnp.zeros((self._sizes.rows, self.model.embed), self.execution.precision.compute)
+        hidden = self._place.put(jnp.zeros((self._sizes.rows, self.model.embed), self.execution.precision.compute))
         for rows in self._sizes.decodes:
             self._picked(hidden, np.zeros(rows, np.int32), draws.knobs([None] * rows, self.limit), *np.zeros((3, rows), np.int32))
-        self._history = _extended(self._history, np.int32(0), np.int32(0))
+        with self._place.entered():
+            self._history = _extended(self._history, np.int32(0), np.int32(0))
 
     def _advance(self, step, rows, drawn: Drawn | None) -> None:
         """Texts with what was drawn, and the scheduler with who goes on."""
@@ -389,8 +456,9 @@ class Engine:
         self._samples = {s: n for s, n in self._samples.items() if s.request is not job.request}
         self._in_history = {slot: s for slot, s in self._in_history.items() if s.request is not job.request}
 
-    def _draw(self, hidden: Array, rows: list[tuple[int, Sequence, int]]) -> Drawn:
-        """One token for each of the rows: which hidden state, whose, and which of the sequences that it is to become."""
+    def _draw(self, hidden: Array, rows: list[tuple[int, Sequence, int]]) -> tuple[Drawn, list[tuple[Sequence, int]]]:
+        """One token for each of the rows: which hidden state, whose, and which of the sequences that it is to become. And as of `Begun`, whose
+        history they go to."""
         size = self._sizes.least(len(rows), 0)[0]
         which, drawn, slots, seeds = *(np.zeros(size, np.int32) for _ in range(3)), np.zeros(size, np.uint32)
         wishes: list[Sampling | None] = [None] * size
@@ -407,17 +475,23 @@ class Engine:
                 self._remember(sequence)
         if len(self._knobs[0]) != size or any(a is not b for a, b in zip(self._knobs[0], wishes, strict=True)):
             self._knobs = wishes, draws.knobs(wishes, self.limit)
-        found = jax.device_get(self._picked(hidden, which, self._knobs[1], seeds, drawn, slots))
-        for sequence, place in penalised:
+        return self._picked(hidden, which, self._knobs[1], seeds, drawn, slots), penalised
+
+    def _found(self, begun: Begun) -> Drawn | None:
+        """What was drawn, and histories with it."""
+        found = jax.device_get(begun.drawn)
+        for sequence, place in begun.penalised:
             if sequence.rows == 1:
-                self._history = _extended(self._history, np.int32(sequence.slot), found.tokens[place])
+                with self._place.entered():
+                    self._history = _extended(self._history, np.int32(sequence.slot), found.tokens[place])
             else:  # it and those that it becomes begin with what each has drawn
                 self._in_history.pop(sequence.slot, None)
         return found
 
     def _picked(self, hidden: Array, which, knobs: Knobs, seeds, drawn, slots) -> Drawn:
-        static = self.model, self.limit, self.top
-        return _pick(static, self._runner.params, hidden, which, knobs, seeds.astype(np.uint32), drawn, self._history, slots)
+        static = self.model, self.limit, self.top, self._place.execution.rules
+        with self._place.entered():
+            return _pick(static, self._runner.params, hidden, which, knobs, seeds.astype(np.uint32), drawn, self._history, slots)
 
     def _remember(self, sequence: Sequence) -> None:
         """The history of a sequence that is new to its slot."""
@@ -427,7 +501,8 @@ class Engine:
         length = 1 << (len(sequence.tokens) - 1).bit_length()
         tokens, written = np.full(length, -1, np.int32), np.zeros(length, bool)
         tokens[: len(sequence.tokens)], written[len(sequence.request.prompt) : len(sequence.tokens)] = sequence.tokens, True
-        self._history = _begun(self._history, np.int32(sequence.slot), tokens, written)
+        with self._place.entered():
+            self._history = _begun(self._history, np.int32(sequence.slot), tokens, written)
 
     def _scaling(self) -> str | None:
         scaling = getattr(self.model, "rope_scaling", None)
@@ -467,6 +542,11 @@ class Engine:
         return sequence.order[1]
 
 
+def _fingerprint(params: Tree) -> bytes:
+    with where(params):
+        return fingerprint(params)
+
+
 def _window(model: Model) -> int | None:
     """The window, where every layer has it."""
     return model.window if all(kind.startswith("local") for kind in model.pattern) else None
@@ -474,8 +554,9 @@ def _window(model: Model) -> int | None:
 
 @partial(jax.jit, static_argnums=0)
 def _pick(static, params: Tree, hidden: Array, which, knobs: Knobs, seeds, drawn, history: History, slots) -> Drawn:
-    model, limit, top = static
-    rows = logits(params, model, hidden[which][:, None])[:, 0, :limit]
+    model, limit, top, rules = static
+    # Each device has logits of its part of the vocabulary; drawing wants a row as a whole.
+    rows = constrain(logits(params, model, hidden[which][:, None]), (None, None, None), rules)[:, 0, :limit]
     return draws.draw(rows, knobs, draws.row_keys(seeds, drawn), history, slots=slots, top=top)
 
 

@@ -20,7 +20,7 @@ from lmx.models.linears import linear_specs
 from lmx.models.positions import alibi_slopes, bucket_bias, buckets
 from lmx.models.rope import rotate
 from lmx.models.sites import NONE, Sites
-from lmx.parallel.attention import attend_pages
+from lmx.parallel.attention import attend_pages, write_pages
 from lmx.parallel.attention import attention as attend
 from lmx.parallel.collective import linear_back, linears
 from lmx.parallel.rules import constrain
@@ -122,7 +122,7 @@ def attention(
     sites = context.sites
     query, key, value = (_site(sites, "attention", name, a) for name, a in (("query", query), ("key", key), ("value", value)))
     if context.pages is not None:
-        cache = paged.write(cache, key[0], value[0], context.pages.slots)
+        cache = write_pages(cache, key[0], value[0], context.pages.slots, execution)
         query, bias = _paged_bias(query, params, config, context)
         window = config.window if local else None
         mixed = attend_pages(query, cache, context.pages.view, execution, bias=bias, window=window, **_scores(config, x.dtype))

@@ -5,14 +5,16 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Int
 
 from lmx.core.execution import Execution
 from lmx.kernels import paged, reference
 from lmx.kernels.attention import attention as kernel
 from lmx.kernels.masks import Mask
-from lmx.kernels.paged import View
+from lmx.kernels.paged import Bias, View
 from lmx.parallel import context
 from lmx.parallel.manual import axes, manual, names
 from lmx.parallel.rules import partition
@@ -58,7 +60,7 @@ def attention(
     # Fewer key heads than tensor devices: all are everywhere, and each device takes the one its query heads share.
     choose = of_q[2] is not None and of_k[2] is None and k.shape[2] > 1
 
-    def rows(a: Array | None, *axes_: str) -> jax.sharding.PartitionSpec | None:
+    def rows(a: Array | None, *axes_: str) -> P | None:
         return None if a is None else place(axes_, a.shape)
 
     of_mask = jax.tree.map(lambda a: rows(a, "batch", "length"), mask)
@@ -82,6 +84,30 @@ def attention(
     return manual(local, in_specs, of_q)(q, k, v, mask, slopes, bias, keep)
 
 
+def page_heads(heads: int, kv_heads: int, tensor: int) -> int:
+    """How many key heads pages have for `tensor` devices to divide: where there are fewer than devices, each has its own copy of the one that
+    its query heads share."""
+    return kv_heads * context.repeats(heads, kv_heads, tensor)
+
+
+def write_pages(
+    cache: dict[str, Array],
+    key: Float[Array, "tokens kv_heads head_dim"],
+    value: Float[Array, "tokens kv_heads head_dim"],
+    slots: Int[Array, "tokens"],
+    execution: Execution,
+) -> dict[str, Array]:
+    """As `lmx.kernels.paged.write`, each device the heads that it has; pages may have each several times (`page_heads`)."""
+    often = cache["key"].shape[1] // key.shape[1]
+    if often > 1:
+        key, value = (jnp.repeat(a, often, 1) for a in (key, value))
+    at = _of_pages(cache, execution)
+    if at is None:
+        return paged.write(cache, key, value, slots)
+    new = P(None, at["key"][1], None)
+    return manual(paged.write, (at, new, new, P()), at)(cache, key, value, slots)
+
+
 def attend_pages(
     q: Float[Array, "1 tokens heads head_dim"],
     cache: dict[str, Array],
@@ -89,8 +115,31 @@ def attend_pages(
     execution: Execution,
     *,
     scale: float | None = None,
+    slopes: Float[Array, "heads"] | None = None,
+    bias: Bias | None = None,
     **how: Any,
 ) -> Float[Array, "1 tokens heads head_dim"]:
-    """As `lmx.kernels.paged.attention`, of tokens in a batch of one."""
+    """As `lmx.kernels.paged.attention`, of tokens in a batch of one; each device its heads. (A bias is formed of all heads everywhere.)"""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return paged.attention(q[0], cache, view, scale=scale, **how)[None]
+    at = _of_pages(cache, execution)
+    if at is None:
+        return paged.attention(q[0], cache, view, scale=scale, slopes=slopes, bias=bias, **how)[None]
+    axis = at["key"][1]
+
+    def local(q, cache, view, slopes):
+        def own(index: Array, keys: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(bias(index, keys), jax.lax.axis_index(axis) * q.shape[1], q.shape[1], 1)
+
+        return paged.attention(q, cache, view, scale=scale, slopes=slopes, bias=None if bias is None else own, **how)
+
+    heads = P(None, axis, None)
+    return manual(local, (heads, at, P(), P(axis)), heads)(q[0], cache, view, slopes)[None]
+
+
+def _of_pages(cache: dict[str, Array], execution: Execution) -> dict[str, P] | None:
+    """Where a layer's pages are; None where nothing splits them."""
+    sizes = axes()
+    if execution.rules is None or not sizes:
+        return None
+    places = {name: partition((None, "kv_heads", *[None] * (a.ndim - 2)), a.shape, execution.rules, sizes) for name, a in cache.items()}
+    return places if places["key"][1] is not None else None
