@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Several
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import jax
 from jax import Array
@@ -70,15 +71,20 @@ class Place:
 
     def sharding(self, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
         """Where an array is, by the logical names of its dimensions. Of a place with a mesh."""
-        spec = P() if self.execution.rules is None else partition(axes, shape, self.execution.rules, dict(self.mesh.shape))
-        return NamedSharding(self.mesh, spec)
+        if self.execution.rules is None:
+            return NamedSharding(self.mesh, P())
+        spec = partition(axes, shape, self.execution.rules, dict(self.mesh.shape))
+        used = max((i + 1 for i, axis in enumerate(spec) if axis is not None), default=0)
+        return NamedSharding(self.mesh, P(*spec[:used]))  # as programs name it that give such an array back
 
     def weights(self, model: Model, params: Tree) -> Tree:
         """Its part of parameters, as `lmx.infer.weights.reading_params` gives them, on its devices. A stage that is not all of the model has
         its layers as one tuple."""
         table, own = functions(model).specs(model), params
         if not self.whole:
-            own, table = (_stage(tree, model, self.layers) for tree in (params, table | {"layers": _unstacked(table["layers"], params["layers"])}))
+            own, table = (
+                _stage(tree, model, self.layers) for tree in (params, table | {"layers": _unstacked(table["layers"], params["layers"])})
+            )
         return own if self.mesh is None else {name: self._placed(table[name], own[name]) for name in own}
 
     def _placed(self, table: Tree, tree: Tree) -> Tree:
@@ -172,7 +178,9 @@ def places(model: Model, layout: Layout, execution: Execution, devices: Several[
     """
     check(model, layout, len(jax.devices() if devices is None else devices))
     if layout.data > 1:
-        raise ValueError(f"layout.data={layout.data} replicas are as many engines: lmx.infer.Replicas has them; an engine has layout.data=1")
+        raise ValueError(
+            f"layout.data={layout.data} replicas are as many engines: lmx.infer.Replicas has them; an engine has layout.data=1"
+        )
     if execution.rules is not None or execution.split is not None:
         raise ValueError("execution.rules and execution.split are the layout's to say; leave them None, and give layout")
     if layout.devices == 1 and devices is None:
@@ -182,13 +190,15 @@ def places(model: Model, layout: Layout, execution: Execution, devices: Several[
     execution = replace(execution, rules=rules(tensor)) if layout.tensor > 1 else execution
     ends = [model.layers * i // layout.pipeline for i in range(layout.pipeline + 1)]
     meshes = [make_mesh(tensor, list(devices[i * layout.tensor :])) for i in range(layout.pipeline)]
-    return tuple(Place(mesh, execution, own, layout.pipeline == 1) for mesh, own in zip(meshes, zip(ends, ends[1:]), strict=True))
+    return tuple(Place(mesh, execution, own, layout.pipeline == 1) for mesh, own in zip(meshes, pairwise(ends), strict=True))
 
 
 @contextmanager
 def where(params: Tree) -> Iterator[None]:
     """For programs that read parameters where they are: those for several CPU devices are compiled here (`compiled_here` says why)."""
-    meshes = {leaf.sharding.mesh for leaf in jax.tree.leaves(params) if isinstance(leaf, Array) and isinstance(leaf.sharding, NamedSharding)}
+    meshes = {
+        leaf.sharding.mesh for leaf in jax.tree.leaves(params) if isinstance(leaf, Array) and isinstance(leaf.sharding, NamedSharding)
+    }
     with ExitStack() as stack:
         for mesh in meshes:
             stack.enter_context(compiled_here(mesh))
