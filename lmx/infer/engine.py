@@ -203,7 +203,7 @@ class Engine(Door):
         for name, value in (("rows", rows), ("page", page), ("chunk", chunk), ("prompts", prompts)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        stages = places(model, layout, execution, devices)
+        stages = places(model, params, layout, execution, devices)
         self.model, self.tokenizer, self.execution = model, tokenizer, execution
         self.longest = min(context_of(model), longest or context_of(model))
         self.limit = model.vocab if tokenizer is None else min(tokenizer.vocab, model.vocab)

@@ -167,11 +167,12 @@ def check(model: Model, layout: Layout, available: int) -> None:
         raise ValueError(f"layout.pipeline={layout.pipeline} stages are more than model.layers={model.layers}; use that many at most")
 
 
-def places(model: Model, layout: Layout, execution: Execution, devices: Several[jax.Device] | None = None) -> tuple[Place, ...]:
+def places(model: Model, params: Tree, layout: Layout, execution: Execution, devices: Several[jax.Device] | None) -> tuple[Place, ...]:
     """The stages of an engine.
 
     Args:
-      devices: which ones, stage after stage; None: the first that are here, or where the layout has one, wherever the parameters are.
+      params: of whatever form.
+      devices: which ones, stage after stage; None: the first that are here, or where the layout has one, the one that has the parameters.
 
     Raises:
       ValueError: as `check`; replicas; an execution that brings rules of its own.
@@ -183,7 +184,8 @@ def places(model: Model, layout: Layout, execution: Execution, devices: Several[
         )
     if execution.rules is not None or execution.split is not None:
         raise ValueError("execution.rules and execution.split are the layout's to say; leave them None, and give layout")
-    if layout.devices == 1 and devices is None:
+    spread = any(isinstance(leaf, Array) and len(leaf.devices()) > 1 for leaf in jax.tree.leaves(params))
+    if layout.devices == 1 and devices is None and not spread:
         return (Place(None, execution, (0, model.layers)),)
     devices = jax.devices() if devices is None else devices
     tensor = Layout(tensor=layout.tensor, sequence=False)

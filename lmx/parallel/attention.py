@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -14,7 +15,7 @@ from lmx.core.execution import Execution
 from lmx.kernels import paged, reference
 from lmx.kernels.attention import attention as kernel
 from lmx.kernels.masks import Mask
-from lmx.kernels.paged import Bias, View
+from lmx.kernels.paged import View
 from lmx.parallel import context
 from lmx.parallel.manual import axes, manual, names
 from lmx.parallel.rules import partition
@@ -84,6 +85,25 @@ def attention(
     return manual(local, in_specs, of_q)(q, k, v, mask, slopes, bias, keep)
 
 
+@flax.struct.dataclass
+class HeadBias:
+    """What is added to the scores of attention to pages (`lmx.kernels.paged.Bias`), as a function of arrays, so that devices can have parts
+    of these.
+
+    Attributes:
+      of_heads: arrays whose second dimension is heads.
+      others: arrays that all heads share.
+      function: of them all, new tokens by their index, and keys by their position. Static.
+    """
+
+    of_heads: tuple[Array, ...]
+    others: tuple[Array, ...]
+    function: Callable[..., Array] = flax.struct.field(pytree_node=False)
+
+    def __call__(self, index: Int[Array, "some queries"], keys: Int[Array, "some keys"]) -> Float[Array, "some heads queries keys"]:
+        return self.function(*self.of_heads, *self.others, index, keys)
+
+
 def page_heads(heads: int, kv_heads: int, tensor: int) -> int:
     """How many key heads pages have for `tensor` devices to divide: where there are fewer than devices, each has its own copy of the one that
     its query heads share."""
@@ -116,24 +136,21 @@ def attend_pages(
     *,
     scale: float | None = None,
     slopes: Float[Array, "heads"] | None = None,
-    bias: Bias | None = None,
+    bias: HeadBias | None = None,
     **how: Any,
 ) -> Float[Array, "1 tokens heads head_dim"]:
-    """As `lmx.kernels.paged.attention`, of tokens in a batch of one; each device its heads. (A bias is formed of all heads everywhere.)"""
+    """As `lmx.kernels.paged.attention`, of tokens in a batch of one; each device its heads."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     at = _of_pages(cache, execution)
     if at is None:
         return paged.attention(q[0], cache, view, scale=scale, slopes=slopes, bias=bias, **how)[None]
     axis = at["key"][1]
+    heads, of_bias = P(None, axis), None if bias is None else HeadBias(P(None, axis), P(), bias.function)
 
-    def local(q, cache, view, slopes):
-        def own(index: Array, keys: Array) -> Array:
-            return jax.lax.dynamic_slice_in_dim(bias(index, keys), jax.lax.axis_index(axis) * q.shape[1], q.shape[1], 1)
+    def local(q, cache, view, slopes, bias):
+        return paged.attention(q, cache, view, scale=scale, slopes=slopes, bias=bias, **how)
 
-        return paged.attention(q, cache, view, scale=scale, slopes=slopes, bias=None if bias is None else own, **how)
-
-    heads = P(None, axis, None)
-    return manual(local, (heads, at, P(), P(axis)), heads)(q[0], cache, view, slopes)[None]
+    return manual(local, (heads, at, P(), P(axis), of_bias), heads)(q[0], cache, view, slopes, bias)[None]
 
 
 def _of_pages(cache: dict[str, Array], execution: Execution) -> dict[str, P] | None:

@@ -46,7 +46,7 @@ def params_of(model, seed: int = 0):
 
 def options(model) -> dict:
     """Of an engine so small that texts put each other out."""
-    pool = {"page": 2, "pages": 7} if isinstance(model, EncoderDecoder) else {"page": 4, "pages": 9}
+    pool = {"page": 2, "pages": 7} if isinstance(model, EncoderDecoder) else {"page": 4, "pages": 7}
     return {"rows": 2, "chunk": 8, "trace": True} | pool
 
 
@@ -66,7 +66,7 @@ def alone(model, seed: int = 0) -> list:
 
 def check(found: list, wanted: list) -> None:
     assert [tokens for tokens, _ in found] == [tokens for tokens, _ in wanted]
-    assert len({tuple(tokens) for tokens, _ in found}) > 3, "texts differ"
+    assert len({log_probs[0] for _, log_probs in found}) == len(found), "texts differ"
     for (_, ours), (_, theirs) in zip(found, wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -97,10 +97,12 @@ def test_replicas_compute_side_by_side_and_follow_new_weights():
     job = made.submit(PROMPTS[0], max_new_tokens=20)
     made.step()
     made.cancel(job)
-    assert job.done and not made.busy
+    assert job.done
+    assert not made.busy
     check(texts(made), alone(GROUPED))
     first, second = (one.timeline for one in made.engines)
-    assert first and second
+    assert first
+    assert second
     assert any(a.start < b.start < a.end for a in first for b in second), "one begins while the other computes"
     made.update(params_of(GROUPED, 1))
     check(texts(made), alone(GROUPED, 1))
@@ -163,13 +165,13 @@ def test_what_travels_is_two_sums_a_layer_and_rows_of_logits(monkeypatch):
     spied(runners, "_compute")
     spied(engine, "_pick")
     made.generate([[1, 2, 3]], max_new_tokens=1)
-    (step, _), (pick, (*_, hidden, which, _, _, _, _, _)) = found["_compute"], found["_pick"]
+    (step, _), (pick, (*_, which, _, _, _, _, _)) = found["_compute"], found["_pick"]
     assert Counter(one.kind for one in step) == {"all-reduce": 1 + 2 * GROUPED.layers}, "the embedding's, and each sublayer's"
     assert all(one.size <= 8 * GROUPED.embed * 4 for one in step), "of the step's tokens"
     assert Counter(one.kind for one in pick) == {"all-gather": 1}
     assert pick[0].size == len(which) * GROUPED.vocab * 4
     pages = made._runner.stages[0].layers[0][0]["key"]
-    assert {shard.data.shape for shard in pages.addressable_shards} == {(9, 1, 4, 4)}, "each device has the key head of its query heads"
+    assert {shard.data.shape for shard in pages.addressable_shards} == {(7, 1, 4, 4)}, "each device has the key head of its query heads"
 
 
 @pytest.mark.parametrize(
