@@ -27,15 +27,18 @@ from lmx.core.tree import Tree
 from lmx.data.tokenizers import Tokenizer
 from lmx.infer import sampling as draws
 from lmx.infer.pages import Pages, Statistics
+from lmx.infer.places import places, where
 from lmx.infer.runners import Sizes, runner
 from lmx.infer.sampling import Drawn, History, Knobs, Sampling
 from lmx.infer.scheduler import Scheduler
-from lmx.infer.steps import Chunk, Request, Sequence
+from lmx.infer.steps import Chunk, Request, Sequence, Step
 from lmx.infer.stopping import Stopper
 from lmx.infer.texts import check_continues, check_tokens_alone, context_of
-from lmx.infer.weights import fingerprint, reading_params
+from lmx.infer.weights import fingerprint
 from lmx.models.config import RWKV, EncoderDecoder, Model
 from lmx.models.losses import logits
+from lmx.parallel.layout import Layout
+from lmx.parallel.rules import constrain
 
 Finish = Literal["length", "stop_id", "stop_string", "cancelled"]
 GREEDY = Sampling(temperature=0)
@@ -106,11 +109,65 @@ class Moment:
     pages: int
 
 
-class Engine:
+@dataclass
+class Begun:
+    """A step that the devices have been told to compute.
+
+    Attributes:
+      rows: those that get a token: the place of their chunk, the sequence, which of those that it is to become.
+      drawn: their tokens, on the devices; None where none is drawn.
+      penalised: sequences whose history these go to, and the place of each.
+    """
+
+    step: Step
+    started: float
+    rows: list[tuple[int, Sequence, int]]
+    drawn: Drawn | None = None
+    penalised: list[tuple[Sequence, int]] = field(default_factory=list)
+
+
+class Door:
+    """What is the same of one engine and of several, by what each has of its own."""
+
+    def run(self) -> None:
+        """Until nothing is left to do."""
+        while self.busy:
+            self.step()
+
+    def stream(self, job: Job) -> Iterator[Piece]:
+        """The pieces of a request, those that there are and then as they come, while all others go on too. Streams may run side by side."""
+        given = 0
+        while True:
+            new = job.pieces[given:]
+            yield from new
+            given += len(new)
+            if not new and job.done:
+                return
+            if given == len(job.pieces) and not job.done:
+                self.step()
+
+    def generate(self, prompts: Several[Several[int] | str], **wishes) -> list[list[Completion]]:
+        """Each prompt's texts; `wishes` are those of `submit`."""
+        jobs: list[Job] = []
+        try:
+            for prompt in prompts:
+                jobs.append(self.submit(prompt, **wishes))
+        except ValueError:
+            for job in jobs:
+                self.cancel(job)
+            raise
+        self.run()
+        return [job.completions for job in jobs]
+
+
+class Engine(Door):
     """Continuous batching over the one forward.
 
     Args:
-      params: as of `lmx.infer.generate`; they are kept in a form of the engine's own.
+      params: as of `lmx.infer.generate`, wherever they are; they are kept in a form of the engine's own.
+      layout: tensor and pipeline devices, as of training (`lmx.infer.places`).
+      devices: which; the first ones by default.
+      sharing: an engine of the same model, layout and devices, whose weights this one reads too, in place of `params`; it is updated first.
       tokenizer: with one, prompts may be strings, texts come back, and strings may stop them.
       rows: texts that run at a time.
       page: tokens of a page.
@@ -127,7 +184,7 @@ class Engine:
       trace: whether `timeline` is kept.
 
     Raises:
-      ValueError: a model that continues nothing, or that reads more than tokens.
+      ValueError: a model that continues nothing, or that reads more than tokens; a layout that does not fit it.
     """
 
     def __init__(
@@ -135,6 +192,9 @@ class Engine:
         model: Model,
         params: Tree,
         *,
+        layout: Layout = Layout(),
+        devices: Several[jax.Device] | None = None,
+        sharing: "Engine | None" = None,
         tokenizer: Tokenizer | None = None,
         rows: int = 16,
         page: int = 16,
@@ -166,6 +226,7 @@ class Engine:
             raise ValueError(f"top={top} must be at least 0 and at most the vocabulary's {model.vocab}")
         if cache is not None and jnp.dtype(cache) != jnp.int8 and not jnp.issubdtype(cache, jnp.floating):
             raise ValueError(f"cache={cache!r} is no type for keys and values: int8, or one of floating point")
+        stages = places(model, params, layout, execution, devices)
         self.model, self.tokenizer, self.execution = model, tokenizer, execution
         self.longest = longest
         self.limit = model.vocab if tokenizer is None else min(tokenizer.vocab, model.vocab)
@@ -184,12 +245,13 @@ class Engine:
             states=recurrent or reading,
             host_pages=host_pages,
         )
-        self._fingerprint = fingerprint(params)
+        self._sharing, self._fingerprint = sharing, _fingerprint(params) if sharing is None else sharing._fingerprint
         dtype = cache or execution.precision.compute
         kept = {"pages": count_of, "page": page, "longest": self.longest, "host_pages": host_pages}
-        self._runner = runner(model, reading_params(model, params, execution), execution, sizes, dtype=dtype, **kept)
-        self._sizes = sizes
-        self._history = draws.blank(rows + 1, model.vocab)
+        self._runner = runner(model, stages, sizes, dtype=dtype, **kept)
+        self._load(params)
+        self._sizes, self._place = sizes, self._runner.place
+        self._history = self._place.put(draws.blank(rows + 1, model.vocab))
         self._in_history: dict[int, Sequence] = {}
         self._seeds, self._numbers = np.random.default_rng(seed), count()
         self._jobs: dict[Request, Job] = {}
@@ -222,11 +284,9 @@ class Engine:
         Raises:
           ValueError: what cannot be done, by name; the engine goes on with the rest.
         """
-        if isinstance(prompt, str) and self.tokenizer is None:
-            raise ValueError("the prompt is a string, so the engine needs a tokenizer")
         if stop and self.tokenizer is None:
             raise ValueError(f"stop={list(stop)!r} are strings, so the engine needs a tokenizer; or give stop_ids")
-        ids = tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else map(int, prompt))
+        ids = self.read(prompt)
         if not ids:
             raise ValueError("the prompt is empty; begin it with at least one token")
         if not 0 <= top <= self.top:
@@ -263,10 +323,32 @@ class Engine:
             sequence.fingerprint = self._context(len(begun), long=True)
         return job
 
+    def read(self, prompt: Several[int] | str) -> tuple[int, ...]:
+        """A prompt's tokens."""
+        if isinstance(prompt, str) and self.tokenizer is None:
+            raise ValueError("the prompt is a string, so the engine needs a tokenizer")
+        return tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else map(int, prompt))
+
+    def cost(self, prompt: Several[int]) -> int:
+        """How many tokens are to be computed until a prompt that comes now could draw its first: those of all that is here, as long as it may
+        become, and of the prompt what is in no page."""
+        here = sum(s.remaining + s.request.max_new_tokens - (len(s.tokens) - len(s.request.prompt)) for s in self._all())
+        found = 0
+        if self.pages is not None and self.reuse and prompt and not isinstance(self.model, EncoderDecoder):
+            found = self.pages.size * len(self.pages.match(self._context(len(prompt), long=False), prompt))
+        return here + len(prompt) - found
+
+    def holds(self, job: Job) -> bool:
+        """Whether a request is on its way here."""
+        return job.request in self._jobs
+
+    def _all(self) -> list[Sequence]:
+        return self._scheduler.running + self._scheduler.waiting
+
     @property
     def busy(self) -> bool:
         """Whether anything runs or waits."""
-        return bool(self._scheduler.running or self._scheduler.waiting)
+        return bool(self._all())
 
     @property
     def statistics(self) -> Statistics | None:
@@ -285,79 +367,59 @@ class Engine:
         """Other weights from here on. Texts that are running go on, what they have read and written being read again; nothing that was cached
         under the old weights is found again."""
         check_tokens_alone(self.model, params)
-        new, read = fingerprint(params), reading_params(self.model, params, self.execution)
+        new = _fingerprint(params) if self._sharing is None else self._sharing._fingerprint
         old, self._fingerprint = self._fingerprint, new
         self._scheduler.restart(lambda known: known.replace(old, new, 1))
         if self.pages is not None:
             self.pages.clear()
-        self._runner.params = read
+        self._load(params)
 
-    def run(self) -> None:
-        """Until nothing is left to do."""
-        while self.busy:
-            self.step()
-
-    def stream(self, job: Job) -> Iterator[Piece]:
-        """The pieces of a request, those that there are and then as they come, while all others go on too. Streams may run side by side."""
-        given = 0
-        while True:
-            new = job.pieces[given:]
-            yield from new
-            given += len(new)
-            if not new and job.done:
-                return
-            if given == len(job.pieces) and not job.done:
-                self.step()
-
-    def generate(self, prompts: Several[Several[int] | str], **wishes) -> list[list[Completion]]:
-        """Each prompt's texts; `wishes` are those of `submit`."""
-        jobs: list[Job] = []
-        try:
-            for prompt in prompts:
-                jobs.append(self.submit(prompt, **wishes))
-        except ValueError:
-            for job in jobs:
-                self.cancel(job)
-            raise
-        self.run()
-        return [job.completions for job in jobs]
+    def _load(self, params: Tree) -> None:
+        if self._sharing is None:
+            self._runner.load(params)
+        else:
+            self._runner.share(self._sharing._runner)
 
     def step(self) -> list[Piece]:
         """Computes one step; gives what it, and what was cancelled before it, added to texts. Does nothing when nothing is left to do."""
-        started = time.perf_counter()
-        if self.busy:
-            with jax.default_matmul_precision(self.execution.precision.products):
-                self._compute(started)
-        pieces, self._pieces = self._pieces, []
-        return pieces
+        return self.finish(self.begin())
 
-    def _compute(self, started: float) -> None:
+    def begin(self) -> "Begun | None":
+        """The first half of a step: the devices are told what to compute, and not waited for. Then comes `finish`."""
+        if not self.busy:
+            return None
+        started = time.perf_counter()
         step = self._scheduler.plan()
         self._runner.move(step)
         back = {move.target for move in step.slots_in}  # what an encoder said is read again rather than kept on the host
         for sequence in [*step.started, *(c.sequence for c in step.chunks if c.sequence.slot in back)]:
             self._runner.start(sequence, self._jobs[sequence.request].source)
         rows = [(i, chunk.sequence, k) for i, chunk in enumerate(step.chunks) if chunk.draws for k in range(chunk.sequence.rows)]
-        take = sorted({i for i, _, _ in rows})
+        begun, take = Begun(step, started, rows), sorted({i for i, _, _ in rows})
         hidden = self._runner.compute(step, take, self._spans(step.chunks))
-        drawn = self._draw(hidden, [(take.index(i), sequence, k) for i, sequence, k in rows]) if rows else None
-        self._advance(step, rows, drawn)
-        if self.timeline is not None:
-            self._mark(step, started)
+        if rows:
+            begun.drawn, begun.penalised = self._draw(hidden, [(take.index(i), sequence, k) for i, sequence, k in rows])
+        return begun
+
+    def finish(self, begun: "Begun | None") -> list[Piece]:
+        """The second half: waits for what was drawn; gives what that adds to texts."""
+        if begun is not None:
+            self._advance(begun.step, begun.rows, self._found(begun))
+            if self.timeline is not None:
+                self._mark(begun.step, begun.started)
+        pieces, self._pieces = self._pieces, []
+        return pieces
 
     def warm_up(self) -> None:
         """Compiles every program that there may be, so that no request waits for one."""
-        with jax.default_matmul_precision(self.execution.precision.products):
-            self._runner.warm_up()
-            self._warm_up()
-
-    def _warm_up(self) -> None:
-        hidden = jnp.zeros((self._sizes.rows, self.model.embed), self.execution.precision.compute)
+        self._runner.warm_up()
+        hidden = self._place.put(jnp.zeros((self._sizes.rows, self.model.embed), self.execution.precision.compute))
         for rows in self._sizes.decodes:
             self._picked(hidden, np.zeros(rows, np.int32), draws.knobs([None] * rows, self.limit), *np.zeros((3, rows), np.int32))
-        for length in {self._length(tokens) for tokens in range(1, self.longest + 1)}:
-            self._history = _begun(self._history, np.int32(0), np.full(length, -1, np.int32), np.zeros(length, bool))
-        self._history = _extended(self._history, np.int32(0), np.int32(0))
+        with self._place.entered():
+            for length in {self._length(tokens) for tokens in range(1, self.longest + 1)}:
+                self._history = _begun(self._history, np.int32(0), np.full(length, -1, np.int32), np.zeros(length, bool))
+            self._history = _extended(self._history, np.int32(0), np.int32(0))
 
     def _advance(self, step, rows, drawn: Drawn | None) -> None:
         """Texts with what was drawn, and the scheduler with who goes on."""
@@ -387,7 +449,11 @@ class Engine:
             job = self._jobs.get(sequence.request)
             if job is not None and job.done:
                 self._forget(job)
-            elif sequence.status == "running" and self._turned(sequence) and sequence.fingerprint != (there := self._context(len(sequence.request.prompt), long=True)):
+            elif (
+                sequence.status == "running"
+                and self._turned(sequence)
+                and sequence.fingerprint != (there := self._context(len(sequence.request.prompt), long=True))
+            ):
                 self._scheduler.renew(sequence, there)
 
     def _written(self, job: Job, sample: int, token: int, drawn: Drawn, place: int) -> bool:
@@ -423,8 +489,9 @@ class Engine:
         self._samples = {s: n for s, n in self._samples.items() if s.request is not job.request}
         self._in_history = {slot: s for slot, s in self._in_history.items() if s.request is not job.request}
 
-    def _draw(self, hidden: Array, rows: list[tuple[int, Sequence, int]]) -> Drawn:
-        """One token for each of the rows: which hidden state, whose, and which of the sequences that it is to become."""
+    def _draw(self, hidden: Array, rows: list[tuple[int, Sequence, int]]) -> tuple[Drawn, list[tuple[Sequence, int]]]:
+        """One token for each of the rows: which hidden state, whose, and which of the sequences that it is to become. And as of `Begun`, whose
+        history they go to."""
         size = self._sizes.least(len(rows), 0)[0]
         which, drawn, slots, seeds = *(np.zeros(size, np.int32) for _ in range(3)), np.zeros(size, np.uint32)
         wishes: list[Sampling | None] = [None] * size
@@ -441,17 +508,23 @@ class Engine:
                 self._remember(sequence)
         if len(self._knobs[0]) != size or any(a is not b for a, b in zip(self._knobs[0], wishes, strict=True)):
             self._knobs = wishes, draws.knobs(wishes, self.limit)
-        found = jax.device_get(self._picked(hidden, which, self._knobs[1], seeds, drawn, slots))
-        for sequence, place in penalised:
+        return self._picked(hidden, which, self._knobs[1], seeds, drawn, slots), penalised
+
+    def _found(self, begun: Begun) -> Drawn | None:
+        """What was drawn, and histories with it."""
+        found = jax.device_get(begun.drawn)
+        for sequence, place in begun.penalised:
             if sequence.rows == 1:
-                self._history = _extended(self._history, np.int32(sequence.slot), found.tokens[place])
+                with self._place.entered():
+                    self._history = _extended(self._history, np.int32(sequence.slot), found.tokens[place])
             else:  # it and those that it becomes begin with what each has drawn
                 self._in_history.pop(sequence.slot, None)
         return found
 
     def _picked(self, hidden: Array, which, knobs: Knobs, seeds, drawn, slots) -> Drawn:
-        static = self.model, self.limit, self.top
-        return _pick(static, self._runner.params, hidden, which, knobs, seeds.astype(np.uint32), drawn, self._history, slots)
+        static = self.model, self.limit, self.top, self._place.execution.rules
+        with self._place.entered():
+            return _pick(static, self._runner.params, hidden, which, knobs, seeds.astype(np.uint32), drawn, self._history, slots)
 
     def _remember(self, sequence: Sequence) -> None:
         """The history of a sequence that is new to its slot."""
@@ -462,7 +535,8 @@ class Engine:
         length = self._length(len(sequence.tokens))
         tokens, written = np.full(length, -1, np.int32), np.zeros(length, bool)
         tokens[: len(sequence.tokens)], written[len(sequence.request.prompt) : len(sequence.tokens)] = sequence.tokens, True
-        self._history = _begun(self._history, np.int32(sequence.slot), tokens, written)
+        with self._place.entered():
+            self._history = _begun(self._history, np.int32(sequence.slot), tokens, written)
 
     @staticmethod
     def _length(tokens: int) -> int:
@@ -507,6 +581,11 @@ class Engine:
         return sequence.order[1]
 
 
+def _fingerprint(params: Tree) -> bytes:
+    with where(params):
+        return fingerprint(params)
+
+
 def _window(model: Model) -> int | None:
     """The window, where every layer has it."""
     return model.window if all(kind.startswith("local") for kind in model.pattern) else None
@@ -514,8 +593,9 @@ def _window(model: Model) -> int | None:
 
 @partial(jax.jit, static_argnums=0)
 def _pick(static, params: Tree, hidden: Array, which, knobs: Knobs, seeds, drawn, history: History, slots) -> Drawn:
-    model, limit, top = static
-    rows = logits(params, model, hidden[which][:, None])[:, 0]
+    model, limit, top, rules = static
+    # Each device has logits of its part of the vocabulary; drawing wants a row as a whole.
+    rows = constrain(logits(params, model, hidden[which][:, None]), (None, None, None), rules)[:, 0]
     # What only pads the vocabulary is never drawn, and has its part in what `raw` means, as where the model is trained and scored.
     allowed = None if limit == model.vocab else jnp.arange(model.vocab)[None] < limit
     return draws.draw(rows, knobs, draws.row_keys(seeds, drawn), history, slots=slots, allowed=allowed, top=top)

@@ -1,4 +1,4 @@
-"""The device's side of the engine: caches, and the programs that compute a step of the scheduler.
+"""The devices' side of the engine: caches, and the programs that compute a step of the scheduler.
 
 A program is compiled for a number of rows that decode and of tokens of prompts, of which there are few (`Sizes`); whatever a step has is
 padded to the next. So nothing is compiled once each has been.
@@ -14,14 +14,17 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from lmx.core.execution import Execution
-from lmx.core.tree import Tree
+from lmx.core.tree import Tree, map_named
+from lmx.infer.places import Place, where
 from lmx.infer.steps import Chunk, Move, Sequence, Step
+from lmx.infer.weights import reading_params
 from lmx.kernels.paged import View
 from lmx.models import rwkv, transformer
 from lmx.models.attention import Pages
 from lmx.models.config import RWKV, EncoderDecoder, Model, Transformer
 from lmx.models.transformer import Paged, Source
+from lmx.parallel.attention import page_heads
+from lmx.parallel.rules import constrain
 
 MOVES = 16
 """Pages, or states, that one program moves."""
@@ -61,11 +64,71 @@ class Sizes:
         return min((pair for pair in self.all if pair[0] >= rows and pair[1] >= tokens and bool(pair[1]) == bool(tokens)), key=sum)
 
 
+class Stage:
+    """Consecutive layers on their devices, mostly all there are: parameters, pages, and the programs that compute them.
+
+    Args:
+      pages, page: how many, and tokens of each.
+      dtype: of keys and values; int8 with a scale for each vector.
+      host_pages: pages in the host's memory.
+    """
+
+    def __init__(self, model: Transformer, place: Place, *, pages: int, page: int, dtype, host_pages: int):
+        self.place, self.params, self._static = place, {}, (model, place)
+        self.layers = self._empty(model, pages, page, dtype)
+        self._host = jax.tree.map(lambda a: np.zeros((host_pages + 1, *a.shape[1:]), a.dtype), self.layers) if host_pages else None
+
+    def _empty(self, model: Transformer, pages: int, page: int, dtype) -> Tree:
+        place, shards = self.place, 1 if self.place.execution.rules is None else self.place.mesh.shape["tensor"]
+
+        def empty() -> Tree:
+            layers = transformer.empty_pages(model, pages, page, dtype, heads=page_heads(model.heads, model.key_heads, shards))
+            return layers if place.whole else tuple(layer for group in layers for layer in group)[slice(*place.layers)]
+
+        if place.mesh is None:
+            return empty()
+        at = jax.tree.map(lambda a: place.sharding((None, "kv_heads", *[None] * (a.ndim - 2)), a.shape), jax.eval_shape(empty))
+        with place.entered():
+            return jax.jit(empty, out_shardings=at)()
+
+    def move(self, step: Step) -> None:
+        """Pages, as the step says."""
+        with self.place.entered():
+            for moves in _some(step.pages_out):
+                found = jax.device_get(_taken(self.layers, _ids(moves, 0)))
+                jax.tree.map(lambda host, new, to=[m.target for m in moves]: host.__setitem__(to, new[: len(to)]), self._host, found)
+            self.copy(step.copies)
+            for moves in _some(step.pages_in):
+                new = jax.tree.map(lambda host, ids=_ids(moves, 0): host[ids], self._host)
+                self.layers = _put(self.layers, new, _ids(moves, 1))
+
+    def copy(self, several: Several[Move]) -> None:
+        """Pages to pages."""
+        with self.place.entered():
+            for moves in _some(several):
+                self.layers = _copied(self.layers, _ids(moves, 0), _ids(moves, 1))
+
+    def read(self, source: Source, slots: np.ndarray) -> None:
+        """What an encoder makes of a source goes to pages."""
+        with self.place.entered():
+            self.layers = _read(self._static, self.params, self.layers, source, slots)
+
+    def compute(self, x: Array, pages: Pages, take: np.ndarray) -> Array:
+        """What the layers make of tokens, or of what the stage before gave; of the last stage the rows `take`."""
+        with self.place.entered():
+            self.layers, x = _compute(self._static, self.params, self.layers, x, pages, take)
+        return x
+
+
 class PagedRunner:
     """Of a transformer: its pages, and of an encoder-decoder what the encoder made of each sequence's source, in pages behind the pool's.
 
+    Where the stack is cut into stages, a step goes through one after the other: each is at work for its share of the time, and all together are as
+    fast as one device that could hold everything, but for handing on `[tokens, embed]` numbers. No call waits for devices, so that what is
+    computed for other requests meanwhile (`lmx.infer.replicas`) finds the stages that are free.
+
     Args:
-      params: as `lmx.infer.weights.reading_params` gives them.
+      places: the stages.
       pages, page: of the pool, and tokens of each.
       longest: tokens of a text, at most.
       dtype: of keys and values; int8 with a scale for each vector.
@@ -75,8 +138,7 @@ class PagedRunner:
     def __init__(
         self,
         model: Transformer,
-        params: Tree,
-        execution: Execution,
+        places: Several[Place],
         sizes: Sizes,
         *,
         pages: int,
@@ -85,30 +147,43 @@ class PagedRunner:
         dtype,
         host_pages: int = 0,
     ):
-        self.model, self.params, self.sizes, self.page = model, params, sizes, page
-        self._execution, self._static = execution, (model, execution)
+        self.model, self.sizes, self.page = model, sizes, page
         self._most = (sizes.rows + sizes.prompts) * -(-longest // page)
         self._source = -(-model.encoder.context // page) if isinstance(model, EncoderDecoder) else 0
-        self._pool = pages
-        self.layers = transformer.empty_pages(model, pages + sizes.rows * self._source, page, dtype)
-        self._host = jax.tree.map(lambda a: np.zeros((host_pages + 1, *a.shape[1:]), a.dtype), self.layers) if host_pages else None
+        self._pool, self._swaps = pages, host_pages > 0
+        kept = {"pages": pages + sizes.rows * self._source, "page": page, "dtype": dtype, "host_pages": host_pages}
+        self.stages = tuple(Stage(model, place, **kept) for place in places)
         self._sources: dict[int, int] = {}  # tokens of each slot's source
         self._spans = model.rope_scaling is not None and model.rope_scaling.kind in ("dynamic", "longrope")
+
+    @property
+    def place(self) -> Place:
+        """Where hidden states come out."""
+        return self.stages[-1].place
+
+    @property
+    def params(self) -> Tree:
+        """Those there, of which some make logits."""
+        return self.stages[-1].params
+
+    def load(self, params: Tree) -> None:
+        """Takes parameters, in whatever form and wherever they are."""
+        read = _read_params(self.model, params, self.place)
+        for stage in self.stages:
+            stage.params = stage.place.weights(self.model, read)
+
+    def share(self, other: "PagedRunner") -> None:
+        """Takes the parameters that another, over the same places, has."""
+        for stage, there in zip(self.stages, other.stages, strict=True):
+            stage.params = there.params
 
     def move(self, step: Step) -> None:
         """What stands before the step."""
         forks = [Move(*pair) for m in step.forks for pair in zip(self._of_source(m.source), self._of_source(m.target), strict=True)]
         self._sources |= {m.target: self._sources[m.source] for m in step.forks}
-        for moves in _some(forks):
-            self.layers = _copied(self.layers, _ids(moves, 0), _ids(moves, 1))
-        for moves in _some(step.pages_out):
-            found = jax.device_get(_taken(self.layers, _ids(moves, 0)))
-            jax.tree.map(lambda host, new, to=[m.target for m in moves]: host.__setitem__(to, new[: len(to)]), self._host, found)
-        for moves in _some(step.copies):
-            self.layers = _copied(self.layers, _ids(moves, 0), _ids(moves, 1))
-        for moves in _some(step.pages_in):
-            new = jax.tree.map(lambda host, ids=_ids(moves, 0): host[ids], self._host)
-            self.layers = _put(self.layers, new, _ids(moves, 1))
+        for stage in self.stages:
+            stage.copy(forks)
+            stage.move(step)
 
     def start(self, sequence: Sequence, source: Several[int] | None) -> None:
         """Reads the source of a sequence that begins to run."""
@@ -123,7 +198,8 @@ class PagedRunner:
         here = np.arange(len(source))
         tokens[0, : len(source)], segments[0, : len(source)] = source, 1
         at[0, : len(source)] = pages[here // self.page] * self.page + here % self.page
-        self.layers = _read(self._static, self.params, self.layers, Source(tokens, segments=segments), at[0])
+        (stage,) = self.stages
+        stage.read(Source(tokens, segments=segments), at[0])
 
     def _source_lengths(self) -> list[int]:
         """Of sources, in the programs that read them: twice the last each time."""
@@ -139,7 +215,7 @@ class PagedRunner:
     def warm_up(self) -> None:
         """Compiles every program."""
         self.move(Step(copies=[Move(0, 0)]))
-        if self._host is not None:
+        if self._swaps:
             self.move(Step(pages_out=[Move(0, 0)], pages_in=[Move(0, 0)]))
         for length in self._source_lengths() if self._source else []:
             self._read([0] * min(length, self.model.encoder.context), np.zeros(self._source, np.int32))
@@ -182,7 +258,9 @@ class PagedRunner:
         taken = np.zeros(self.sizes.rows, np.int32)
         taken[: len(take)] = [last[i] for i in take]
         there = Pages(view, slots, source, None if spans is None else at_least)
-        self.layers, hidden = _compute(self._static, self.params, self.layers, tokens, there, taken)
+        hidden = tokens
+        for stage in self.stages:
+            hidden = stage.compute(hidden if stage is self.stages[0] else stage.place.put(hidden), there, taken)
         return hidden
 
     def _of_source(self, slot: int) -> np.ndarray:
@@ -193,19 +271,34 @@ class PagedRunner:
 class StateRunner:
     """Of a recurrent model: a state for each slot, of which slot 0 is nobody's."""
 
-    def __init__(self, model: RWKV, params: Tree, execution: Execution, sizes: Sizes, *, dtype):
-        self.model, self.params, self.sizes, self._static = model, params, sizes, (model, execution)
-        self._empty = rwkv.empty_cache(model, 1, 0, dtype)
-        self.states = jax.tree.map(lambda a: jnp.repeat(a, sizes.rows + 1, 0), self._empty)
+    def __init__(self, model: RWKV, place: Place, sizes: Sizes, *, dtype):
+        self.model, self.place, self.params, self.sizes, self._static = model, place, {}, sizes, (model, place)
+        self._empty = jax.device_get(rwkv.empty_cache(model, 1, 0, dtype))
+        with place.entered():
+            self.states = jax.tree.map(lambda a: jnp.repeat(a, sizes.rows + 1, 0), self._empty)
+            self.states = place.put(self.states) if place.execution.rules is None else _kept(self.states, place)
+
+    def load(self, params: Tree) -> None:
+        """As of `PagedRunner`."""
+        self.params = self.place.weights(self.model, _read_params(self.model, params, self.place))
+
+    def share(self, other: "StateRunner") -> None:
+        """As of `PagedRunner`."""
+        self.params = other.params
 
     def move(self, step: Step) -> None:
         """What stands before the step."""
-        for moves in _some(step.forks):
-            self.states = _copied(self.states, _ids(moves, 0), _ids(moves, 1))
+        with self.place.entered():
+            for moves in _some(step.forks):
+                self.states = _copied(self.states, _ids(moves, 0), _ids(moves, 1))
 
     def start(self, sequence: Sequence, source: Several[int] | None) -> None:
         """An empty state for a sequence that begins to run."""
-        self.states = _put(self.states, self._empty, np.array([sequence.slot], np.int32))
+        self._clear(sequence.slot)
+
+    def _clear(self, slot: int) -> None:
+        with self.place.entered():
+            self.states = _put(self.states, self._empty, np.array([slot], np.int32))
 
     def compute(self, step: Step, take: Several[int], spans: Several[int] | None = None) -> Float[Array, "rows embed"]:
         """As of `PagedRunner`; prompts one after another."""
@@ -217,12 +310,12 @@ class StateRunner:
             found.append(self._run([chunk], 1, self.sizes.least(0, chunk.count)[1]))
         hidden = np.zeros((self.sizes.rows, self.model.embed), found[0].dtype)
         hidden[: len(take)] = np.concatenate(jax.device_get(found))[np.asarray(take, np.int32)]
-        return hidden
+        return self.place.put(hidden)
 
     def warm_up(self) -> None:
         """Compiles every program."""
         self.move(Step(forks=[Move(0, 0)]))
-        self.states = _put(self.states, self._empty, np.array([0], np.int32))
+        self._clear(0)
         for rows, tokens in self.sizes.all:
             if not tokens or not rows:
                 self._run([], rows or 1, tokens or 1)
@@ -233,37 +326,62 @@ class StateRunner:
         for i, chunk in enumerate(chunks):
             tokens[i, : chunk.count] = chunk.sequence.tokens[chunk.start : chunk.start + chunk.count]
             segments[i, : chunk.count], slots[i], last[i] = 1, chunk.sequence.slot, chunk.count - 1
-        self.states, hidden = _recur(self._static, self.params, self.states, tokens, segments, slots, last)
+        with self.place.entered():
+            self.states, hidden = _recur(self._static, self.params, self.states, tokens, segments, slots, last)
         return hidden
 
 
-def runner(model: Model, params: Tree, execution: Execution, sizes: Sizes, *, dtype, **pages) -> PagedRunner | StateRunner:
-    """That of a model."""
+def runner(model: Model, places: Several[Place], sizes: Sizes, *, dtype, **pages) -> PagedRunner | StateRunner:
+    """That of a model, which is to be given parameters (`load`)."""
     if isinstance(model, RWKV):
-        return StateRunner(model, params, execution, sizes, dtype=execution.precision.compute)
-    return PagedRunner(model, params, execution, sizes, dtype=dtype, **pages)
+        return StateRunner(model, places[0], sizes, dtype=places[0].execution.precision.compute)
+    return PagedRunner(model, places, sizes, dtype=dtype, **pages)
+
+
+def _read_params(model: Model, params: Tree, place: Place) -> Tree:
+    with where(params):
+        return reading_params(model, params, place.execution)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _compute(static, params: Tree, layers: Tree, tokens: Array, pages: Pages, take: Array) -> tuple[Tree, Array]:
-    model, execution = static
-    output = transformer.forward(params, model, tokens, cache=Paged(layers, pages), execution=execution)
-    return output.cache.layers, output.hidden[0, take]
+def _compute(static, params: Tree, layers: Tree, x: Array, pages: Pages, take: Array) -> tuple[Tree, Array]:
+    model, place = static
+    cache, execution = Paged(layers, pages), place.execution
+    if place.whole:
+        output = transformer.forward(params, model, x, cache=cache, execution=execution)
+        return output.cache.layers, output.hidden[0, take]
+    x, cache = transformer.over_pages(params, model, x, cache, execution, first=place.layers[0])
+    return cache.layers, x[0, take] if place.layers[1] == model.layers else x
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _recur(static, params: Tree, states: Tree, tokens: Array, segments: Array, slots: Array, last: Array) -> tuple[Tree, Array]:
-    model, execution = static
+    model, place = static
     own = jax.tree.map(lambda a: a[slots], states)
-    output = rwkv.forward(params, model, tokens, segments=segments, cache=own, execution=execution)
+    output = rwkv.forward(params, model, tokens, segments=segments, cache=own, execution=place.execution)
     states = jax.tree.map(lambda a, new: a.at[slots].set(new), states, output.cache)
-    return states, output.hidden[jnp.arange(len(slots)), last]
+    return _held(states, place), output.hidden[jnp.arange(len(slots)), last]
+
+
+def _held(states: Tree, place: Place) -> Tree:
+    """Sums over tokens are where their heads (or channels) are."""
+
+    def hold(name: str, a: Array) -> Array:
+        names = (None, "heads") if "sums" in name.split("/") else (None, None)
+        return constrain(a, (*names, *[None] * (a.ndim - 2))[: a.ndim], place.execution.rules)
+
+    return map_named(hold, states)
+
+
+@partial(jax.jit, static_argnums=1)
+def _kept(states: Tree, place: Place) -> Tree:
+    return _held(states, place)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _read(static, params: Tree, layers: Tree, source: Source, slots: Array) -> Tree:
-    model, execution = static
-    return transformer.read_source(params, model, source, layers, slots, execution)
+    model, place = static
+    return transformer.read_source(params, model, source, layers, slots, place.execution)
 
 
 @jax.jit

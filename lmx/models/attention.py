@@ -8,7 +8,6 @@ from jaxtyping import Float, Int
 
 from lmx.core.execution import Execution
 from lmx.core.tree import Tree
-from lmx.kernels import paged
 from lmx.kernels.masks import Mask
 from lmx.kernels.paged import View
 from lmx.kernels.wide import wide
@@ -20,7 +19,7 @@ from lmx.models.linears import linear_specs
 from lmx.models.positions import alibi_slopes, bucket_bias, buckets
 from lmx.models.rope import rotate
 from lmx.models.sites import NONE, Sites
-from lmx.parallel.attention import attend_pages
+from lmx.parallel.attention import HeadBias, attend_pages, write_pages
 from lmx.parallel.attention import attention as attend
 from lmx.parallel.collective import linear_back, linears
 from lmx.parallel.rules import constrain
@@ -122,7 +121,7 @@ def attention(
     sites = context.sites
     query, key, value = (_site(sites, "attention", name, a) for name, a in (("query", query), ("key", key), ("value", value)))
     if context.pages is not None:
-        cache = paged.write(cache, key[0], value[0], context.pages.slots)
+        cache = write_pages(cache, key[0], value[0], context.pages.slots, execution)
         query, bias = _paged_bias(query, params, config, context)
         window = config.window if local else None
         mixed = attend_pages(query, cache, context.pages.view, execution, bias=bias, window=window, **_scores(config, x.dtype))
@@ -224,21 +223,25 @@ def _scores(config: Transformer, dtype) -> dict:
     return {"scale": config.attention_scale, "softcap": config.attention_softcap, "slopes": slopes}
 
 
-def _paged_bias(query: Array, params: Tree, config: Transformer, context: Context) -> tuple[Array, paged.Bias | None]:
+def _paged_bias(query: Array, params: Tree, config: Transformer, context: Context) -> tuple[Array, HeadBias | None]:
     """What attention to pages takes as queries, and what is added to scores where positions are relative."""
     positions = context.mask.query_positions[0]
     if config.positions == "relative":
         kind = {"count": config.relative_buckets, "furthest": config.relative_distance, "causal": config.causal}
-        return query, lambda index, keys: bucket_bias(context.relative, buckets(positions[index][:, :, None] - keys[:, None], **kind))
+
+        def by_bucket(table: Array, positions: Array, index: Array, keys: Array) -> Array:
+            return bucket_bias(table, buckets(positions[index][:, :, None] - keys[:, None], **kind))
+
+        return query, HeadBias((context.relative,), (positions,), by_bucket)
     if config.positions != "transformer_xl":
         return query, None
     scale = config.head_size**-0.5 if config.attention_scale is None else config.attention_scale
     query, places, projection = transformer_xl.towards(query, params["distances"], scale)
 
-    def bias(index: Array, keys: Array) -> Array:
-        return transformer_xl.by_positions(places[0][index], projection, positions[index], keys)
+    def by_place(places: Array, projection: Array, positions: Array, index: Array, keys: Array) -> Array:
+        return transformer_xl.by_positions(places[index], projection, positions[index], keys)
 
-    return query, bias
+    return query, HeadBias((places[0], projection), (positions,), by_place)
 
 
 def _slopes(config: Transformer, dtype) -> Float[Array, "heads"]:

@@ -125,6 +125,15 @@ def run_part(
     return x, aux
 
 
+def run_some(
+    x: Array, layers: Tree, config: Model, context: Tree, execution: Execution, first: int, cache: Tree, layer: Callable = block.block
+) -> tuple[Float[Array, "batch length embed"], Tree]:
+    """Runs consecutive layers, a tuple of them, of any stack, from the layer `first` on, with a cache for each. Its sites have no names."""
+    kinds = tuple(config.pattern[i % len(config.pattern)] for i in range(first, first + len(layers)))
+    x, cache, _, _ = _unrolled(x, layers, cache, Group(kinds, 1, first), config, context, replace(execution, taps=()), {}, layer)
+    return x, cache
+
+
 def _unrolled(x, layers, cache, group, config, context, execution, edits, run):
     new, aux, tapped = [], {}, {}
     for i, params in enumerate(layers * group.repeats if config.shared_layers else layers):

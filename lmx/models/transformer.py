@@ -16,7 +16,6 @@ from lmx.core.params import Normal, ParamSpec, is_spec
 from lmx.core.tree import Tree, name_of
 from lmx.core.weights import linear, whole
 from lmx.kernels.masks import Mask
-from lmx.kernels.paged import write
 from lmx.kernels.wide import wide
 from lmx.models import dropout as drop
 from lmx.models import heads, norms, stack, transformer_xl
@@ -29,6 +28,7 @@ from lmx.models.linears import linear_specs
 from lmx.models.positions import bucket_bias, buckets, sinusoids
 from lmx.models.rope import rope_table
 from lmx.models.sites import Edits
+from lmx.parallel.attention import write_pages
 from lmx.parallel.rules import constrain, placed_outside
 from lmx.parallel.tensor import lookup
 
@@ -152,9 +152,10 @@ def empty_cache(config: Transformer, batch: int, slots: int, dtype=jnp.float32, 
     return Cache(tuple(of(group) for group in stack.groups(config)), empty, empty, jnp.int32(0))
 
 
-def empty_pages(config: Transformer, pages: int, page: int, dtype=jnp.float32) -> Tree:
-    """The layers of a `Paged` cache: so many pages, of so many tokens each; int8 with a scale for each vector, or of another type."""
-    shape, quantised = (pages, config.key_heads, page, config.head_size), jnp.dtype(dtype) == jnp.int8
+def empty_pages(config: Transformer, pages: int, page: int, dtype=jnp.float32, *, heads: int | None = None) -> Tree:
+    """The layers of a `Paged` cache: so many pages, of so many tokens each; int8 with a scale for each vector, or of another type. `heads`: the
+    config's key heads when None (`lmx.parallel.attention.page_heads`)."""
+    shape, quantised = (pages, heads or config.key_heads, page, config.head_size), jnp.dtype(dtype) == jnp.int8
 
     def layer() -> Tree:
         numbers = {name: jnp.zeros(shape, dtype) for name in ("key", "value")}
@@ -207,15 +208,12 @@ def forward(
     batch, length = tokens.shape
     paged = isinstance(cache, Paged)
     if paged:
-        rows = cache.pages.view.tokens(length)[1][None]
-        positions, segments = jnp.maximum(rows, 0), (rows >= 0).astype(jnp.int32)
-    elif positions is None:
-        start = 0 if cache is None else cache.used
-        positions = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), (batch, length))
-    context, cache = _context(config, positions, segments, prefix, cache, dropout, execution)
-    if paged and config.positions == "relative":
-        context = context.replace(relative=whole(placed_outside(params, specs(config), execution)["relative"]))
-    elif not paged:
+        positions, context = _over_pages(params, config, cache, length, execution)
+    else:
+        if positions is None:
+            start = 0 if cache is None else cache.used
+            positions = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), (batch, length))
+        context, cache = _context(config, positions, segments, prefix, cache, dropout, execution)
         context = context.replace(bias=_bias(params, config, context.mask, length, execution))
     read = None
     if paged:
@@ -268,7 +266,7 @@ def read_source(
     for group, kept in zip(params["layers"], layers, strict=True):
         pairs = [project(hidden, layer["cross"], ("key", "value"), config, execution) for layer in group]
         flat = [[a.reshape(-1, *a.shape[2:]) for a in pair] for pair in pairs]
-        filled.append(tuple(write(cache, *pair, slots) for cache, pair in zip(kept, flat, strict=True)))
+        filled.append(tuple(write_pages(cache, *pair, slots, execution) for cache, pair in zip(kept, flat, strict=True)))
     return tuple(filled)
 
 
@@ -316,6 +314,33 @@ def leave(params: Tree, config: Transformer, x: Array, execution: Execution) -> 
     return norms.norm(
         x, placed_outside(params, specs(config), execution)["norm"], config.norm, config.norm_epsilon, offset=config.norm_offset
     )
+
+
+def over_pages(
+    params: Tree, config: Transformer, x: Array, cache: Paged, execution: Execution, *, first: int
+) -> tuple[Float[Array, "1 tokens embed"], Paged]:
+    """A part of `forward` over pages: consecutive layers from the layer `first` on, a stage of a pipeline.
+
+    Args:
+      params: its layers as one tuple, and what it reads besides: to embed, where it is the first; for relative positions; the final norm,
+        where it is the last.
+      x: the first stage's are tokens `[1, tokens]`, others' what the one before gave.
+      cache: its own layers' as one tuple.
+    """
+    positions, context = _over_pages(params, config, cache, x.shape[1], execution)
+    x = x if first else enter(params, config, x, positions, None, execution)
+    x, layers = stack.run_some(x, params["layers"], config, context, execution, first, cache.layers)
+    return x if first + len(layers) < config.layers else leave(params, config, x, execution), cache.replace(layers=layers)
+
+
+def _over_pages(params: Tree, config: Transformer, cache: Paged, length: int, execution: Execution) -> tuple[Array, Context]:
+    """Of new tokens that pages place: their positions, and what their layers share."""
+    rows = cache.pages.view.tokens(length)[1][None]
+    positions, segments = jnp.maximum(rows, 0), (rows >= 0).astype(jnp.int32)
+    context, _ = _context(config, positions, segments, None, cache, None, execution)
+    if config.positions == "relative":
+        context = context.replace(relative=whole(placed_outside(params, specs(config), execution)["relative"]))
+    return positions, context
 
 
 def share(

@@ -4,9 +4,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import flax.struct
 import jax
+import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Int
 
 from lmx.core.execution import Execution
 from lmx.kernels import paged, reference
@@ -58,7 +61,7 @@ def attention(
     # Fewer key heads than tensor devices: all are everywhere, and each device takes the one its query heads share.
     choose = of_q[2] is not None and of_k[2] is None and k.shape[2] > 1
 
-    def rows(a: Array | None, *axes_: str) -> jax.sharding.PartitionSpec | None:
+    def rows(a: Array | None, *axes_: str) -> P | None:
         return None if a is None else place(axes_, a.shape)
 
     of_mask = jax.tree.map(lambda a: rows(a, "batch", "length"), mask)
@@ -82,6 +85,49 @@ def attention(
     return manual(local, in_specs, of_q)(q, k, v, mask, slopes, bias, keep)
 
 
+@flax.struct.dataclass
+class HeadBias:
+    """What is added to the scores of attention to pages (`lmx.kernels.paged.Bias`), as a function of arrays, so that devices can have parts
+    of these.
+
+    Attributes:
+      of_heads: arrays whose second dimension is heads.
+      others: arrays that all heads share.
+      function: of them all, new tokens by their index, and keys by their position. Static.
+    """
+
+    of_heads: tuple[Array, ...]
+    others: tuple[Array, ...]
+    function: Callable[..., Array] = flax.struct.field(pytree_node=False)
+
+    def __call__(self, index: Int[Array, "some queries"], keys: Int[Array, "some keys"]) -> Float[Array, "some heads queries keys"]:
+        return self.function(*self.of_heads, *self.others, index, keys)
+
+
+def page_heads(heads: int, kv_heads: int, tensor: int) -> int:
+    """How many key heads pages have for `tensor` devices to divide: where there are fewer than devices, each has its own copy of the one that
+    its query heads share."""
+    return kv_heads * context.repeats(heads, kv_heads, tensor)
+
+
+def write_pages(
+    cache: dict[str, Array],
+    key: Float[Array, "tokens kv_heads head_dim"],
+    value: Float[Array, "tokens kv_heads head_dim"],
+    slots: Int[Array, "tokens"],
+    execution: Execution,
+) -> dict[str, Array]:
+    """As `lmx.kernels.paged.write`, each device the heads that it has; pages may have each several times (`page_heads`)."""
+    often = cache["key"].shape[1] // key.shape[1]
+    if often > 1:
+        key, value = (jnp.repeat(a, often, 1) for a in (key, value))
+    at = _of_pages(cache, execution)
+    if at is None:
+        return paged.write(cache, key, value, slots)
+    new = P(None, at["key"][1], None)
+    return manual(paged.write, (at, new, new, P()), at)(cache, key, value, slots)
+
+
 def attend_pages(
     q: Float[Array, "1 tokens heads head_dim"],
     cache: dict[str, Array],
@@ -89,8 +135,28 @@ def attend_pages(
     execution: Execution,
     *,
     scale: float | None = None,
+    slopes: Float[Array, "heads"] | None = None,
+    bias: HeadBias | None = None,
     **how: Any,
 ) -> Float[Array, "1 tokens heads head_dim"]:
-    """As `lmx.kernels.paged.attention`, of tokens in a batch of one."""
+    """As `lmx.kernels.paged.attention`, of tokens in a batch of one; each device its heads."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return paged.attention(q[0], cache, view, scale=scale, **how)[None]
+    at = _of_pages(cache, execution)
+    if at is None:
+        return paged.attention(q[0], cache, view, scale=scale, slopes=slopes, bias=bias, **how)[None]
+    axis = at["key"][1]
+    heads, of_bias = P(None, axis), None if bias is None else HeadBias(P(None, axis), P(), bias.function)
+
+    def local(q, cache, view, slopes, bias):
+        return paged.attention(q, cache, view, scale=scale, slopes=slopes, bias=bias, **how)
+
+    return manual(local, (heads, at, P(), P(axis), of_bias), heads)(q[0], cache, view, slopes, bias)[None]
+
+
+def _of_pages(cache: dict[str, Array], execution: Execution) -> dict[str, P] | None:
+    """Where a layer's pages are; None where nothing splits them."""
+    sizes = axes()
+    if execution.rules is None or not sizes:
+        return None
+    places = {name: partition((None, "kv_heads", *[None] * (a.ndim - 2)), a.shape, execution.rules, sizes) for name, a in cache.items()}
+    return places if places["key"][1] is not None else None
