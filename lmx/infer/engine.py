@@ -166,7 +166,7 @@ class Engine(Door):
     Args:
       params: as of `lmx.infer.generate`, wherever they are; they are kept in a form of the engine's own.
       layout: tensor and pipeline devices, as of training (`lmx.infer.places`).
-      devices: which; the first ones by default.
+      devices: which; this process's first by default.
       sharing: an engine of the same model, layout and devices, whose weights this one reads too, in place of `params`; it is updated first.
       tokenizer: with one, prompts may be strings, texts come back, and strings may stop them.
       rows: texts that run at a time.

@@ -172,12 +172,12 @@ def places(model: Model, params: Tree, layout: Layout, execution: Execution, dev
 
     Args:
       params: of whatever form.
-      devices: which ones, stage after stage; None: the first that are here, or where the layout has one, the one that has the parameters.
+      devices: which ones, stage after stage; None: this process's first, or where the layout has one, the one that has the parameters.
 
     Raises:
       ValueError: as `check`; replicas; an execution that brings rules of its own.
     """
-    check(model, layout, len(jax.devices() if devices is None else devices))
+    check(model, layout, len(jax.local_devices() if devices is None else devices))
     if layout.data > 1:
         raise ValueError(
             f"layout.data={layout.data} replicas are as many engines: lmx.infer.Replicas has them; an engine has layout.data=1"
@@ -187,7 +187,7 @@ def places(model: Model, params: Tree, layout: Layout, execution: Execution, dev
     spread = any(isinstance(leaf, Array) and len(leaf.devices()) > 1 for leaf in jax.tree.leaves(params))
     if layout.devices == 1 and devices is None and not spread:
         return (Place(None, execution, (0, model.layers)),)
-    devices = jax.devices() if devices is None else devices
+    devices = jax.local_devices() if devices is None else devices
     tensor = Layout(tensor=layout.tensor, sequence=False)
     execution = replace(execution, rules=rules(tensor)) if layout.tensor > 1 else execution
     ends = [model.layers * i // layout.pipeline for i in range(layout.pipeline + 1)]

@@ -27,7 +27,7 @@ class Replicas(Door):
 
     Args:
       layout: `data` replicas, each over tensor and pipeline devices.
-      devices: which; the first ones by default.
+      devices: which; this process's first by default.
       batches: engines of a replica, that share its weights.
       seed: of requests that bring none: they draw what one engine of this seed draws.
       options: those of `Engine`, of each: rows and pages are one engine's.
@@ -48,7 +48,7 @@ class Replicas(Door):
         **options,
     ):
         model = getattr(model, "config", model)
-        devices = jax.devices() if devices is None else devices
+        devices = jax.local_devices() if devices is None else devices
         check(model, layout, len(devices))
         if batches < 1:
             raise ValueError(f"batches={batches} must be at least 1")
@@ -67,7 +67,7 @@ class Replicas(Door):
         engine = min(self.engines, key=lambda engine: engine.cost(ids))
         if sampling.seed is None:
             sampling = replace(sampling, seed=int(self._seeds.integers(2**32)))
-        return engine.submit(prompt, sampling=sampling, **wishes)
+        return engine.submit(ids, sampling=sampling, **wishes)
 
     @property
     def busy(self) -> bool:

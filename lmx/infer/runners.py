@@ -167,7 +167,8 @@ class PagedRunner:
         return self.stages[-1].params
 
     def load(self, params: Tree) -> None:
-        """Takes parameters, in whatever form and wherever they are."""
+        """Takes parameters, in whatever form and wherever they are. The form to read them in is made there, so that for a moment there are two
+        copies; what a device is to have of it then goes there."""
         read = _read_params(self.model, params, self.place)
         for stage in self.stages:
             stage.params = stage.place.weights(self.model, read)
