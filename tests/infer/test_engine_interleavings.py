@@ -102,17 +102,18 @@ def test_numbers_that_are_none_stay_with_the_texts_whose_they_are(cache):
     model = replace(SMALL, tied=False) if head else SMALL
     good, bad = VERSIONS[0] | head, poisoned | head
     prompts = [[token for token in prompt if token != 23] for prompt in PROMPTS]
-    wanted = Engine(model, good, **SIZES, cache=cache).generate(prompts, max_new_tokens=6)
+    wishes = {"max_new_tokens": 6, "sampling": Sampling(0, logit_bias=((23, -np.inf),))}
+    wanted = [one.tokens for (one,) in Engine(model, good, **SIZES, cache=cache).generate(prompts, **wishes)]
     engine = Engine(model, bad, **SIZES, cache=cache)
     sick = [engine.submit([1, 23, 4, 23, 23], max_new_tokens=9, sampling=Sampling(0, log_probs="raw")) for _ in range(2)]
-    jobs = [engine.submit(prompt, max_new_tokens=6, priority=i % 2) for i, prompt in enumerate(prompts)]
+    jobs = [engine.submit(prompt, **wishes, priority=i % 2) for i, prompt in enumerate(prompts)]
     engine.run()
-    assert [job.completions[0].tokens for job in jobs] == [one.tokens for (one,) in wanted]
+    assert [job.completions[0].tokens for job in jobs] == wanted
     assert np.isnan(sick[0].completions[0].log_probs).all()
     engine.update(jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), good))  # all pages, the scrap page too
-    engine.generate(prompts, max_new_tokens=6)
+    engine.generate(prompts, **wishes)
     engine.update(good)
-    assert [one.tokens for (one,) in engine.generate(prompts, max_new_tokens=6)] == [one.tokens for (one,) in wanted]
+    assert [one.tokens for (one,) in engine.generate(prompts, **wishes)] == wanted
 
 
 def test_bfloat16_weights_and_pages_give_what_scoring_in_bfloat16_gives():
@@ -162,7 +163,7 @@ def test_nothing_is_compiled_after_the_warm_up_and_pages_suffice(kind, record_pr
         engine.step()
         if rng.integers(0, 30) == 0:
             engine.cancel(jobs[-1])
-        if len(jobs) % 25 == 0:
+        if rng.integers(0, 40) == 0:
             engine.update(params)
         if engine.statistics and (books := engine.statistics).in_use:
             assert books.in_use <= engine.pages.count - 1
