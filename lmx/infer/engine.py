@@ -387,7 +387,11 @@ class Engine:
             job = self._jobs.get(sequence.request)
             if job is not None and job.done:
                 self._forget(job)
-            elif sequence.status == "running" and self._turned(sequence) and sequence.fingerprint != (there := self._context(len(sequence.request.prompt), long=True)):
+            elif (
+                sequence.status == "running"
+                and self._turned(sequence)
+                and sequence.fingerprint != (there := self._context(len(sequence.request.prompt), long=True))
+            ):
                 self._scheduler.renew(sequence, there)
 
     def _written(self, job: Job, sample: int, token: int, drawn: Drawn, place: int) -> bool:

@@ -69,7 +69,9 @@ def test_any_order_of_requests_cancellations_and_weights_is_as_fresh_engines_wou
     engine.pages.check()
     assert engine.statistics.in_use == 0
     texts = [(job, sample, one) for job in jobs for sample, one in enumerate(job.completions)]
-    assert all(one.finish == "cancelled" or (one.finish == "length" and len(one.tokens) == job.request.max_new_tokens) for job, _, one in texts)
+    assert all(
+        one.finish == "cancelled" or (one.finish == "length" and len(one.tokens) == job.request.max_new_tokens) for job, _, one in texts
+    )
     texts = [text for text in texts if text[2].tokens]
     whole = [[*job.request.prompt, *one.tokens] for job, _, one in texts]
     rows = {v: PLAIN.logits(whole, params=VERSIONS[v]) for v in {v for some in drawn.values() for v in some}}
@@ -130,7 +132,9 @@ def test_bfloat16_weights_and_pages_give_what_scoring_in_bfloat16_gives():
 
 
 COMPILED: list[str] = []
-jax.monitoring.register_event_duration_secs_listener(lambda name, _, **more: COMPILED.append(name) if name.endswith("backend_compile_duration") else None)
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, _, **more: COMPILED.append(name) if name.endswith("backend_compile_duration") else None
+)
 
 TINY = Transformer(vocab=24, layers=1, embed=8, heads=2, mlp=8, context=48)
 ENCODER = replace(TINY, causal=False, head="none")
@@ -158,8 +162,14 @@ def test_nothing_is_compiled_after_the_warm_up_and_pages_suffice(kind, record_pr
                 temperature=float(random), top_k=int(rng.choice([0, 5])), top_p=float(rng.choice([1.0, 0.8])), log_probs=told,
                 repetition_penalty=float(rng.choice([1.0, 1.3])), logit_bias=((3, 1.0),) if random else (),
             )  # fmt: skip
-            wishes = {"n": int(rng.integers(1, 4)), "top": 2 if told else 0, "stop_ids": (5,)} | ({"start_id": 0} if kind == "encoder-decoder" else {})
-            jobs.append(engine.submit(rng.integers(0, 24, rng.integers(1, 16)).tolist(), max_new_tokens=int(rng.integers(1, 8)), sampling=sampling, **wishes))
+            wishes = {"n": int(rng.integers(1, 4)), "top": 2 if told else 0, "stop_ids": (5,)} | (
+                {"start_id": 0} if kind == "encoder-decoder" else {}
+            )
+            jobs.append(
+                engine.submit(
+                    rng.integers(0, 24, rng.integers(1, 16)).tolist(), max_new_tokens=int(rng.integers(1, 8)), sampling=sampling, **wishes
+                )
+            )
         engine.step()
         if rng.integers(0, 30) == 0:
             engine.cancel(jobs[-1])

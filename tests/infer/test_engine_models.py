@@ -38,7 +38,12 @@ CONFIGS = {
 }
 """As their `config.json` says it."""
 NEW, START = 8, 1
-PROMPTS = [[5, 3, 8, 1, 9, 2, 2, 7, 11, 4, 6], *prompts_of(3, seed=4), [5, 3, 8, 1, 9, 2, 2, 7, 20], [5, 3, 8, 1, 9, 2, 2, 7, 11, 4, 6, 12, 13]]
+PROMPTS = [
+    [5, 3, 8, 1, 9, 2, 2, 7, 11, 4, 6],
+    *prompts_of(3, seed=4),
+    [5, 3, 8, 1, 9, 2, 2, 7, 20],
+    [5, 3, 8, 1, 9, 2, 2, 7, 11, 4, 6, 12, 13],
+]
 ROOM = {"rows": 2, "page": 4, "chunk": 6, "pages": 8, "host_pages": 4, "longest": 24}
 
 
