@@ -1,4 +1,4 @@
-"""The engine over time: requests, cancellations and new weights in any order; no program is compiled once all are; one text's numbers stay its own."""
+"""The engine over time: requests, cancellations and new weights in any order; nothing compiled once all is; texts keep to themselves."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ VERSIONS = tuple(weights(SMALL, seed) for seed in (0, 1, 2))
 PLAIN = Plain(SMALL, VERSIONS[0], length=32)
 SIZES = {"rows": 4, "page": 4, "chunk": 5, "pages": 11, "longest": 32}
 BEGINNING = [5, 3, 8, 1, 9, 2, 2, 7, 11]
-PROMPTS = [BEGINNING, BEGINNING + [4, 6, 0], BEGINNING[:8] + [1] * 9, *prompts_of(3, seed=5)]
+PROMPTS = [BEGINNING, [*BEGINNING, 4, 6, 0], BEGINNING[:8] + [1] * 9, *prompts_of(3, seed=5)]
 WISHES = [Sampling(0, log_probs="raw"), Sampling(1.3, seed=4, log_probs="raw")]
 
 OPERATIONS = st.lists(

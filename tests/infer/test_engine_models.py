@@ -95,7 +95,7 @@ LONG = replace(
     context=24,
     rope_scaling=RopeScaling("longrope", 2.0, 12, short_factors=(1.0, 1.1, 1.2, 1.3), long_factors=(1.5, 2.0, 3.0, 4.0)),
 )
-CROSSING = [PROMPTS[0][:9], PROMPTS[5], [7, *PROMPTS[0][:8]], PROMPTS[5][:11] + [3, 3]]
+CROSSING = [PROMPTS[0][:9], PROMPTS[5], [7, *PROMPTS[0][:8]], [*PROMPTS[5][:11], 3, 3]]
 """Up to the context of training, which they outgrow, and over it."""
 
 
