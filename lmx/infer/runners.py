@@ -303,14 +303,14 @@ class StateRunner:
 
     def compute(self, step: Step, take: Several[int], spans: Several[int] | None = None) -> Float[Array, "rows embed"]:
         """As of `PagedRunner`; prompts one after another."""
-        found: list[Array] = []
+        found: list[np.ndarray] = []
         if step.decodes:
             rows, _ = self.sizes.least(len(step.decodes), 0)
-            found.append(self._run(step.decodes, rows, 1)[: len(step.decodes)])
+            found.append(jax.device_get(self._run(step.decodes, rows, 1))[: len(step.decodes)])
         for chunk in step.prefills:
-            found.append(self._run([chunk], 1, self.sizes.least(0, chunk.count)[1]))
+            found.append(jax.device_get(self._run([chunk], 1, self.sizes.least(0, chunk.count)[1])))
         hidden = np.zeros((self.sizes.rows, self.model.embed), found[0].dtype)
-        hidden[: len(take)] = np.concatenate(jax.device_get(found))[np.asarray(take, np.int32)]
+        hidden[: len(take)] = np.concatenate(found)[np.asarray(take, np.int32)]
         return self.place.put(hidden)
 
     def warm_up(self) -> None:

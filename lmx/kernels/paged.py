@@ -75,8 +75,14 @@ def write(
     value: Float[Array, "tokens kv_heads head_dim"],
     slots: Int[Array, "tokens"],
 ) -> dict[str, Array]:
-    """A layer's cache with new keys and values at `slots`, counted through all pages."""
+    """A layer's cache with new keys and values at `slots`, counted through all pages.
+
+    Values are finite there whatever they were: a page is read beside those of other texts, and 0 times NaN is none of their business. Where one
+    is not, its key is NaN: who sees it gets NaN.
+    """
     page, at = jnp.divmod(slots, cache["key"].shape[2])
+    finite = jnp.isfinite(value)
+    key, value = jnp.where(finite.all(-1, keepdims=True), key, jnp.nan), jnp.where(finite, value, 0)
     new = {"key": key, "value": value}
     if "key_scale" in cache:
         new = {name: part for n, a in new.items() for name, part in zip((n, f"{n}_scale"), quantised(a), strict=True)}

@@ -91,7 +91,9 @@ def test_stop_ids_end_each_text_by_itself(engine):
 def test_log_probs_of_each_kind_are_those_that_score_finds(engine, params):
     prompt = PROMPTS[1]
     for kind in ("raw", "tempered", "truncated"):
-        wish = Sampling(temperature=1.3, top_k=9, top_p=0.9, repetition_penalty=1.4, presence_penalty=0.3, frequency_penalty=0.2, seed=3, log_probs=kind)
+        wish = Sampling(
+            temperature=1.3, top_k=9, top_p=0.9, repetition_penalty=1.4, presence_penalty=0.3, frequency_penalty=0.2, seed=3, log_probs=kind
+        )
         ((one,),) = engine.generate([prompt], max_new_tokens=12, sampling=wish, top=3)
         (scored,) = score(SMALL, params, [prompt + one.tokens], kind=kind, top=3, sampling=wish, prompts=[len(prompt)])
         np.testing.assert_allclose(one.log_probs, scored.log_probs[-12:], atol=1e-5)

@@ -1,4 +1,4 @@
-"""The engine over time: requests, cancellations and new weights in any order; no program is compiled once all are; one text's numbers stay its own."""
+"""The engine over time: requests, cancellations and new weights in any order; nothing compiled once all is; texts keep to themselves."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ VERSIONS = tuple(weights(SMALL, seed) for seed in (0, 1, 2))
 PLAIN = Plain(SMALL, VERSIONS[0], length=32)
 SIZES = {"rows": 4, "page": 4, "chunk": 5, "pages": 11, "longest": 32}
 BEGINNING = [5, 3, 8, 1, 9, 2, 2, 7, 11]
-PROMPTS = [BEGINNING, BEGINNING + [4, 6, 0], BEGINNING[:8] + [1] * 9, *prompts_of(3, seed=5)]
+PROMPTS = [BEGINNING, [*BEGINNING, 4, 6, 0], BEGINNING[:8] + [1] * 9, *prompts_of(3, seed=5)]
 WISHES = [Sampling(0, log_probs="raw"), Sampling(1.3, seed=4, log_probs="raw")]
 
 OPERATIONS = st.lists(
@@ -69,7 +69,9 @@ def test_any_order_of_requests_cancellations_and_weights_is_as_fresh_engines_wou
     engine.pages.check()
     assert engine.statistics.in_use == 0
     texts = [(job, sample, one) for job in jobs for sample, one in enumerate(job.completions)]
-    assert all(one.finish == "cancelled" or (one.finish == "length" and len(one.tokens) == job.request.max_new_tokens) for job, _, one in texts)
+    assert all(
+        one.finish == "cancelled" or (one.finish == "length" and len(one.tokens) == job.request.max_new_tokens) for job, _, one in texts
+    )
     texts = [text for text in texts if text[2].tokens]
     whole = [[*job.request.prompt, *one.tokens] for job, _, one in texts]
     rows = {v: PLAIN.logits(whole, params=VERSIONS[v]) for v in {v for some in drawn.values() for v in some}}
@@ -102,17 +104,18 @@ def test_numbers_that_are_none_stay_with_the_texts_whose_they_are(cache):
     model = replace(SMALL, tied=False) if head else SMALL
     good, bad = VERSIONS[0] | head, poisoned | head
     prompts = [[token for token in prompt if token != 23] for prompt in PROMPTS]
-    wanted = Engine(model, good, **SIZES, cache=cache).generate(prompts, max_new_tokens=6)
+    wishes = {"max_new_tokens": 6, "sampling": Sampling(0, logit_bias=((23, -np.inf),))}
+    wanted = [one.tokens for (one,) in Engine(model, good, **SIZES, cache=cache).generate(prompts, **wishes)]
     engine = Engine(model, bad, **SIZES, cache=cache)
     sick = [engine.submit([1, 23, 4, 23, 23], max_new_tokens=9, sampling=Sampling(0, log_probs="raw")) for _ in range(2)]
-    jobs = [engine.submit(prompt, max_new_tokens=6, priority=i % 2) for i, prompt in enumerate(prompts)]
+    jobs = [engine.submit(prompt, **wishes, priority=i % 2) for i, prompt in enumerate(prompts)]
     engine.run()
-    assert [job.completions[0].tokens for job in jobs] == [one.tokens for (one,) in wanted]
+    assert [job.completions[0].tokens for job in jobs] == wanted
     assert np.isnan(sick[0].completions[0].log_probs).all()
     engine.update(jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), good))  # all pages, the scrap page too
-    engine.generate(prompts, max_new_tokens=6)
+    engine.generate(prompts, **wishes)
     engine.update(good)
-    assert [one.tokens for (one,) in engine.generate(prompts, max_new_tokens=6)] == [one.tokens for (one,) in wanted]
+    assert [one.tokens for (one,) in engine.generate(prompts, **wishes)] == wanted
 
 
 def test_bfloat16_weights_and_pages_give_what_scoring_in_bfloat16_gives():
@@ -129,7 +132,9 @@ def test_bfloat16_weights_and_pages_give_what_scoring_in_bfloat16_gives():
 
 
 COMPILED: list[str] = []
-jax.monitoring.register_event_duration_secs_listener(lambda name, _, **more: COMPILED.append(name) if name.endswith("backend_compile_duration") else None)
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, _, **more: COMPILED.append(name) if name.endswith("backend_compile_duration") else None
+)
 
 TINY = Transformer(vocab=24, layers=1, embed=8, heads=2, mlp=8, context=48)
 ENCODER = replace(TINY, causal=False, head="none")
@@ -157,12 +162,18 @@ def test_nothing_is_compiled_after_the_warm_up_and_pages_suffice(kind, record_pr
                 temperature=float(random), top_k=int(rng.choice([0, 5])), top_p=float(rng.choice([1.0, 0.8])), log_probs=told,
                 repetition_penalty=float(rng.choice([1.0, 1.3])), logit_bias=((3, 1.0),) if random else (),
             )  # fmt: skip
-            wishes = {"n": int(rng.integers(1, 4)), "top": 2 if told else 0, "stop_ids": (5,)} | ({"start_id": 0} if kind == "encoder-decoder" else {})
-            jobs.append(engine.submit(rng.integers(0, 24, rng.integers(1, 16)).tolist(), max_new_tokens=int(rng.integers(1, 8)), sampling=sampling, **wishes))
+            wishes = {"n": int(rng.integers(1, 4)), "top": 2 if told else 0, "stop_ids": (5,)} | (
+                {"start_id": 0} if kind == "encoder-decoder" else {}
+            )
+            jobs.append(
+                engine.submit(
+                    rng.integers(0, 24, rng.integers(1, 16)).tolist(), max_new_tokens=int(rng.integers(1, 8)), sampling=sampling, **wishes
+                )
+            )
         engine.step()
         if rng.integers(0, 30) == 0:
             engine.cancel(jobs[-1])
-        if len(jobs) % 25 == 0:
+        if rng.integers(0, 40) == 0:
             engine.update(params)
         if engine.statistics and (books := engine.statistics).in_use:
             assert books.in_use <= engine.pages.count - 1

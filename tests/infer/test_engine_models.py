@@ -38,7 +38,12 @@ CONFIGS = {
 }
 """As their `config.json` says it."""
 NEW, START = 8, 1
-PROMPTS = [[5, 3, 8, 1, 9, 2, 2, 7, 11, 4, 6], *prompts_of(3, seed=4), [5, 3, 8, 1, 9, 2, 2, 7, 20], [5, 3, 8, 1, 9, 2, 2, 7, 11, 4, 6, 12, 13]]
+PROMPTS = [
+    [5, 3, 8, 1, 9, 2, 2, 7, 11, 4, 6],
+    *prompts_of(3, seed=4),
+    [5, 3, 8, 1, 9, 2, 2, 7, 20],
+    [5, 3, 8, 1, 9, 2, 2, 7, 11, 4, 6, 12, 13],
+]
 ROOM = {"rows": 2, "page": 4, "chunk": 6, "pages": 8, "host_pages": 4, "longest": 24}
 
 
@@ -90,7 +95,7 @@ LONG = replace(
     context=24,
     rope_scaling=RopeScaling("longrope", 2.0, 12, short_factors=(1.0, 1.1, 1.2, 1.3), long_factors=(1.5, 2.0, 3.0, 4.0)),
 )
-CROSSING = [PROMPTS[0][:9], PROMPTS[5], [7, *PROMPTS[0][:8]], PROMPTS[5][:11] + [3, 3]]
+CROSSING = [PROMPTS[0][:9], PROMPTS[5], [7, *PROMPTS[0][:8]], [*PROMPTS[5][:11], 3, 3]]
 """Up to the context of training, which they outgrow, and over it."""
 
 
