@@ -16,7 +16,8 @@ from typing import Literal
 from lmx.core.config import ConfigError, command_line, exits_with_one_line
 from lmx.core.execution import Execution
 from lmx.core.precision import PrecisionName, policy
-from lmx.infer.engine import Engine, Job
+from lmx.infer.engine import Engine
+from lmx.infer.jobs import Job
 from lmx.infer.sampling import Sampling
 from lmx.infer.texts import context_of
 from lmx.interop.tokenizers import CheckpointTokenizer

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lmx.infer.engine import Job, Moment
+from lmx.infer.jobs import Job, Moment
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

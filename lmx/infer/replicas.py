@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from lmx.core.tree import Tree
-from lmx.infer.engine import GREEDY, Door, Engine, Job, Piece
+from lmx.infer.engine import Engine
+from lmx.infer.jobs import GREEDY, Door, Job, Piece
 from lmx.infer.pages import Statistics
 from lmx.infer.places import check
 from lmx.infer.sampling import Sampling

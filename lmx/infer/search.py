@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from lmx.infer.engine import Completion, Engine, Job
+from lmx.infer.engine import Engine
+from lmx.infer.jobs import Completion, Job
 from lmx.infer.sampling import Sampling
 from lmx.models.config import EncoderDecoder
 

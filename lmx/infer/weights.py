@@ -45,7 +45,8 @@ def _all_read(model: Model, compute: str, turning: bool, params: Tree) -> Tree:
 
     def read(name: str, spec: ParamSpec, weight: Weight) -> Weight:
         if isinstance(weight, Adapted):
-            return weight.replace(base=read(name, spec, weight.base))
+            # Of one with a magnitude the sum is formed, which wants the base as it is.
+            return weight if weight.magnitude is not None else weight.replace(base=read(name, spec, weight.base))
         if isinstance(weight, Twofold):
             return Twofold(read(name, spec, weight.table), read(name, spec, weight.head))
         parts = name.split("/")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from lmx.infer.engine import Completion, Job, Moment
+from lmx.infer.jobs import Completion, Job, Moment
 from lmx.infer.pictures import draw, spans
 from lmx.infer.sampling import Sampling
 from lmx.infer.steps import Request
