@@ -252,7 +252,9 @@ def against(x: Array, matrix: Array, dtype) -> Array:
     flat = x.reshape(rows, -1)
     if rows == 1 and x.dtype.itemsize < 4:
         flat = jnp.concatenate([flat, flat])
-    return dot(matrix, flat, 1, 1, dtype).T[:rows].reshape(*x.shape[:-1], -1)
+    # Without the barrier XLA turns the product round again.
+    columns = jax.lax.optimization_barrier(dot(matrix, flat, 1, 1, dtype))
+    return columns.T[:rows].reshape(*x.shape[:-1], -1)
 
 
 def ragged(x: Array, weight: Weight, sizes: Array | None = None) -> Array:
