@@ -245,16 +245,17 @@ def attend(x: Array, weight: Weight) -> Array:
 
 def against(x: Array, matrix: Array, dtype) -> Array:
     """x `[..., in]` times each row of a matrix `[out, in]`, in `dtype`. On a CPU the form of a product of a few rows decides how fast the
-    matrix is read: as the left operand it is, and narrow types want two rows at least."""
+    matrix is read: fp32 wants it as the left operand, narrow types as the right one, two rows at least, and sums in fp32."""
     rows = math.prod(x.shape[:-1])
     if rows > FEW or not devices.on_cpu():
         return dot(x, matrix, x.ndim - 1, 1, dtype)
     flat = x.reshape(rows, -1)
-    if rows == 1 and x.dtype.itemsize < 4:
-        flat = jnp.concatenate([flat, flat])
-    # Without the barrier XLA turns the product round again.
-    columns = jax.lax.optimization_barrier(dot(matrix, flat, 1, 1, dtype))
-    return columns.T[:rows].reshape(*x.shape[:-1], -1)
+    if x.dtype.itemsize < 4:
+        flat = jnp.concatenate([flat, flat]) if rows == 1 else flat
+        found = dot(flat, matrix, 1, 1, wide(x.dtype))[:rows].astype(dtype)
+    else:  # without the barrier XLA turns the product round again
+        found = jax.lax.optimization_barrier(dot(matrix, flat, 1, 1, dtype)).T
+    return found.reshape(*x.shape[:-1], -1)
 
 
 def ragged(x: Array, weight: Weight, sizes: Array | None = None) -> Array:

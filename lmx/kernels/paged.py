@@ -21,7 +21,9 @@ from lmx.kernels.wide import widened
 IMPLEMENTATIONS = ("auto", "xla", "gpu")
 """`gpu` are kernels for Hopper; `auto` takes them on one where they can do what is asked, and `xla` otherwise."""
 BLOCK = 512
-"""Slots that are read at once."""
+"""Slots that are read at once; half as many by the tokens of prompts."""
+TILE = 64
+"""So many tokens of prompts read together, at most."""
 NONE = -1e30
 """The score of what is hidden."""
 
@@ -130,12 +132,11 @@ def attention(
         positions = jnp.where(rows < count, view.lengths[jnp.minimum(rows, count - 1)] - 1, -1)
     queries = _Queries(widened(q) * scale, rows, positions)
     static = (window, softcap, slopes, bias)
-    ends = view.first[view.singles], view.first[-1]
     found = []
     if view.singles:
-        found.append(_singles(queries, cache, view, ends[0], static))
+        found.append(_singles(queries, cache, view, view.first[view.singles], static))
     if q.shape[0] > view.singles:
-        found.append(_chunks(queries, cache, view, ends, static))
+        found.append(_chunks(queries, cache, view, static))
     return jnp.concatenate(found).astype(q.dtype)
 
 
@@ -182,39 +183,57 @@ def _singles(queries: _Queries, cache: dict[str, Array], view: View, end: Array,
     return (out / jnp.maximum(total, jnp.finfo(kind).tiny)[..., None])[:count]
 
 
-def _chunks(queries: _Queries, cache: dict[str, Array], view: View, ends: tuple[Array, Array], static) -> Array:
-    """Of rows with several tokens: blocks of keys, of whatever rows, by all these tokens; what is another row's is hidden."""
+def _chunks(queries: _Queries, cache: dict[str, Array], view: View, static) -> Array:
+    """Of rows with several tokens: some tokens at a time, of whatever rows, by the pages from where the first of these rows has its first (that
+    they see) to where the last has its last; what is another row's among them is hidden."""
     heads, dim = queries.vectors.shape[1:]
     kind, size, kv_heads = queries.vectors.dtype, cache["key"].shape[2], cache["key"].shape[1]
-    some = max(1, BLOCK // size)
+    some, rows_there, window = max(1, BLOCK // 2 // size), view.lengths.shape[0], static[0]
     pages, owners, starts = _padded(view, some)
-    index = jnp.arange(view.singles, queries.vectors.shape[0])
-    q, rows, last = (a[view.singles :] for a in (queries.vectors, queries.rows, queries.positions))
-    q = q.reshape(q.shape[0], kv_heads, -1, dim)
-    begin, end = ends
+    count = queries.vectors.shape[0] - view.singles
+    tiles = -(-count // TILE)
+    each = -(-count // tiles)
 
-    def see(carry, at):
-        top, total, out = carry
-        ids, owner, start = (jax.lax.dynamic_slice_in_dim(a, at, some) for a in (pages, owners, starts))
-        key, value, key_scale, value_scale = (None if a is None else jnp.moveaxis(a, 1, 0) for a in _read(cache, ids, kind))
-        key, value = (a.reshape(kv_heads, some * size, dim) for a in (key, value))  # [kv_heads, keys, head_dim]
-        scores = jnp.einsum("qhgd,hkd->hgqk", q, key)[None]
-        scores = scores if key_scale is None else scores * key_scale.reshape(1, kv_heads, 1, 1, -1)
-        owner, positions = jnp.repeat(owner, size), (start[:, None] * size + jnp.arange(size)).reshape(-1)
-        seen = jnp.where(rows[:, None] == owner, last[:, None], -1)
-        scores = _scored(scores, index[None], positions[None], last[None], seen[None], static)[0]
-        higher = jnp.maximum(top, scores.max(-1))
-        weights = jnp.where(scores > NONE, jnp.exp(scores - higher[..., None]), 0)
-        shrink = jnp.exp(top - higher)
-        total = total * shrink + weights.sum(-1)
-        weights = weights if value_scale is None else weights * value_scale.reshape(kv_heads, 1, 1, -1)
-        return higher, total, out * shrink[..., None] + jnp.einsum("hgqk,hkd->hgqd", weights, value)
+    def cut(a: Array, nothing: int = 0) -> Array:
+        a = jnp.pad(a[view.singles :], ((0, tiles * each - count), *((0, 0),) * (a.ndim - 1)), constant_values=nothing)
+        return a.reshape(tiles, each, *a.shape[1:])
 
-    shape = (kv_heads, heads // kv_heads, q.shape[0])
-    start = jnp.full(shape, NONE, kind), jnp.zeros(shape, kind), jnp.zeros((*shape, dim), kind)
-    _, total, out = jax.lax.fori_loop(0, -(-(end - begin) // some), lambda i, carry: see(carry, begin + i * some), start)
-    out = out / jnp.maximum(total, jnp.finfo(kind).tiny)[..., None]
-    return jnp.moveaxis(out, 2, 0).reshape(-1, heads, dim)
+    def tile(part: tuple[Array, ...]) -> Array:
+        q, rows, last, index = part
+        q, real = q.reshape(each, kv_heads, -1, dim), rows < rows_there
+        low, high = jnp.where(real, rows, rows_there).min(), jnp.where(real, rows, 0).max()
+        begin = view.first[jnp.minimum(low, high)]
+        end = jnp.where(real.any(), view.first[high] + jnp.where(real & (rows == high), last, -1).max() // size + 1, begin)
+        if window is not None:
+            behind = jnp.where(real, last, jnp.iinfo(last.dtype).max).min() - window + 1
+            begin += jnp.where(low == high, jnp.maximum(behind, 0) // size, 0)
+
+        def see(carry, at):
+            top, total, out = carry
+            ids, owner, start = (jax.lax.dynamic_slice_in_dim(a, at, some) for a in (pages, owners, starts))
+            key, value, key_scale, value_scale = (None if a is None else jnp.moveaxis(a, 1, 0) for a in _read(cache, ids, kind))
+            key, value = (a.reshape(kv_heads, some * size, dim) for a in (key, value))  # [kv_heads, keys, head_dim]
+            scores = jnp.einsum("qhgd,hkd->hgqk", q, key)[None]
+            scores = scores if key_scale is None else scores * key_scale.reshape(1, kv_heads, 1, 1, -1)
+            owner, positions = jnp.repeat(owner, size), (start[:, None] * size + jnp.arange(size)).reshape(-1)
+            seen = jnp.where(rows[:, None] == owner, last[:, None], -1)
+            scores = _scored(scores, index[None], positions[None], last[None], seen[None], static)[0]
+            higher = jnp.maximum(top, scores.max(-1))
+            weights = jnp.where(scores > NONE, jnp.exp(scores - higher[..., None]), 0)
+            shrink = jnp.exp(top - higher)
+            total = total * shrink + weights.sum(-1)
+            weights = weights if value_scale is None else weights * value_scale.reshape(kv_heads, 1, 1, -1)
+            return higher, total, out * shrink[..., None] + jnp.einsum("hgqk,hkd->hgqd", weights, value)
+
+        shape = (kv_heads, heads // kv_heads, each)
+        start = jnp.full(shape, NONE, kind), jnp.zeros(shape, kind), jnp.zeros((*shape, dim), kind)
+        _, total, out = jax.lax.fori_loop(0, -(-(end - begin) // some), lambda i, carry: see(carry, begin + i * some), start)
+        out = out / jnp.maximum(total, jnp.finfo(kind).tiny)[..., None]
+        return jnp.moveaxis(out, 2, 0).reshape(each, heads, dim)
+
+    index = jnp.arange(queries.vectors.shape[0])
+    parts = cut(queries.vectors), cut(queries.rows, rows_there), cut(queries.positions, -1), cut(index)
+    return jax.lax.map(tile, parts).reshape(-1, heads, dim)[:count]
 
 
 def _padded(view: View, some: int) -> tuple[Array, Array, Array]:

@@ -68,10 +68,11 @@ def setting():
     return view, slots, q, keys, values
 
 
-@pytest.mark.parametrize("block", [8, 64])
+@pytest.mark.parametrize(("block", "tile"), [(8, 4), (64, 64)])
 @pytest.mark.parametrize("case", CASES)
-def test_every_token_sees_its_own_text_up_to_itself(setting, case, block, monkeypatch):
+def test_every_token_sees_its_own_text_up_to_itself(setting, case, block, tile, monkeypatch):
     monkeypatch.setattr(paged, "BLOCK", block)
+    monkeypatch.setattr(paged, "TILE", tile)
     view, _, q, keys, values = setting
     asked = dict(CASES[case])
     wanted = reference(q, keys, values, view, scale=0.3, **asked)
