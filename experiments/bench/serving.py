@@ -3,9 +3,8 @@
     python -m experiments.bench.serving [--peer-python PATH] [--models gpt2-124m llama] [--rounds 3]
 
 Random checkpoints are written once and read by all. A round is every contender doing the same work in turn: 16 requests of mixed prompts
-and mixed numbers of new tokens, and one text alone, greedily. transformers is given the requests in batches of 1, of 8 and of 16, padded
-left and sorted by how many tokens are wanted (the best counts); what it draws beyond a request's own number is not counted, for it is not
-wanted. Warmed up before; the tokens of all are compared first. The floor is the bytes that a token needs (weights, and its keys and values)
+and mixed numbers of new tokens, and one text alone, greedily. transformers is given the requests in batches of 1, of 8 and of 16 as they
+come, padded left (the best counts); what it draws beyond a request's own number is not counted, for it is not wanted. Warmed up before; the tokens of all are compared first. The floor is the bytes that a token needs (weights, and its keys and values)
 over the bandwidth at which this machine's cores read memory, measured in the same minute. Figures are in `experiments/bench/README.md`. The
 peer needs `pip install 'lmx[bench]'`, or an interpreter that has torch and transformers given by --peer-python; without it the row says that
 it is absent.
@@ -148,10 +147,9 @@ def theirs(folder: str, kind: str) -> None:
     name = next(n for n, config in MODELS.items() if config["model_type"] == model.config.model_type)
 
     def run(requests: list[tuple[list[int], int]], batch: int) -> list[list[int]]:
-        order = sorted(range(len(requests)), key=lambda i: requests[i][1])
         found = {}
-        for start in range(0, len(order), batch):
-            some = order[start : start + batch]
+        for start in range(0, len(requests), batch):
+            some = range(start, min(start + batch, len(requests)))
             longest, most = max(len(requests[i][0]) for i in some), max(requests[i][1] for i in some)
             ids = torch.tensor([[0] * (longest - len(requests[i][0])) + requests[i][0] for i in some])
             mask = torch.tensor([[0] * (longest - len(requests[i][0])) + [1] * len(requests[i][0]) for i in some])

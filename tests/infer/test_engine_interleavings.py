@@ -121,7 +121,7 @@ def test_numbers_that_are_none_stay_with_the_texts_whose_they_are(cache):
 def test_bfloat16_weights_and_pages_give_what_scoring_in_bfloat16_gives():
     execution = Execution(precision=POLICIES["bf16"])
     engine = Engine(SMALL, VERSIONS[0], **SIZES, execution=execution)
-    assert jax.tree.leaves(engine._runner.layers)[0].dtype == jnp.bfloat16
+    assert jax.tree.leaves(engine._runner.stages[0].layers)[0].dtype == jnp.bfloat16
     found = engine.generate(PROMPTS, max_new_tokens=8, sampling=WISHES[1])
     exact = score(SMALL, VERSIONS[0], [p + one.tokens for p, (one,) in zip(PROMPTS, found, strict=True)])
     half = score(SMALL, VERSIONS[0], [p + one.tokens for p, (one,) in zip(PROMPTS, found, strict=True)], execution=execution)
