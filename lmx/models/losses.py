@@ -14,6 +14,7 @@ from lmx.core.params import ParamSpec
 from lmx.core.tree import Tree
 from lmx.core.weights import Twofold, attend, dot, gradient_of, values, weight_gradient, whole
 from lmx.kernels import devices
+from lmx.kernels.wide import wide
 from lmx.models import heads
 from lmx.models.config import Model
 from lmx.parallel import manual
@@ -160,7 +161,7 @@ def _chunk(static: Static, head, hidden, targets, weights, *, gradients: bool):
     def over_vocab(reduce, a):
         return a if axis is None else reduce(a, axis)
 
-    rows = attend(hidden, head)
+    rows = dot(hidden, head.astype(hidden.dtype), 2, 1, wide(hidden.dtype))
     if softcap is not None:
         rows = softcap * jnp.tanh(rows / softcap)
     # A comparison with the vocabulary's indices, not a gather: it stays local when the vocabulary is sharded.
