@@ -4,10 +4,11 @@
 
 Random checkpoints are written once and read by all. A round is every contender doing the same work in turn: 16 requests of mixed prompts
 and mixed numbers of new tokens, and one text alone, greedily. transformers is given the requests in batches of 1, of 8 and of 16 as they
-come, padded left (the best counts); what it draws beyond a request's own number is not counted, for it is not wanted. Warmed up before; the tokens of all are compared first. The floor is the bytes that a token needs (weights, and its keys and values)
-over the bandwidth at which this machine's cores read memory, measured in the same minute. Figures are in `experiments/bench/README.md`. The
-peer needs `pip install 'lmx[bench]'`, or an interpreter that has torch and transformers given by --peer-python; without it the row says that
-it is absent.
+come, padded left (the best counts); what it draws beyond a request's own number is not counted, for it is not wanted. Warmed up before; the
+tokens of all are compared first. The floor is the bytes that a token needs (weights, and its keys and values) over the bandwidth at which
+this machine's cores read memory, measured in the same minute. Figures are in `experiments/bench/README.md`. The peer needs
+`pip install 'lmx[bench]'`, or an interpreter that has torch and transformers given by --peer-python; without it the row says that it is
+absent.
 """
 
 import argparse

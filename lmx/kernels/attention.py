@@ -10,6 +10,7 @@ IMPLEMENTATIONS = ("auto", "xla", "reference", "dense", "chunked", "cudnn", "fla
 """`reference` is the textbook; `dense` forms every score too, with a faster backward pass; `chunked` never forms more than a tile of
 them; `cudnn` is NVIDIA's; `flash` is our own kernel for Hopper GPUs; `single` is for one query a row (decoding). `why` says which of them
 `auto` takes, and `xla`, which is `auto` without the kernels of GPUs."""
+UNMEASURED = "does what is asked, and is taken by name until it has been measured"
 LONG = 2048
 """From this many keys on, scores are not kept."""
 
@@ -87,7 +88,7 @@ def why(
 ) -> tuple[str, str]:
     """What `auto`, or `xla`, takes for a call, and the reason in words. Arrays may be abstract; values are as keys unless given.
 
-    cuDNN comes before our own kernel until the two have been measured side by side.
+    Our own kernel is taken by its name alone until it has been checked and measured on a GPU (`experiments.bench.attention`).
     """
     v, scale = k if v is None else v, q.shape[-1] ** -0.5 if scale is None else scale
     if keep is not None:
@@ -102,10 +103,7 @@ def why(
             return "cudnn", "the GPU is NVIDIA's, and cuDNN does what is asked"
         said.append(f"cudnn {refused}")
         if devices.on_hopper():
-            refused = flash.refusal(q, k, v, mask, scale=scale, **asked)
-            if refused is None:
-                return "flash", f"{said[0]}; the GPU is a Hopper"
-            said.append(f"flash {refused}")
+            said.append(f"flash {flash.refusal(q, k, v, mask, scale=scale, **asked) or UNMEASURED}")
     if softcap is None and k.shape[1] <= LONG:
         return "dense", "; ".join([*said, f"there are no more than {LONG} keys"])
     return "chunked", "; ".join([*said, "there is a soft cap" if k.shape[1] <= LONG else f"there are more than {LONG} keys"])

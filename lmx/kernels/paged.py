@@ -15,11 +15,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from lmx.kernels import devices
 from lmx.kernels.wide import widened
 
 IMPLEMENTATIONS = ("auto", "xla", "gpu")
-"""`gpu` are kernels for Hopper; `auto` takes them on one where they can do what is asked, and `xla` otherwise."""
+"""`gpu` are kernels for Hopper, taken by name until they have been checked and measured on one (`experiments.bench.decode`); `auto` is `xla`."""
 BLOCK = 512
 """Slots that are read at once; half as many by the tokens of prompts."""
 TILE = 64
@@ -118,14 +117,12 @@ def attention(
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"paged attention={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
-    if implementation == "gpu" or (implementation == "auto" and devices.on_hopper() and devices.alone()):
+    if implementation == "gpu":
         from lmx.kernels import paged_gpu  # here, since Pallas takes a second to import
 
-        reason = paged_gpu.refusal(q, cache, bias=bias)
-        if reason is None:
-            return paged_gpu.attention(q, cache, view, scale=scale, causal=causal, window=window, softcap=softcap, slopes=slopes)
-        if implementation == "gpu":
+        if reason := paged_gpu.refusal(q, cache, bias=bias):
             raise ValueError(f"paged attention='gpu' {reason}; use auto or xla")
+        return paged_gpu.attention(q, cache, view, scale=scale, causal=causal, window=window, softcap=softcap, slopes=slopes)
     rows, positions = view.tokens(q.shape[0])
     if not causal:
         count = view.lengths.shape[0]

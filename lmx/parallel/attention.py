@@ -139,7 +139,8 @@ def attend_pages(
     bias: HeadBias | None = None,
     **how: Any,
 ) -> Float[Array, "1 tokens heads head_dim"]:
-    """As `lmx.kernels.paged.attention`, of tokens in a batch of one; each device its heads."""
+    """As `lmx.kernels.paged.attention`, of tokens in a batch of one; each device its heads. `execution.attention="flash"` takes its kernels."""
+    how["implementation"] = "gpu" if execution.attention == "flash" else "auto"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     at = _of_pages(cache, execution)
     if at is None:
