@@ -43,7 +43,7 @@ def test_shifted_products_are_those_of_any_positions(both_ways):
     positions = np.tile(np.arange(7) + 5, (2, 1))
     shifted = transformer_xl._shifted(query, projection, both_ways=both_ways)
     seen = np.tril(np.ones((7, 7), bool)) | both_ways
-    exact = transformer_xl._by_positions(query, projection, positions, positions)
+    exact = transformer_xl.by_positions(query, projection, positions, positions)
     np.testing.assert_allclose(np.where(seen, shifted, 0), np.where(seen, exact, 0), atol=2e-5)
 
 
