@@ -22,6 +22,7 @@ from lmx.kernels.paged import View
 from lmx.models import rwkv, transformer
 from lmx.models.attention import Pages
 from lmx.models.config import RWKV, EncoderDecoder, Model, Transformer
+from lmx.models.rope import by_length
 from lmx.models.transformer import Paged, Source
 from lmx.parallel.attention import page_heads
 from lmx.parallel.rules import constrain
@@ -154,7 +155,7 @@ class PagedRunner:
         kept = {"pages": pages + sizes.rows * self._source, "page": page, "dtype": dtype, "host_pages": host_pages}
         self.stages = tuple(Stage(model, place, **kept) for place in places)
         self._sources: dict[int, int] = {}  # tokens of each slot's source
-        self._spans = model.rope_scaling is not None and model.rope_scaling.kind in ("dynamic", "longrope")
+        self._spans = by_length(model.rope_scaling) is not None
 
     @property
     def place(self) -> Place:

@@ -49,6 +49,11 @@ def check_scaling(scaling: RopeScaling, dims: int) -> None:
             raise ValueError(f"model.rope_scaling.{name} has {len(getattr(scaling, name))} numbers; a head turns in {dims // 2} pairs")
 
 
+def by_length(scaling: RopeScaling | None) -> Literal["dynamic", "longrope"] | None:
+    """The kind, where wavelengths depend on the length at hand."""
+    return scaling.kind if scaling is not None and scaling.kind in ("dynamic", "longrope") else None
+
+
 def rope_table(
     positions: Int[Array, "batch length"],
     dims: int,
@@ -64,7 +69,7 @@ def rope_table(
     turns otherwise).
     """
     length = None
-    if scaling is not None and scaling.kind in ("dynamic", "longrope"):
+    if by_length(scaling):
         length = positions.max() + 1 if lengths is None else lengths[..., None, None]
     frequencies, factor = _frequencies(dims, theta, dtype, scaling, length)
     angles = positions[..., None, None].astype(dtype) * frequencies
