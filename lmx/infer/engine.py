@@ -35,6 +35,7 @@ from lmx.infer.texts import check_continues, check_tokens_alone, context_of
 from lmx.infer.weights import fingerprint
 from lmx.models.config import RWKV, EncoderDecoder, Model
 from lmx.models.losses import logits
+from lmx.models.rope import by_length
 from lmx.parallel.layout import Layout
 from lmx.parallel.rules import constrain
 
@@ -129,6 +130,7 @@ class Engine(Door):
         kept = {"pages": count_of, "page": page, "longest": self.longest, "host_pages": host_pages}
         self._runner = runner(model, stages, sizes, dtype=dtype, **kept)
         self._load(params)
+        self._by_length = by_length(getattr(model, "rope_scaling", None))
         self._sizes, self._place = sizes, self._runner.place
         self._history = self._place.put(draws.blank(rows + 1, model.vocab))
         self._in_history: dict[int, Sequence] = {}
@@ -298,7 +300,9 @@ class Engine(Door):
         with self._place.entered():
             for length in {self._length(tokens) for tokens in range(1, self.longest + 1)}:
                 self._history = _begun(self._history, np.int32(0), np.full(length, -1, np.int32), np.zeros(length, bool))
-            self._history = _extended(self._history, np.int32(0), np.int32(0))
+            for rows in self._sizes.decodes:
+                nothing = np.zeros(rows, np.int32)
+                self._history = _extended(self._history, nothing, nothing > 0, nothing)
 
     def _advance(self, step, rows, drawn: Drawn | None) -> None:
         """Texts with what was drawn, and the scheduler with who goes on."""
@@ -392,12 +396,14 @@ class Engine(Door):
     def _found(self, begun: Begun) -> Drawn | None:
         """What was drawn, and histories with it."""
         found = jax.device_get(begun.drawn)
-        for sequence, place in begun.penalised:
-            if sequence.rows == 1:
-                with self._place.entered():
-                    self._history = _extended(self._history, np.int32(sequence.slot), found.tokens[place])
-            else:  # it and those that it becomes begin with what each has drawn
-                self._in_history.pop(sequence.slot, None)
+        if begun.penalised:
+            slots, going = np.zeros(len(found.tokens), np.int32), np.zeros(len(found.tokens), bool)
+            for sequence, place in begun.penalised:
+                slots[place], going[place] = sequence.slot, sequence.rows == 1
+                if not going[place]:  # it and those that it becomes begin with what each has drawn
+                    self._in_history.pop(sequence.slot, None)
+            with self._place.entered():
+                self._history = _extended(self._history, found.tokens, going, slots)
         return found
 
     def _picked(self, hidden: Array, which, knobs: Knobs, seeds, drawn, slots) -> Drawn:
@@ -422,42 +428,34 @@ class Engine(Door):
         """So many places a program has for a text that is to be remembered."""
         return max(16, 1 << (tokens - 1).bit_length())
 
-    def _scaling(self) -> str | None:
-        scaling = getattr(self.model, "rope_scaling", None)
-        return scaling.kind if scaling is not None and scaling.kind in ("dynamic", "longrope") else None
-
     def _turned(self, sequence: Sequence) -> bool:
         """Whether LongRoPE turns a text as a long one."""
-        return self._scaling() == "longrope" and len(sequence.tokens) > self.model.rope_scaling.original_context
+        return self._by_length == "longrope" and len(sequence.tokens) > self.model.rope_scaling.original_context
 
     def _spans(self, chunks: list[Chunk]) -> list[int] | None:
         """For wavelengths that depend on it, how long each text is."""
-        if self._scaling() is None:
+        if self._by_length is None:
             return None
         long = getattr(self.model.rope_scaling, "original_context", 0) + 1
-        dynamic = self._scaling() == "dynamic"
+        dynamic = self._by_length == "dynamic"
         return [len(c.sequence.request.prompt) if dynamic else long if self._turned(c.sequence) else 0 for c in chunks]
 
     def _context(self, prompt: int, *, long: bool) -> bytes:
         """What keys and values of a text depend on besides its tokens: weights, and how wavelengths are stretched."""
-        stretched = prompt if self._scaling() == "dynamic" and prompt > self.model.rope_scaling.original_context else int(long)
+        stretched = prompt if self._by_length == "dynamic" and prompt > self.model.rope_scaling.original_context else int(long)
         return self._fingerprint + stretched.to_bytes(8, "little")
 
     def _mark(self, step, started: float) -> None:
-        number = {s: self._numbered(s) for s in (*(c.sequence for c in step.chunks), *step.preempted)}
         self.timeline.append(
             Moment(
                 started,
                 time.perf_counter(),
-                tuple(number[c.sequence] for c in step.decodes),
-                tuple((number[c.sequence], c.count) for c in step.prefills),
-                tuple(number[s] for s in step.preempted),
+                tuple(c.sequence.order[1] for c in step.decodes),
+                tuple((c.sequence.order[1], c.count) for c in step.prefills),
+                tuple(s.order[1] for s in step.preempted),
                 0 if self.pages is None else self.pages.statistics().in_use,
             )
         )
-
-    def _numbered(self, sequence: Sequence) -> int:
-        return sequence.order[1]
 
 
 def _fingerprint(params: Tree) -> bytes:
@@ -486,5 +484,5 @@ def _begun(history: History, slot: Array, tokens: Array, written: Array) -> Hist
 
 
 @partial(jax.jit, donate_argnums=0)
-def _extended(history: History, slot: Array, token: Array) -> History:
-    return History(history.seen.at[slot, token].set(True), history.counts.at[slot, token].add(1))
+def _extended(history: History, tokens: Array, going: Array, slots: Array) -> History:
+    return draws.extended(history, tokens, going, slots)

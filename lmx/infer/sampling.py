@@ -188,9 +188,11 @@ def begun(history: History, row: Int[Array, ""] | int, tokens: Int[Arrays, "leng
     return History(history.seen.at[row].set(seen), history.counts.at[row].set(counts))
 
 
-def extended(history: History, tokens: Int[Arrays, "rows"], going: Bool[Arrays, "rows"]) -> History:
-    """With one token more in the output of the rows that are `going`."""
-    rows = jnp.arange(tokens.shape[0])
+def extended(
+    history: History, tokens: Int[Arrays, "rows"], going: Bool[Arrays, "rows"], slots: Int[Arrays, "rows"] | None = None
+) -> History:
+    """With one token more in the output of the rows that are `going`; `slots` as of `draw`."""
+    rows = jnp.arange(tokens.shape[0]) if slots is None else slots
     tokens = jnp.where(going, tokens, history.seen.shape[-1])
     seen = history.seen.at[rows, tokens].set(True, mode="drop")
     return History(seen, history.counts.at[rows, tokens].add(1, mode="drop"))
