@@ -22,4 +22,7 @@ class Document:
     """The file or data set that it was read from."""
 
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """The other fields of its record (none for text files)."""
+    """The other fields of its record (none for text files): what JSON can hold."""
+
+    created: str = ""
+    """When it was written or crawled, ISO 8601 in UTC (`2024-01-02T03:04:05Z`, or a date, or a year); empty where the source does not say."""

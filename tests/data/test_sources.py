@@ -81,7 +81,7 @@ def test_zstd(tmp_path):
 def test_zstd_absent_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "compression.zstd", None)
     monkeypatch.setitem(sys.modules, "backports.zstd", None)
-    (tmp_path / "a.txt.zst").write_bytes(b"")
+    (tmp_path / "a.txt.zst").write_bytes(b"\x28\xb5\x2f\xfd")
     with pytest.raises(ValueError, match=r"a.txt.zst needs .* pip install 'lmx\[zstd\]'"):
         read(tmp_path / "a.txt.zst")
 

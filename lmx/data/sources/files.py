@@ -1,20 +1,15 @@
 """Where documents come from: text files, JSON lines, ArrayRecord, TFDS. What is wrong with a source is said in one line."""
 
-import bz2
 import glob
-import gzip
 import hashlib
-import importlib
 import json
-import lzma
 import re
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any
 
 from lmx.data.documents import Document
+from lmx.data.sources.compressed import damage, opened
 
 TEXT = (".txt", ".md")
 JSON_LINES = (".jsonl",)
@@ -143,50 +138,28 @@ def _stem(relative: str, path: Path) -> str:
 
 def _file(path: Path, relative: str, field: str, name: str) -> Iterator[Document]:
     kind = _kind(path)
-    damage = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)
-    if path.suffix.lower() == ".zst":
-        damage += (_zstd(path, name).ZstdError,)
     try:
         if kind in RECORDS:
             yield from _array_record(path, relative, field, name)
         elif kind in JSON_LINES:
             yield from _json_lines(path, relative, field, name)
         elif kind in JSON:
-            with _open(path, name) as file:
+            with opened(path, name) as file:
                 value = _json(file.read(), f"{name}: {path}")
             for number, record in enumerate(value if isinstance(value, list) else [value]):
                 yield _from_record(record, f"{name}: {path}, record {number}", f"{relative}:{number}", str(path), field)
         else:
-            with _open(path, name) as file:
+            with opened(path, name) as file:
                 yield Document(_stem(relative, path), _utf8(file.read(), f"{name}: {path}"), str(path))
-    except damage as error:
+    except damage() as error:
         raise ValueError(f"{name}: {path} is damaged ({error}); unpack it by hand to see how far it is whole") from error
     except OSError as error:
         raise ValueError(f"{name}: {path} cannot be read ({error.strerror or error}); check the file and its permissions") from error
 
 
-def _open(path: Path, name: str) -> BinaryIO:
-    suffix = path.suffix.lower()
-    if suffix not in COMPRESSED:
-        return path.open("rb")
-    if suffix == ".zst":
-        return _zstd(path, name).open(path, "rb")
-    return {".gz": gzip, ".xz": lzma, ".bz2": bz2}[suffix].open(path, "rb")
-
-
-def _zstd(path: Path, name: str) -> ModuleType:
-    """Python 3.14's module or its backport. (The older `zstandard` package takes a file that was cut off for a whole one.)"""
-    for module in ("compression.zstd", "backports.zstd"):
-        try:
-            return importlib.import_module(module)
-        except ImportError:
-            continue
-    raise ValueError(f"{name}: {path} needs the backports.zstd package, which is not installed; pip install 'lmx[zstd]'")
-
-
 def _json_lines(path: Path, relative: str, field: str, name: str) -> Iterator[Document]:
     offset = 0
-    with _open(path, name) as file:
+    with opened(path, name) as file:
         for number, line in enumerate(file, 1):
             where = f"{name}: {path}, line {number}"
             if line.strip():
