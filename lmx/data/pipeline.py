@@ -124,8 +124,7 @@ class Batches:
         column = np.repeat(before - np.repeat(row_begin, count), pairs) + position
         row = np.repeat(np.repeat(rows, count), pairs)
         at = np.repeat(self._begins[spans.document[span]] + spans.start[span], pairs) + position
-        batch["tokens"][row, column] = self.store.tokens[at]
-        batch["targets"][row, column] = self.store.tokens[at + 1]
+        batch["tokens"][row, column], batch["targets"][row, column] = self.store.tokens[np.stack([at, at + 1])]
         batch["segments"][row, column] = np.repeat(nth + 1, pairs)
         batch["positions"][row, column] = position
         batch["weights"][row, column] = 1

@@ -1,0 +1,51 @@
+"""Documents on their way through a recipe: one JSON line each, with the decisions so far. And files that are whole or not there."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lmx.data.documents import Document
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A document and what was decided of it on the way."""
+
+    document: Document
+    decisions: tuple[Mapping[str, Any], ...] = field(default=())
+    """One for each step that changed it, in order: `{"step", "counts", "metadata", "bytes"}` (its length before)."""
+
+    def to_line(self) -> bytes:
+        d = self.document
+        fields = {"id": d.id, "source": d.source, "created": d.created, "metadata": d.metadata, "decisions": self.decisions, "text": d.text}
+        return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def read_records(path: str | Path) -> Iterator[Record]:
+    """The records of a file of them."""
+    with Path(path).open("rb") as file:
+        for line in file:
+            data = json.loads(line)
+            document = Document(data["id"], data["text"], data["source"], data["metadata"], data["created"])
+            yield Record(document, tuple(data["decisions"]))
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears under its name when it is complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with whole(path) as file:
+        file.write(json.dumps(value, ensure_ascii=False, indent=1).encode() + b"\n")

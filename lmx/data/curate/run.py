@@ -1,0 +1,173 @@
+"""Run a recipe: pass after pass over its units, then tokens into shards, then a manifest. Killed, it goes on where it was."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from lmx.core.config import versions
+from lmx.data.clean.step import CorpusStep, Ragged
+from lmx.data.curate.recipe import Recipe, check, described, fingerprint, passes
+from lmx.data.curate.records import read_records, whole, write_json
+from lmx.data.curate.report import write_report
+from lmx.data.curate.tally import Tally, from_json
+from lmx.data.curate.work import Clean, Place, Tokenise, open_ragged
+from lmx.data.curate.workers import Local
+from lmx.data.recipe import _trained
+from lmx.data.shards import file_hash, index_of, is_shards, write_manifest
+from lmx.data.sources.source import Unit
+from lmx.data.tokenizers import load_tokenizer, train_sentencepiece
+
+
+class Workers(Protocol):
+    """Who does the work: `Local`, or Beam's."""
+
+    def each(self, task: Any, items: Sequence[int], what: str) -> None: ...
+
+    def resolve(self, step: CorpusStep, extracted: Ragged) -> Ragged: ...
+
+
+def curate(recipe: Recipe, folder: str | Path, *, workers: Workers | None = None) -> dict[str, Any]:
+    """Make a recipe's corpus in a folder: `train/` (and `validation/`) of shards, `tally.json`, `manifest.json`; returns the manifest.
+
+    A run that ended early goes on where it was; one that is complete returns at once. What is in the folder does not depend on the workers
+    or on how often it was killed. Raises ValueError when the folder holds another recipe's work, or the sources have changed since; and what
+    sources, steps and tokenizers raise.
+    """
+    check(recipe)
+    folder, workers = Path(folder), workers or Local()
+    units = tuple((number, unit) for number, source in enumerate(recipe.sources) for unit in source.units(recipe.unit))
+    if not units:
+        raise ValueError(f"recipe {recipe.name!r}: its sources hold no files")
+    if not _trained(recipe.tokenizer):
+        load_tokenizer(recipe.tokenizer, name="tokenizer")  # better refused now than after the passes
+    _claim(recipe, folder, units)
+    if (folder / "manifest.json").exists():
+        return json.loads((folder / "manifest.json").read_bytes())
+    place, numbers, stages = Place(folder), range(len(units)), passes(recipe)
+    starts: tuple[int, ...] = ()
+    for number, (_, _, after) in enumerate(stages):
+        place.of(number, 0, "").parent.mkdir(parents=True, exist_ok=True)
+        left = [unit for unit in numbers if not place.of(number, unit, "tally.json").exists()]
+        workers.each(Clean(recipe, folder, units, number, starts), left, f"pass {number + 1} of {len(stages)}")
+        if after:
+            starts = _resolve(place, number, len(units), after, workers)
+    tokenizer = _tokenizer(recipe, folder, len(stages) - 1, len(units))
+    splits = ("train", "validation") if recipe.held_out else ("train",)
+    left = [unit for unit in numbers if not index_of(folder / "train", unit).exists()]
+    workers.each(Tokenise(recipe, folder, units, tokenizer), left, "tokens")
+    return _finish(recipe, folder, units, splits, tokenizer)
+
+
+def _claim(recipe: Recipe, folder: Path, units: Sequence[tuple[int, Unit]]) -> None:
+    """Write down what the folder is for, or refuse one that is for something else."""
+    files = sorted({path for _, unit in units for path in unit.paths})
+    stats = {path: [(stat := Path(path).stat()).st_size, stat.st_mtime_ns] for path in files}
+    claim = {"fingerprint": fingerprint(recipe), "files": stats, "recipe": described(recipe)}
+    path = folder / "recipe.json"
+    if path.exists():
+        old = json.loads(path.read_bytes())
+        if old["fingerprint"] != claim["fingerprint"]:
+            raise ValueError(
+                f"{folder} holds the work of another recipe ({_difference(old['recipe'], claim['recipe'])}); use another folder"
+            )
+        if changed := [name for name in {**old["files"], **stats} if old["files"].get(name) != stats.get(name)]:
+            raise ValueError(f"{folder}: {changed[0]} has changed since this corpus was begun; use another folder, or remove this one")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, claim)
+
+
+def _difference(old: Any, new: Any, name: str = "recipe") -> str:
+    """The first place where two described recipes differ."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+        return next((_difference(old[key], new[key], f"{name}.{key}") for key in old if old[key] != new[key]), "")
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return next((_difference(a, b, f"{name}.{i}") for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b), "")
+    return f"{name}: {str(old)[:60]} there, {str(new)[:60]} here"
+
+
+def _resolve(place: Place, number: int, units: int, step: CorpusStep, workers: Workers) -> tuple[int, ...]:
+    """Join what the units' documents gave, and find what a corpus step needs of it. Returns the number of each unit's first document."""
+    for kind in ("extracted", "ids"):
+        if not (place.ragged(number, kind) / "offsets.npy").exists():
+            _join(place, number, units, kind)
+    done = place.ragged(number, "resolved")
+    if not (done / "offsets.npy").exists():
+        resolved = workers.resolve(step, open_ragged(place.ragged(number, "extracted")))
+        if len(resolved) != len(open_ragged(place.ragged(number, "ids"))):
+            raise RuntimeError(f"step {step.name} resolved {len(resolved)} documents, not all")
+        _write_ragged(done, resolved.values, resolved.offsets)
+    counts = [np.load(place.of(number, unit, "ids.lengths.npy")).size for unit in range(units)]
+    return tuple(int(start) for start in np.cumsum([0, *counts[:-1]]))
+
+
+def _write_ragged(path: Path, values: np.ndarray, offsets: np.ndarray) -> None:
+    path.mkdir(exist_ok=True)
+    for name, array in (("values", values), ("offsets", offsets)):  # offsets last: they say that all is there
+        with whole(path / f"{name}.npy") as file:
+            np.save(file, array)
+
+
+def _join(place: Place, number: int, units: int, kind: str) -> None:
+    """The units' arrays as one, with one of them in memory at a time."""
+    lengths = [np.load(place.of(number, unit, f"{kind}.lengths.npy")) for unit in range(units)]
+    offsets = np.append(0, np.cumsum(np.concatenate(lengths)))
+    path = place.ragged(number, kind)
+    path.mkdir(exist_ok=True)
+    filled = [unit for unit in range(units) if lengths[unit].sum()]
+    dtype = np.load(place.of(number, filled[0], f"{kind}.values.npy")).dtype if filled else np.dtype(np.uint64)
+    with whole(path / "values.npy") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (int(offsets[-1]),)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for unit in filled:
+            values = np.load(place.of(number, unit, f"{kind}.values.npy"))
+            if values.dtype != dtype:
+                raise RuntimeError(f"{kind} of unit {unit} is {values.dtype}, that of others {dtype}")
+            file.write(values.tobytes())
+    with whole(path / "offsets.npy") as file:
+        np.save(file, offsets)
+
+
+def _tokenizer(recipe: Recipe, folder: Path, last: int, units: int) -> str:
+    """The recipe's tokenizer, trained on what is kept if it says so: something that `load_tokenizer` takes."""
+    if not (trained := _trained(recipe.tokenizer)):
+        return recipe.tokenizer
+    path = folder / "tokenizer.model"
+    if not path.exists():
+        place = Place(folder)
+        texts = (r.document.text for unit in range(units) for r in read_records(place.of(last, unit, "kept.jsonl")))
+        train_sentencepiece(texts, path, algorithm=trained[0], vocab=trained[1])
+    return str(path)
+
+
+def _finish(recipe: Recipe, folder: Path, units: Sequence[tuple[int, Unit]], splits: Sequence[str], tokenizer: str) -> dict[str, Any]:
+    """Sum up: the tally over all passes, a manifest for each split and one for the whole."""
+    place, tally = Place(folder), Tally(recipe.examples)
+    for number in range(len(passes(recipe))):
+        for unit in range(len(units)):
+            tally += from_json(json.loads(place.of(number, unit, "tally.json").read_bytes()))
+    loaded = load_tokenizer(tokenizer)
+    counts = [[*event, documents, size] for event, documents, size in tally.rows()]
+    files = sorted({path for _, unit in units for path in unit.paths})
+    about = {
+        "name": recipe.name,
+        "fingerprint": fingerprint(recipe),
+        "recipe": described(recipe),
+        "versions": versions(),
+        "sources": {path: file_hash(Path(path)) for path in files},
+    }
+    parts = {}
+    for split in splits:
+        if is_shards(folder / split):
+            parts[split] = json.loads((folder / split / "manifest.json").read_bytes())
+        else:
+            parts[split] = write_manifest(folder / split, range(len(units)), loaded, {"recipe": about["fingerprint"]})
+    totals = {split: {key: part[key] for key in ("documents", "tokens", "bytes", "content")} for split, part in parts.items()}
+    write_json(folder / "tally.json", tally.to_json())
+    manifest = {**about, "tokenizer": {"name": Path(tokenizer).name, "fingerprint": loaded.fingerprint}, "splits": totals, "counts": counts}
+    write_report(recipe, folder, tally, parts)
+    write_json(folder / "manifest.json", manifest)
+    return manifest

@@ -1,0 +1,54 @@
+"""Who does the work: this process, or several on this machine. (A cluster: `lmx.data.curate.beam`.)"""
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+from lmx.data.clean.step import CorpusStep, Ragged
+
+TRIES = 3
+
+
+@dataclass(frozen=True)
+class Local:
+    """Workers of this machine."""
+
+    workers: int = 1
+    """Processes; 1 works in this one."""
+
+    def each(self, task: Callable[[int], None], items: Sequence[int], what: str) -> None:
+        """Run a task for each item. Tasks leave their results in files, whole or not at all, so one can be done again.
+
+        A worker that dies (killed, out of memory) is replaced and its item tried again, three times in all. Raises the first task's own error,
+        RuntimeError where workers keep dying.
+        """
+        if self.workers < 1:
+            raise ValueError(f"workers={self.workers} is not positive; use the number of cores")
+        if self.workers == 1 or len(items) < 2:
+            for item in items:
+                task(item)
+            return
+        left = list(items)
+        for _ in range(TRIES):
+            # Workers are started afresh, not forked: JAX, if it is loaded here, has threads, and a fork of those can hang.
+            pool = ProcessPoolExecutor(min(self.workers, len(left)), mp_context=multiprocessing.get_context("spawn"))
+            try:
+                futures = {pool.submit(task, item): item for item in left}
+                for future in as_completed(futures):
+                    future.result()
+                    left.remove(futures[future])
+                return
+            except BrokenProcessPool:
+                continue
+            finally:
+                pool.shutdown(cancel_futures=True)
+        raise RuntimeError(
+            f"workers died {TRIES} times at {what} of units {', '.join(map(str, left[:8]))} (killed, or out of memory?); "
+            f"use fewer than workers={self.workers}, or a smaller unit"
+        )
+
+    def resolve(self, step: CorpusStep, extracted: Ragged) -> Ragged:
+        """What a corpus step finds in what was extracted."""
+        return step.resolve(extracted)

@@ -1,0 +1,261 @@
+"""Tokenised text as shards: ArrayRecord files of token blocks, what each document is beside them, and a manifest over all.
+
+A shard's tokens are its documents one after another, cut into records of `BLOCK`, so any span is read by its place: nothing is copied to
+train from them, and nothing but where documents begin is held in memory. `documents-*` has a JSON record for each document: where it came
+from, and what was decided of it on the way.
+"""
+
+import hashlib
+import json
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmx.data.store import TokenStore
+from lmx.data.tokenizers import Tokenizer
+
+FORMAT = 1
+BLOCK = 4096  # tokens in a record: about as long as an example, so that one needs few of them
+BATCH_BYTES = 1 << 20
+OPTIONS = "group_size:1,zstd:1"
+READ = "readahead_buffer_size:0,max_parallelism:0"
+KEPT_BLOCKS = 256  # blocks that stay in memory, about a megabyte
+ARRAYS = ("lengths", "bytes")
+
+
+def write_shard(records: Iterable[Any], tokenizer: Tokenizer, folder: Path, number: int, *, corpus: str) -> None:
+    """Write documents (`lmx.data.curate.records.Record`) as shard `number` of a folder; its index file comes last, when all is there."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = np.dtype("<u2" if tokenizer.vocab <= 1 << 16 else "<u4")
+    end = np.asarray([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype)
+    names = {kind: folder / f"{kind}-{number:06d}.array_record" for kind in ("tokens", "documents")}
+    parts = {kind: path.with_name(f".{path.name}.{os.getpid()}") for kind, path in names.items()}
+    writers = {kind: ArrayRecordWriter(str(path), OPTIONS) for kind, path in parts.items()}
+    lengths, sizes, rest = [], [], np.zeros(0, dtype)
+    try:
+        for batch in _batches(records):
+            rows = tokenizer.encode_batch([record.document.text for record in batch])
+            arrays = [np.frombuffer(row, np.uint8) if isinstance(row, bytes) else np.asarray(row, np.int64) for row in rows]
+            for record, array in zip(batch, arrays, strict=True):
+                d = record.document
+                size = len(d.text.encode())
+                about = {"id": d.id, "source": d.source, "corpus": corpus, "created": d.created, "metadata": d.metadata, "bytes": size}
+                writers["documents"].write(json.dumps({**about, "decisions": record.decisions}, ensure_ascii=False).encode())
+                lengths.append(len(array) + len(end))
+                sizes.append(size)
+            stream = np.concatenate([rest, *(part.astype(dtype) for array in arrays for part in (array, end))])
+            full = len(stream) // BLOCK * BLOCK
+            for start in range(0, full, BLOCK):
+                writers["tokens"].write(stream[start : start + BLOCK].tobytes())
+            rest = stream[full:]
+        if len(rest):
+            writers["tokens"].write(rest.tobytes())
+    finally:
+        for writer in writers.values():
+            writer.close()
+    if lengths:
+        for kind, path in names.items():
+            os.replace(parts[kind], path)
+    else:  # a shard without documents is none: no empty files
+        for path in parts.values():
+            path.unlink()
+    index: dict[str, Any] = {"corpus": corpus, "documents": len(lengths), "tokens": sum(lengths), "bytes": sum(sizes)}
+    if lengths:
+        np.save(folder / f"lengths-{number:06d}.npy", np.asarray(lengths, "<i8"))
+        np.save(folder / f"bytes-{number:06d}.npy", np.asarray(sizes, "<i8"))
+        files = [*names.values(), *(folder / f"{kind}-{number:06d}.npy" for kind in ARRAYS)]
+        index["files"] = {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in files}
+    temporary = folder / f".index-{number:06d}.{os.getpid()}"
+    temporary.write_text(json.dumps(index))
+    os.replace(temporary, index_of(folder, number))
+
+
+def index_of(folder: Path, number: int) -> Path:
+    """The file that says that a shard is done."""
+    return folder / f"index-{number:06d}.json"
+
+
+def write_manifest(folder: Path, numbers: Sequence[int], tokenizer: Tokenizer, about: dict[str, Any]) -> dict[str, Any]:
+    """Join the shards' indices into `manifest.json`, the last file of a corpus: counts, hashes, and `about`. Raises ValueError where all
+    shards are empty."""
+    indices = {number: json.loads(index_of(folder, number).read_bytes()) for number in numbers}
+    shards = [{"number": number, **index} for number, index in indices.items() if index["documents"]]
+    if not shards:
+        raise ValueError(f"{folder}: no document was kept; the report says which rules dropped them")
+    manifest = {
+        "format": FORMAT,
+        **{what: sum(shard[what] for shard in shards) for what in ("documents", "tokens", "bytes")},
+        "dtype": "<u2" if tokenizer.vocab <= 1 << 16 else "<u4",
+        "vocab": tokenizer.vocab,
+        "eos_id": tokenizer.eos_id,
+        "tokenizer": tokenizer.fingerprint,
+        "content": hashlib.sha256(json.dumps([shard["files"] for shard in shards], sort_keys=True).encode()).hexdigest(),
+        **about,
+        "shards": shards,
+    }
+    temporary = folder / f".manifest.{os.getpid()}"
+    temporary.write_text(json.dumps(manifest, indent=1) + "\n")
+    os.replace(temporary, folder / "manifest.json")
+    return manifest
+
+
+def is_shards(folder: str | Path) -> bool:
+    """Whether a folder holds shards."""
+    return (Path(folder) / "manifest.json").is_file()
+
+
+def open_shards(folder: str | Path, *, hashes: bool = False) -> TokenStore:
+    """The shards of a folder as a store that reads them where they lie.
+
+    Sizes are checked; `hashes=True` reads and checks every byte too. Raises FileNotFoundError when there are none, ValueError, with the file,
+    when they are damaged.
+    """
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder} holds no shards: it has no manifest.json; make them with a recipe") from error
+    except ValueError as error:
+        raise ValueError(f"{folder}/manifest.json is damaged ({error}); make the corpus again") from error
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{folder} holds shards of format {manifest.get('format')}, expected {FORMAT}; make the corpus again")
+    for shard in manifest["shards"]:
+        for name, expected in shard["files"].items():
+            path = folder / name
+            size = path.stat().st_size if path.exists() else 0
+            if size != expected["bytes"] or (hashes and file_hash(path) != expected["sha256"]):
+                raise ValueError(f"{path} is not what was written ({size} bytes, expected {expected['bytes']}); make the corpus again")
+    numbers = [shard["number"] for shard in manifest["shards"]]
+    lengths, sizes = (np.concatenate([np.load(folder / f"{kind}-{n:06d}.npy") for n in numbers]) for kind in ARRAYS)
+    counts = [shard["tokens"] for shard in manifest["shards"]]
+    blocks = Blocks(tuple(folder / f"tokens-{n:06d}.array_record" for n in numbers), counts, np.dtype(manifest["dtype"]))
+    about = Documents(tuple(folder / f"documents-{n:06d}.array_record" for n in numbers), [s["documents"] for s in manifest["shards"]])
+    return ShardStore(folder, manifest, blocks, np.append(0, np.cumsum(lengths)), sizes, about)
+
+
+class ShardStore(TokenStore):
+    """A store whose tokens lie in shards. Made by `open_shards`."""
+
+    about: "Documents"
+
+    def __init__(
+        self, directory: Path, index: dict[str, Any], tokens: "Blocks", offsets: np.ndarray, sizes: np.ndarray, about: "Documents"
+    ):
+        nothing = np.zeros(0, np.int64)
+        super().__init__(directory, index, tokens, offsets, sizes, nothing, nothing)
+        object.__setattr__(self, "about", about)
+
+    def document_id(self, number: int) -> str:
+        return self.about[number]["id"]
+
+
+class _Files:
+    """Records of several ArrayRecord files, opened when first read. Threads may share it."""
+
+    def __init__(self, paths: tuple[Path, ...]):
+        self._paths, self._local = paths, threading.local()
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self._paths,)
+
+    def read(self, file: int, records: Sequence[int]) -> list[bytes]:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        readers = self._local.__dict__.setdefault("readers", {})
+        if file not in readers:
+            readers[file] = ArrayRecordReader(str(self._paths[file]), READ)
+        return readers[file].read([int(r) for r in records])
+
+
+class Documents(Sequence[dict[str, Any]]):
+    """What is known of each document: `{id, source, corpus, created, metadata, bytes, decisions}`."""
+
+    def __init__(self, paths: tuple[Path, ...], counts: Sequence[int]):
+        self._files, self._ends = _Files(paths), np.cumsum(counts)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        if not 0 <= number < len(self):
+            raise IndexError(f"document {number} of {len(self)}")
+        file = int(np.searchsorted(self._ends, number, side="right"))
+        return json.loads(self._files.read(file, [number - (self._ends[file - 1] if file else 0)])[0])
+
+
+class Blocks:
+    """Tokens of all shards in a row, read as a NumPy array is: by a slice or by an array of places."""
+
+    ndim = 1
+
+    def __init__(self, paths: tuple[Path, ...], counts: Sequence[int], dtype: np.dtype):
+        self._files, self._ends, self.dtype = _Files(paths), np.cumsum(counts), dtype
+        self._begins = self._ends - np.asarray(counts)
+        self._blocks = -(-np.asarray(counts) // BLOCK)
+        self._first = np.cumsum(self._blocks) - self._blocks  # a shard's first block among all
+        self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple:
+        return Blocks, (self._files._paths, self._ends - self._begins, self.dtype)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def shape(self) -> tuple[int]:
+        return (len(self),)
+
+    def __getitem__(self, at: Any) -> np.ndarray:
+        if isinstance(at, slice):
+            at = np.arange(*at.indices(len(self)))
+        at = np.asarray(at)
+        if at.size and not (at.min() >= 0 and at.max() < len(self)):
+            raise IndexError(f"tokens {at.min()} to {at.max()} of {len(self)}")
+        shard = np.searchsorted(self._ends, at, side="right")
+        block, within = np.divmod(at - self._begins[shard], BLOCK)
+        wanted, inverse = np.unique(self._first[shard] + block, return_inverse=True)
+        blocks = self._read(wanted)
+        starts = np.cumsum([0, *map(len, blocks)])[:-1]
+        return (np.concatenate(blocks) if blocks else np.zeros(0, self.dtype))[starts[inverse.reshape(at.shape)] + within]
+
+    def _read(self, wanted: np.ndarray) -> list[np.ndarray]:
+        with self._lock:
+            have = {int(b): self._kept[int(b)] for b in wanted if int(b) in self._kept}
+        missing = np.array([b for b in wanted.tolist() if b not in have], np.int64)
+        shard = np.searchsorted(self._first, missing, side="right") - 1
+        for file in np.unique(shard).tolist():
+            these = missing[shard == file]
+            for number, data in zip(these.tolist(), self._files.read(file, these - self._first[file]), strict=True):
+                have[number] = np.frombuffer(data, self.dtype)
+        with self._lock:
+            self._kept.update((b, have[b]) for b in missing.tolist())
+            while len(self._kept) > KEPT_BLOCKS:
+                self._kept.popitem(last=False)
+        return [have[b] for b in wanted.tolist()]
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _batches(records: Iterable[Any]) -> Iterable[list[Any]]:
+    """Records in groups that one call of a tokenizer does well with."""
+    batch, size = [], 0
+    for record in records:
+        batch.append(record)
+        size += len(record.document.text)
+        if size >= BATCH_BYTES or len(batch) >= 1024:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
