@@ -1,7 +1,7 @@
 """What was run: lists runs, shows one, and says what differs between two.
 
-`python -m lmx.runs diff A B`, `python -m lmx.runs list [FOLDER]`, `python -m lmx.runs show A`. A run is given by its folder, or by its
-name under `runs/`.
+`python -m lmx.runs diff A B`, `python -m lmx.runs list [FOLDER]`, `python -m lmx.runs show A`; and what it was trained on:
+`python -m lmx.runs trace A STEP ROW`, `python -m lmx.runs seen A TEXT`. A run is given by its folder, or by its name under `runs/`.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,17 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from lmx.core.config import ConfigError, diff, exits_with_one_line, flatten, subcommand
+from lmx.core.config import ConfigError, diff, exits_with_one_line, flatten, from_json, subcommand
+from lmx.data.lineage import seen, trace
+from lmx.data.pipeline import Batches
+from lmx.data.recipe import make_batches, prepare
+from lmx.data.tokenizers import Tokenizer
+from lmx.train.experiment import Experiment, resolve
 from lmx.train.logging import RECORD, read_metrics, read_record
 
 RUNS = Path("runs")
 PARTS = ("config", "versions", "data")
-USAGE = "python -m lmx.runs diff A B | list [FOLDER] | show A"
+USAGE = "python -m lmx.runs diff A B | list [FOLDER] | show A | trace A STEP ROW | seen A TEXT"
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,28 @@ class Show:
 
     run: Positional[str]
     """The run."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Prints what a row of a training batch was made of: texts, where they came from, what cleaning did to them."""
+
+    run: Positional[str]
+    """The run."""
+    step: Positional[int]
+    """The training step, from 1."""
+    row: Positional[int]
+    """The row of its batch, from 0."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Prints when a text was trained on: each step and row."""
+
+    run: Positional[str]
+    """The run."""
+    text: Positional[str]
+    """The text, as it stands in the cleaned documents."""
 
 
 @dataclass(frozen=True)
@@ -143,16 +170,63 @@ def show_run(run: str) -> None:
     _print([*lines, [("written", "dim"), ("", ""), (record["written"], "")]])
 
 
+def batches_of(run: str) -> tuple[Batches, Tokenizer, int]:
+    """The batches that a run trained on, their tokenizer, and the steps that it has logged.
+
+    Raises:
+      FileNotFoundError, ValueError: it is no run, its text is gone, or is no longer the text that it was trained on.
+    """
+    record, metrics = read_record(folder_of(run)), read_metrics(folder_of(run))
+    experiment = from_json(Experiment, record["config"])
+    prepared = prepare(experiment.data)
+    if (was := record["data"].get("train")) not in (None, prepared.train.fingerprint):
+        raise ValueError(f"{experiment.data.train} is not what {run} was trained on (hash {was}); put that text back")
+    vocab = resolve(experiment, prepared).model.vocab
+    batches = make_batches(experiment.data, prepared.train, prepared.tokenizer, vocab=vocab, rows=experiment.batch, seed=experiment.seed)
+    return batches, prepared.tokenizer, max((entry["step"] for entry in metrics), default=0)
+
+
+def show_trace(run: str, step: int, row: int) -> None:
+    """Prints the pieces of a row."""
+    batches, tokenizer, _ = batches_of(run)
+    try:
+        pieces = trace(batches, tokenizer, step, row)
+    except IndexError as error:
+        raise ConfigError(str(error)) from error
+    for piece in pieces:
+        about = dict(piece.about)
+        decisions = about.pop("decisions", [])
+        print(f"--- document {piece.document} ({about.pop('id')}), tokens {piece.start} to {piece.stop}, characters {piece.characters}")
+        print("\n".join(f"{name}: {value}" for name, value in about.items() if value not in ("", {})))
+        for decision in decisions:
+            print(f"changed by {decision['step']}: {decision['counts'] or decision['metadata']}")
+        print(piece.text)
+
+
+def show_seen(run: str, text: str) -> None:
+    """Prints each sight of a text."""
+    batches, tokenizer, steps = batches_of(run)
+    sights = seen(batches, tokenizer, text, steps=steps)
+    if not sights:
+        print(f"not in the {steps} steps that were logged")
+    for sight in sights:
+        print(f"step {sight.step}, row {sight.row}: document {sight.document} ({sight.id}){'' if sight.whole else ', in part'}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The door. A wrong command or an unreadable run is one line on stderr and exit code 2."""
     with exits_with_one_line():
-        match subcommand(Diff | List | Show, argv, prog="python -m lmx.runs", description=__doc__, usage=USAGE):
+        match subcommand(Diff | List | Show | Trace | Seen, argv, prog="python -m lmx.runs", description=__doc__, usage=USAGE):
             case Diff(a, b):
                 show_diff(a, b)
             case List(folder):
                 show_list(folder)
             case Show(run):
                 show_run(run)
+            case Trace(run, step, row):
+                show_trace(run, step, row)
+            case Seen(run, text):
+                show_seen(run, text)
 
 
 if __name__ == "__main__":

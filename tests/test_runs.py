@@ -1,6 +1,8 @@
 """The door `python -m lmx.runs`."""
 
+import json
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,9 @@ import pytest
 
 from lmx import runs
 from lmx.core.config import parse
+from lmx.data.recipe import Data, prepare
+from lmx.models.config import Transformer
+from lmx.train import experiment as train
 from lmx.train import logging
 
 
@@ -144,3 +149,48 @@ def test_help_names_the_commands(capsys):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("diff", "list", "show", "python -m lmx.runs"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run of twelve steps as its record says it, over documents that tell themselves apart."""
+    folder = tmp_path_factory.mktemp("trained")
+    texts = [{"id": f"d{i}", "text": f"document number {i} says hello to number {i + 1}.\n"} for i in range(30)]
+    (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    experiment = train.Experiment(
+        name="run",
+        folder=str(folder),
+        data=Data(train=str(folder / "texts.jsonl"), length=40, cache=str(folder / "cache")),
+        model=Transformer(layers=1, embed=8, heads=2, mlp=16, context=40),
+        batch=4,
+        steps=12,
+    )
+    logging.write_record(folder / "run", experiment, sources={}, data={"train": prepare(experiment.data).train.fingerprint})
+    (folder / "run/metrics.jsonl").write_text('{"step": 12, "split": "train", "time": 0.0, "loss": 3.0}\n')
+    return folder / "run"
+
+
+def test_trace_and_seen(trained, capsys):
+    sights = printed(capsys, "seen", str(trained), "number 7 says hello to number 8")
+    assert sights
+    assert all("(d7)" in line for line in sights)
+    step, row = re.match(r"step (\d+), row (\d+)", sights[0]).groups()
+    text = "\n".join(printed(capsys, "trace", str(trained), step, row))
+    assert "(d7), tokens" in text
+    assert "7 says" in text
+    assert printed(capsys, "seen", str(trained), "never written") == ["not in the 12 steps that were logged"]
+
+
+def test_trace_of_a_row_that_is_not_there(trained, capsys):
+    with pytest.raises(SystemExit):
+        runs.main(["trace", str(trained), "1", "4"])
+    assert "rows from 0 to 3" in capsys.readouterr().err
+
+
+def test_trace_refuses_another_text(trained, capsys):
+    text = (trained.parent / "texts.jsonl").read_text()
+    (trained.parent / "texts.jsonl").write_text(text.replace("hello", "goodbye"))
+    with pytest.raises(SystemExit):
+        runs.main(["trace", str(trained), "1", "0"])
+    (trained.parent / "texts.jsonl").write_text(text)
+    assert "is not what" in capsys.readouterr().err

@@ -111,6 +111,39 @@ class Batches:
             )
         return batch
 
+    @property
+    def stores(self) -> list[TokenStore]:
+        """What the batches are made from."""
+        return [self.store]
+
+    def spans(self, example: int) -> list[tuple[TokenStore, int, int]]:
+        """What a global example is made of, in its order: a store and `tokens[start:stop]` of it. Raises IndexError outside the run."""
+        if not 0 <= example < self.total:
+            raise IndexError(f"example {example} of {self.total}")
+        epoch, within = divmod(example, self.examples_per_epoch)
+        spans, order = self._epoch(epoch)
+        nth = within if order is None else order[within]
+        which = slice(spans.first[nth], spans.first[nth + 1])
+        begins = self._begins[spans.document[which]]
+        return [
+            (self.store, int(begin + start), int(begin + stop))
+            for begin, start, stop in zip(begins, spans.start[which], spans.stop[which], strict=True)
+        ]
+
+    def holding(self, store: TokenStore, start: int, stop: int, until: int) -> list[int]:
+        """The global examples below `until`, in order, that hold any of `tokens[start:stop]` of a store."""
+        if store is not self.store:
+            return []
+        found: list[int] = []
+        for epoch in range(-(-min(until, self.total) // self.examples_per_epoch)):
+            spans, order = self._epoch(epoch)
+            begins = self._begins[spans.document]
+            touched = np.flatnonzero((begins + spans.start < stop) & (begins + spans.stop > start))
+            nth = np.unique(np.searchsorted(spans.first, touched, side="right") - 1)
+            within = nth if order is None else np.argsort(order)[nth]
+            found += np.sort(epoch * self.examples_per_epoch + within).tolist()
+        return [example for example in found if example < until]
+
     def _fill(self, batch: Batch, rows: np.ndarray, spans: Plan, examples: np.ndarray) -> None:
         """Write examples of an epoch's plan into rows of a batch, all spans and tokens at once."""
         first = spans.first[examples]
