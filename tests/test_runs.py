@@ -123,8 +123,14 @@ def test_show_says_who_set_each_field(folder, capsys):
         (["show", "runs/notes"], "runs/notes is not a run: there is no experiment.json in it"),
         (["list", "nowhere"], "nowhere is not a folder; give the one that holds the runs"),
         (["list", "runs/notes"], "there is no run in runs/notes"),
-        (["dif", "a", "b"], "dif a b: not understood; usage: python -m lmx.runs diff A B | list [FOLDER] | show A | trace A STEP ROW | seen A TEXT"),
-        (["diff", "a"], "diff a: not understood; usage: python -m lmx.runs diff A B | list [FOLDER] | show A | trace A STEP ROW | seen A TEXT"),
+        (
+            ["dif", "a", "b"],
+            "dif a b: not understood; usage: python -m lmx.runs diff A B | list [FOLDER] | show A | trace A STEP ROW | seen A TEXT",
+        ),
+        (
+            ["diff", "a"],
+            "diff a: not understood; usage: python -m lmx.runs diff A B | list [FOLDER] | show A | trace A STEP ROW | seen A TEXT",
+        ),
         ([], "no command: not understood; usage: python -m lmx.runs diff A B | list [FOLDER] | show A | trace A STEP ROW | seen A TEXT"),
     ],
 )

@@ -18,7 +18,7 @@ from lmx.data.curate.records import Record, read_records, whole, write_json
 from lmx.data.curate.tally import Event, Tally
 from lmx.data.documents import Document
 from lmx.data.shards import write_shard
-from lmx.data.sources.source import Omitted, Unit
+from lmx.data.sources.source import Omitted, Source, Unit
 from lmx.data.tokenizers import load_tokenizer
 
 
@@ -76,7 +76,7 @@ class Clean:
             kept, dropped = (stack.enter_context(whole(place.of(self.number, unit, f"{kind}.jsonl"))) for kind in ("kept", "dropped"))
 
             def judge(record: Record) -> None:
-                if record := _through(record, steps, source.name, tally, dropped):
+                if record := through(record, steps, source.name, tally, dropped):
                     kept.write(record.to_line())
                     if self.number == len(passes(self.recipe)) - 1:
                         language = str(record.document.metadata.get("language", ""))
@@ -88,42 +88,44 @@ class Clean:
                         tally.seconds[after.name] += time.process_time() - clock
 
             if before is None:
-                for record in self._read(unit, source, tally):
+                for record in read(source, self.units[unit][1], tally, damaged=self.recipe.damaged):
                     judge(record)
             else:
                 for number, record in enumerate(read_records(place.of(self.number - 1, unit, "kept.jsonl")), self.starts[unit]):
-                    one = _Resolved(before, resolved[number], names)
-                    if record := _through(record, (one,), source.name, tally, dropped):
+                    one = Resolved(before, resolved[number], names)
+                    if record := through(record, (one,), source.name, tally, dropped):
                         judge(record)
         if after:
             for kind, arrays in (("extracted", values), ("ids", [np.frombuffer(id, np.uint8) for id in ids])):
                 _save(place.of(self.number, unit, kind), arrays)
         write_json(place.of(self.number, unit, "tally.json"), tally.to_json())
 
-    def _read(self, number: int, source: Any, tally: Tally) -> Iterator[Record]:
+
+def read(source: Source, unit: Unit, tally: Tally, *, damaged: str) -> Iterator[Record]:
+    """The documents of a unit, with what is read and left out counted. Raises ValueError for damage unless it is to be skipped."""
+    clock = time.process_time()
+    for item in source.read(unit):
+        if isinstance(item, Document):
+            try:
+                size = len(item.text.encode())
+            except UnicodeEncodeError as error:
+                item = Omitted(f"{item.source}: {item.id}", f"half a surrogate pair at character {error.start}", damaged=True)
+        tally.seconds[source.name] += time.process_time() - clock
+        if isinstance(item, Omitted):
+            if item.damaged and damaged == "refuse":
+                raise ValueError(f"{item.where}: {item.reason}; mend the file, or let the recipe skip it with damaged='skip'")
+            what, reason = ("damaged", "damaged") if item.damaged else ("omitted", item.reason)
+            tally.count(Event("source", what, reason, source.name, ""), 1, 0)
+            if item.damaged:
+                tally.damage.append((item.where, item.reason))
+        else:
+            tally.count(Event("source", "read", "", source.name, ""), 1, size)
+            yield Record(item)
         clock = time.process_time()
-        for item in source.read(self.units[number][1]):
-            if isinstance(item, Document):
-                try:
-                    size = len(item.text.encode())
-                except UnicodeEncodeError as error:
-                    item = Omitted(f"{item.source}: {item.id}", f"half a surrogate pair at character {error.start}", damaged=True)
-            tally.seconds[source.name] += time.process_time() - clock
-            if isinstance(item, Omitted):
-                if item.damaged and self.recipe.damaged == "refuse":
-                    raise ValueError(f"{item.where}: {item.reason}; mend the file, or let the recipe skip it with damaged='skip'")
-                what, reason = ("damaged", "damaged") if item.damaged else ("omitted", item.reason)
-                tally.count(Event("source", what, reason, source.name, ""), 1, 0)
-                if item.damaged:
-                    tally.damage.append((item.where, item.reason))
-            else:
-                tally.count(Event("source", "read", "", source.name, ""), 1, size)
-                yield Record(item)
-            clock = time.process_time()
 
 
 @dataclass(frozen=True)
-class _Resolved:
+class Resolved:
     """A corpus step's verdict on one document, as a step."""
 
     step: Any
@@ -141,8 +143,8 @@ class _Resolved:
         return verdict
 
 
-def _through(record: Record, steps: tuple, source: str, tally: Tally, dropped: Any) -> Record | None:
-    """A document through steps, with what happens counted; None where one drops it."""
+def through(record: Record, steps: tuple, source: str, tally: Tally, dropped: Any) -> Record | None:
+    """A document through steps, with what happens counted, and written to `dropped`; None where one drops it."""
     for step in steps:
         document = record.document
         clock = time.process_time()

@@ -18,14 +18,16 @@ class Local:
     workers: int = 1
     """Processes; 1 works in this one."""
 
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"workers={self.workers} is not positive; use the number of cores")
+
     def each(self, task: Callable[[int], None], items: Sequence[int], what: str) -> None:
         """Run a task for each item. Tasks leave their results in files, whole or not at all, so one can be done again.
 
         A worker that dies (killed, out of memory) is replaced and its item tried again, three times in all. Raises the first task's own error,
         RuntimeError where workers keep dying.
         """
-        if self.workers < 1:
-            raise ValueError(f"workers={self.workers} is not positive; use the number of cores")
         if self.workers == 1 or len(items) < 2:
             for item in items:
                 task(item)

@@ -1,0 +1,200 @@
+"""What a recipe would do, worked out on a sample: shares kept with intervals, time, disk and memory, and documents to read."""
+
+import heapq
+import io
+import json
+import resource
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf, sqrt
+from pathlib import Path
+
+import numpy as np
+
+from lmx.data.clean.step import Ragged
+from lmx.data.curate.recipe import Recipe, check, is_corpus_step, passes
+from lmx.data.curate.records import Record
+from lmx.data.curate.tally import Tally
+from lmx.data.curate.work import Resolved, read, share, through
+from lmx.data.sources.source import Unit
+
+Z = 1.96  # two-sided 95% of the normal distribution
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share that is predicted: the estimate, and between what it lies in 95 of 100 samples."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f}% ({100 * self.low:.1f} to {100 * self.high:.1f})"
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a recipe is expected to do."""
+
+    sampled: int
+    """Documents that were judged."""
+    documents: float
+    """Documents that all sources hold, about."""
+    kept: Share
+    """Share of the documents that are kept."""
+    kept_bytes: float
+    """Share of their text's bytes that is kept."""
+    rules: dict[tuple[str, str], Share]
+    """Share of all documents that each rule, (step, reason), drops."""
+    seconds: dict[str, float]
+    """CPU seconds of each source and step over the whole corpus."""
+    disk: float
+    """Bytes of the run's folder at its end, about: texts between passes, and shards at a quarter of the kept text's bytes in tokens of two."""
+    memory: float
+    """Bytes that a worker takes, as measured here, and what corpus steps map of what they extracted."""
+    tally: Tally
+    """Counts and examples of the sample."""
+
+
+def wilson(part: int, whole: int, population: float = inf) -> Share:
+    """Wilson's interval of a share, narrowed by how much of the whole population the sample is.
+
+    Wilson, Probable inference, the law of succession, and statistical inference, 1927.
+    """
+    if not whole:
+        return Share(0.0, 0.0, 1.0)
+    left = max(1 - whole / population, 0.0) if population != inf else 1.0
+    z2, p = Z * Z * left, part / whole
+    middle, spread = (p + z2 / (2 * whole)) / (1 + z2 / whole), sqrt(z2 * (p * (1 - p) + z2 / (4 * whole)) / whole) / (1 + z2 / whole)
+    return Share(p, max(middle - spread, 0.0), min(middle + spread, 1.0))
+
+
+def dry_run(recipe: Recipe, *, documents: int = 2000, units: int = 32, seed: int = 0) -> Forecast:
+    """Judge `documents` documents drawn evenly from `units` of a recipe's units, and say what all would give.
+
+    Those units are read whole, and of their documents those whose ids hash lowest are judged. Where there are more units than are read,
+    intervals are widened by how much units differ. Most duplicates of a drawn document are not in the sample; so the share that a corpus
+    step drops lies between what it drops there (were all clusters large) and that divided by the sampled share (were all pairs), and that
+    is its interval. Damage is counted, never refused. Raises what `check` and the sources' `units` raise.
+    """
+    check(recipe)
+    everything = [(number, unit) for number, source in enumerate(recipe.sources) for unit in source.units(recipe.unit)]
+    if not everything:
+        raise ValueError(f"recipe {recipe.name!r}: its sources hold no files")
+    order = np.argsort([share(unit.name, str(number), str(seed)) for number, unit in everything])
+    chosen = [everything[i] for i in sorted(order[:units].tolist())]
+    tally, count = Tally(recipe.examples), 0
+    drawn: list[tuple[int, int, int, Record]] = []  # the hash, negative: the first is the highest; the document's number; the unit's
+    for nth, (number, unit) in enumerate(chosen):
+        for record in read(recipe.sources[number], unit, tally, damaged="skip"):
+            rank = share(record.document.id, record.document.source, str(seed))
+            count += 1
+            if len(drawn) < documents:
+                heapq.heappush(drawn, (-rank, count, nth, record))
+            elif rank < -drawn[0][0]:
+                heapq.heapreplace(drawn, (-rank, count, nth, record))
+    sample = [(nth, record) for _, _, nth, record in sorted(drawn, key=lambda item: item[1])]
+    if not sample:
+        raise ValueError(f"recipe {recipe.name!r}: the {len(chosen)} units that were read hold no document")
+    scale = sum(map(_size, everything)) / sum(map(_size, chosen))
+    return _forecast(recipe, tally, sample, count, scale, chosen)
+
+
+def _size(unit: tuple[int, Unit]) -> int:
+    """Bytes of files in a unit, as near as its files say: a part that ends in bytes counts as that."""
+    _, unit = unit
+    whole = sum(Path(path).stat().st_size for path in unit.paths)
+    return min(whole, unit.stop - unit.start) if unit.stop else max(whole - unit.start, 1)
+
+
+def _forecast(recipe: Recipe, tally: Tally, sample: list, count: int, scale: float, chosen: list) -> Forecast:
+    judged = Tally(recipe.examples)
+    fates, extracted = _judge(recipe, sample, chosen, judged)
+    population, unit_of = count * scale, np.array([nth for nth, _ in sample])
+    sizes = np.array([len(record.document.text.encode()) for _, record in sample], np.float64)
+    kept = np.array([fate is None for fate, _ in fates])
+    drawn = len(sample) / population  # of all documents
+    corpus_steps = {step.name for step in recipe.steps if is_corpus_step(step)}
+
+    def predicted(which: np.ndarray) -> Share:
+        return _interval(which, unit_of, population, all_read=scale == 1, units=len(chosen))
+
+    rules, more = {}, 0.0
+    for rule in sorted({fate for fate, _ in fates if fate is not None}):
+        rules[rule] = predicted(np.array([fate == rule for fate, _ in fates]))
+        if rule[0] in corpus_steps:
+            least, most = rules[rule], min(rules[rule].high / drawn, 1.0)
+            rules[rule] = Share(least.value, least.low, most)
+            more += most - least.value
+    whole = predicted(kept)
+    kept_bytes = sum(size for _, size in fates) / max(sizes.sum(), 1)
+    text = sizes.sum() / len(sample) * population
+    up = population / len(sample)
+    seconds = {source.name: tally.seconds[source.name] * scale for source in recipe.sources}
+    seconds |= {step.name: judged.seconds[step.name] * up for step in recipe.steps}
+    return Forecast(
+        sampled=len(sample),
+        documents=population,
+        kept=Share(whole.value, max(whole.low - more, 0.0), whole.high),
+        kept_bytes=kept_bytes,
+        rules=rules,
+        seconds=seconds,
+        disk=text * kept_bytes * (len(passes(recipe)) + 0.5),
+        memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + extracted * up,
+        tally=_sum(tally, judged),
+    )
+
+
+def _sum(a: Tally, b: Tally) -> Tally:
+    a += b
+    return a
+
+
+def _judge(recipe: Recipe, sample: list, chosen: list, tally: Tally) -> tuple[list[tuple[tuple[str, str] | None, int]], int]:
+    """What became of each document of a sample: the rule that dropped it, if any, and its bytes then; and the bytes that were extracted."""
+    here: list[tuple[int, Record]] = [(i, record) for i, (_, record) in enumerate(sample)]
+    fates: list[tuple[tuple[str, str] | None, int]] = [(None, 0)] * len(sample)
+    resolved, names, extracted = None, None, 0
+    for before, steps, after in passes(recipe):
+        left: list[tuple[int, Record]] = []
+        for number, (i, record) in enumerate(here):
+            source, gone = recipe.sources[chosen[sample[i][0]][0]].name, io.BytesIO()
+            one = (Resolved(before, resolved[number], names),) if before else ()
+            out = through(record, (*one, *steps), source, tally, gone)
+            if out is None:
+                said = json.loads(gone.getvalue())
+                fates[i] = ((said["step"], said["reason"]), 0)
+            else:
+                left.append((i, out))
+        here = left
+        if after:
+            values = [np.asarray(after.extract(record.document)) for _, record in here]
+            joined = _ragged(values)
+            extracted += joined.values.nbytes
+            resolved, names = after.resolve(joined), _ragged([np.frombuffer(r.document.id.encode(), np.uint8) for _, r in here])
+    for i, record in here:
+        fates[i] = (None, len(record.document.text.encode()))
+    return fates, extracted
+
+
+def _ragged(arrays: Sequence[np.ndarray]) -> Ragged:
+    values = np.concatenate(arrays) if arrays else np.zeros(0, np.uint64)
+    return Ragged(values, np.append(0, np.cumsum([len(array) for array in arrays], dtype=np.int64)))
+
+
+def _interval(which: np.ndarray, unit_of: np.ndarray, population: float, *, all_read: bool, units: int) -> Share:
+    """The share of documents in which something is so: Wilson's, with as many documents as the sample is worth.
+
+    Where only some units were read, documents of one unit tell less than as many from all: the variance is that of a ratio between units
+    (Cochran, Sampling Techniques, 1977, section 6.8), if it is larger.
+    """
+    n, k = len(which), int(which.sum())
+    if all_read or units < 2 or k in (0, n):
+        return wilson(k, n, population)
+    p = k / n
+    residual = np.bincount(unit_of, which - p, minlength=units)
+    between = units / (units - 1) * float((residual**2).sum()) / n**2
+    worth = min(n, p * (1 - p) / between) if between else n
+    share = wilson(round(p * worth), max(round(worth), 1), population)
+    return Share(p, min(share.low, p), max(share.high, p))

@@ -1,0 +1,98 @@
+"""What a sample says of the whole holds as often as it claims."""
+
+import json
+from dataclasses import dataclass, replace
+
+import pytest
+
+from corpora import Lines, Long, Once, recipe, write_corpus
+from lmx.data.clean.step import Drop, Verdict
+from lmx.data.curate import Recipe, curate
+from lmx.data.curate.dryrun import dry_run, wilson
+from lmx.data.documents import Document
+
+
+@dataclass(frozen=True)
+class Odd:
+    """Drops documents whose number of letters is divisible by five."""
+
+    name: str = "odd"
+
+    def __call__(self, document: Document) -> Verdict:
+        return Drop("letters") if len(document.text) % 5 == 0 else None
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("dry") / "raw", files=20, lines=60)
+
+
+def truth(plan: Recipe, folder) -> tuple[float, dict]:
+    curate(plan, folder)
+    events = json.loads((folder / "tally.json").read_bytes())["events"]
+
+    def total(*wanted):
+        return sum(e[5] for e in events if tuple(e[: len(wanted)]) == wanted)
+
+    read = total("source", "read")
+    rules = {(e[0], e[2]) for e in events if e[1] == "dropped"}
+    return total("corpus", "kept") / read, {rule: total(rule[0], "dropped", rule[1]) / read for rule in rules}
+
+
+@pytest.mark.parametrize("units", [20, 8])
+def test_the_interval_holds_the_truth_19_times_in_20(corpus, tmp_path, units):
+    """Over 120 trials: 114 are claimed, and fewer than 106 would be bad luck once in a thousand times."""
+    plan = Recipe("filters", (Lines(str(corpus)),), (Long(), Odd()))
+    kept, rules = truth(plan, tmp_path / "corpus")
+    inside = {"kept": 0, **dict.fromkeys(rules, 0)}
+    for seed in range(120):
+        forecast = dry_run(plan, documents=150, units=units, seed=seed)
+        inside["kept"] += forecast.kept.low <= kept <= forecast.kept.high
+        for rule, share in rules.items():
+            inside[rule] += forecast.rules[rule].low <= share <= forecast.rules[rule].high
+    assert min(inside.values()) >= 106, inside
+    assert forecast.kept.high - forecast.kept.low < 0.2
+
+
+def test_with_duplicates(corpus, tmp_path):
+    plan = Recipe("all", (Lines(str(corpus)),), (Long(), Once(), Odd()))
+    kept, rules = truth(plan, tmp_path / "corpus")
+    inside = 0
+    for seed in range(40):
+        forecast = dry_run(plan, documents=400, seed=seed)
+        inside += forecast.kept.low <= kept <= forecast.kept.high
+        share = forecast.rules["once", "duplicate"]
+        assert share.low <= rules["once", "duplicate"] <= share.high
+    assert inside >= 36
+
+
+def test_the_whole_is_known_exactly(corpus, tmp_path):
+    plan = recipe(corpus)
+    kept, rules = truth(plan, tmp_path / "corpus")
+    forecast = dry_run(plan, documents=10**6, units=10**6)
+    assert forecast.kept.value == pytest.approx(kept)
+    assert forecast.kept.high - forecast.kept.low < 1e-6
+    assert {rule: share.value for rule, share in forecast.rules.items()} == pytest.approx(rules)
+    assert forecast.documents == forecast.sampled == sum(len(p.read_text().splitlines()) - 1 for p in corpus.glob("*.txt"))
+    assert forecast.disk > 0 < forecast.memory
+    assert set(forecast.seconds) == {"lines", "long", "once", "upper"}
+
+
+def test_damage_is_counted(tmp_path):
+    corpus = write_corpus(tmp_path / "raw", files=2, damaged=True)
+    assert len(dry_run(recipe(corpus)).tally.damage) == 2
+
+
+def test_wilson():
+    # Newcombe, Two-sided confidence intervals for the single proportion, 1998, table I, method 3: 81 of 263, 15 of 148, 0 of 20
+    for part, whole, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)):
+        assert (wilson(part, whole).low, wilson(part, whole).high) == pytest.approx((low, high), abs=2e-4)
+    assert wilson(3, 10, 10).low == wilson(3, 10, 10).high == 0.3
+
+
+def test_nothing_to_read(tmp_path):
+    with pytest.raises(ValueError, match="hold no files"):
+        dry_run(replace(recipe(tmp_path), name="none"))
+    (tmp_path / "0.txt").write_text("# only this\n")
+    with pytest.raises(ValueError, match="hold no document"):
+        dry_run(recipe(tmp_path))
