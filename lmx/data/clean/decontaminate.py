@@ -48,47 +48,53 @@ class Decontaminate:
             raise ValueError(f"shortest={self.shortest} must be from 1 to ngram={self.ngram}")
 
     @cached_property
-    def _lengths(self) -> np.ndarray:
-        return np.array([len(words(fold(text))) for _, _, text in self.items], np.int64)
+    def _words(self) -> list[np.ndarray]:
+        return [words(fold(text)) for _, _, text in self.items]
 
     @property
     def unsearched(self) -> list[Item]:
         """Items of fewer than `shortest` words."""
-        return [self.items[number] for number in np.flatnonzero(self._lengths < self.shortest)]
+        return [item for item, hashes in zip(self.items, self._words, strict=True) if len(hashes) < self.shortest]
 
     @cached_property
-    def _table(self) -> dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """By length of n-grams: their hashes, sorted; the item of each; and which of the hashes' first bits occur, to pass over most quickly."""
-        found: dict[int, list[tuple[np.ndarray, int]]] = {}
-        for number, length in enumerate(np.minimum(self._lengths, self.ngram).tolist()):
-            if length >= self.shortest:
-                found.setdefault(length, []).append((np.unique(windows(words(fold(self.items[number][2])), length)), number))
-        table = {}
-        for length, grams in sorted(found.items()):
-            hashes = np.concatenate([gram for gram, _ in grams])
-            numbers = np.repeat([number for _, number in grams], [len(gram) for gram, _ in grams])
+    def _table(self) -> list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+        """What is looked for: all n-grams of long items, and the beginnings of short ones.
+
+        Of each kind its length, the hashes, sorted; the item of each; and which of the hashes' first bits occur, to pass over most quickly.
+        """
+        long = [n for n, hashes in enumerate(self._words) if len(hashes) >= self.ngram]
+        short = [n for n, hashes in enumerate(self._words) if self.shortest <= len(hashes) < self.ngram]
+        table = []
+        for length, numbers, stop in ((self.ngram, long, None), (self.shortest, short, self.shortest)):
+            if not numbers:
+                continue
+            grams = [np.unique(windows(self._words[number][:stop], length)) for number in numbers]
+            hashes = np.concatenate(grams)
             order = np.argsort(hashes, kind="stable")
             bits = max(10, len(hashes).bit_length() + 4)
             occurs = np.zeros(1 << bits, bool)
             occurs[hashes >> np.uint64(64 - bits)] = True
-            table[length] = hashes[order], numbers[order], occurs
+            table.append((length, hashes[order], np.repeat(numbers, [len(gram) for gram in grams])[order], occurs))
         return table
 
     def _found(self, text: str) -> tuple[list[tuple[int, int]], list[int]]:
         """Runs of words that an item has (the first and the end of each), and the numbers of the items."""
         hashes = words(fold(text))
-        runs, numbers = [], []
-        for length, (grams, items, occurs) in self._table.items():
+        runs, numbers = set(), set()
+        for length, grams, items, occurs in self._table:
             if len(hashes) < length:
                 continue
             here = windows(hashes, length)
-            places = np.flatnonzero(occurs[here >> np.uint64(64 - (len(occurs).bit_length() - 1))])
+            places = np.flatnonzero(occurs[here >> np.uint64(65 - len(occurs).bit_length())])
             low, high = np.searchsorted(grams, here[places], "left"), np.searchsorted(grams, here[places], "right")
             for place, first, end in zip(places.tolist(), low.tolist(), high.tolist(), strict=True):
-                if first < end:
-                    runs.append((place, place + length))
-                    numbers.extend(items[first:end].tolist())
-        return sorted(runs), sorted(set(numbers))
+                for number in items[first:end].tolist():
+                    item = self._words[number]
+                    reach = min(len(item), self.ngram)
+                    if reach == length or np.array_equal(hashes[place : place + reach], item):
+                        runs.add((place, place + reach))
+                        numbers.add(number)
+        return sorted(runs), sorted(numbers)
 
     def __call__(self, document: Document) -> Verdict:
         runs, numbers = self._found(document.text)
