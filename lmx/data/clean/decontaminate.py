@@ -114,4 +114,6 @@ class Decontaminate:
         kept = [piece for piece in [*kept, document.text[last:]] if len(piece.strip()) >= self.margin and piece.strip()]
         if not kept or passages > self.passages:
             return named
-        return Change("\n\n".join(kept), {"contaminated": passages}, {"contamination": [list(self.items[number][:2]) for number in numbers]})
+        return Change(
+            "\n\n".join(kept), {"contaminated": passages}, {"contamination": [list(self.items[number][:2]) for number in numbers]}
+        )

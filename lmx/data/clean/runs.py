@@ -44,7 +44,9 @@ def _keys(items: Ragged, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]
         low, high = np.searchsorted(items.offsets, (start, stop + length - 1), "right")  # documents that end in here
         ends, begins = items.offsets[low:high], items.offsets[low - 1 : high - 1]
         last = np.clip(np.maximum(ends - length + 1, begins) - start, 0, stop - start)  # from here on they reach into the next
-        across = np.bincount(last, minlength=stop - start + 1) - np.bincount(np.clip(ends - start, 0, stop - start), minlength=stop - start + 1)
+        across = np.bincount(last, minlength=stop - start + 1) - np.bincount(
+            np.clip(ends - start, 0, stop - start), minlength=stop - start + 1
+        )
         places = np.flatnonzero(np.cumsum(across[:-1]) == 0)
         keys = windows(mix(items.values[start : stop + length - 1]), length)
         yield places + start, keys[places]

@@ -10,7 +10,9 @@ from lmx.data.clean.step import Change, Document, Drop, Ragged, Verdict
 PIECE = 7  # bytes of the longest token: with its length it fits into 64 bits
 
 _SPACE, _WORD, _SIGN = 0, 1, 2
-_KIND = np.array([_SPACE if chr(b).isspace() and b < 128 else _WORD if b > 127 or chr(b).isalnum() else _SIGN for b in range(256)], np.uint8)
+_KIND = np.array(
+    [_SPACE if chr(b).isspace() and b < 128 else _WORD if b > 127 or chr(b).isalnum() else _SIGN for b in range(256)], np.uint8
+)
 
 # By the kinds of a byte and of the next one: a space begins a token and goes with what follows, and signs stand alone.
 _BEGINS = np.array([False, False, False, True, False, True, True, True, True])
