@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
-from heapq import nlargest
 from pathlib import Path
 
 from lmx.data.clean.step import Change, Drop, Verdict
@@ -80,8 +79,7 @@ class C4Paragraphs:
     name: str = "c4_paragraphs"
 
     def __call__(self, document: Document) -> Drop | None:
-        longest = nlargest(self.min_paragraphs, map(len, document.text.split("\n")))
-        long = sum(length >= self.min_length for length in longest)
+        long = len([line for line in document.text.split("\n") if len(line) >= self.min_length])
         return Drop("few_paragraphs", long) if long < self.min_paragraphs else None
 
 

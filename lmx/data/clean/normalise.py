@@ -9,7 +9,7 @@ from functools import cache
 from lmx.data.clean.step import Change
 from lmx.data.documents import Document
 
-_LINE_BREAK = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
+_LINE_BREAK = re.compile("[\r\x0b\x0c\x85\u2028\u2029]\n?")
 # Control characters, invisible ones that only lay out (zero-width space, word joiner, byte-order mark), halves of surrogate pairs, and what
 # Unicode keeps out of every text. Joiners stay: scripts and emoji need them.
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u200b\u2060\ufdd0-\ufdef\ufeff\ufff9-\ufffb\ufffe\uffff\ud800-\udfff]")
@@ -17,7 +17,10 @@ _SPACE = re.compile("[\u00a0\u2000-\u200a\u202f\u205f]")
 _TRAILING = re.compile(r"(?<![ \t])[ \t]+(?=\n|\Z)")
 _EMPTY_LINES = re.compile(r"\n{3,}")
 # What ftfy may change in a line of ASCII: an entity, a terminal's escape, a control character.
-_SUSPECT = re.compile("[&\x00-\x08\x0b\x0e-\x1f\x7f]")
+_OTHER = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f]")
+_SUSPECT = re.compile(rf"&#?[0-9A-Za-z]{{1,24}};|{_OTHER.pattern}")
+# What is not ASCII, and as much around it as ftfy looks at to tell wrong decodings.
+_NEAR = re.compile(r".{0,3}[^\x00-\x7f](?:.{0,6}[^\x00-\x7f])*.{0,3}", re.S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +42,12 @@ class Normalise:
     def __call__(self, document: Document) -> Change | None:
         counts: Counter[str] = Counter()
         text, counts["mended"] = mend(document.text)
-        for what, pattern, instead in (
-            ("line_break", _LINE_BREAK, "\n"),
-            ("control", _CONTROL, ""),
-            ("space", _SPACE, " "),
-            ("trailing", _TRAILING, ""),
-            ("empty_lines", _EMPTY_LINES, "\n\n"),
-        ):
+        for what, pattern, instead in (("line_break", _LINE_BREAK, "\n"), ("control", _CONTROL, ""), ("space", _SPACE, " ")):
             text, counts[what] = pattern.subn(instead, text)
+        if " \n" in text or "\t\n" in text or text.endswith((" ", "\t")):
+            text, counts["trailing"] = _TRAILING.subn("", text)
+        if "\n\n\n" in text:
+            text, counts["empty_lines"] = _EMPTY_LINES.subn("\n\n", text)
         if not unicodedata.is_normalized(self.form, text):
             text, counts["composed"] = unicodedata.normalize(self.form, text), 1
         text = text.strip("\n")
@@ -60,9 +61,15 @@ def mend(text: str) -> tuple[str, int]:
     fix, is_bad, entities, plain = _ftfy()
     rows, changed, config = text.split("\n"), 0, entities
     for i, row in enumerate(rows):
-        if "<" in row:
+        if config is entities and "<" in row:
             config = plain  # as ftfy: a text with tags means its entities
-        if _SUSPECT.search(row) or not (row.isascii() or (row.isprintable() and not is_bad(row))):
+        if row.isascii():
+            found = _SUSPECT.search(row)
+            suspect = found and (config is entities or found[0][0] != "&" or _OTHER.search(row))
+        else:
+            strange = not row.replace("\t", "").isprintable() or is_bad("\n".join(_NEAR.findall(row)))
+            suspect = strange or (config is entities and _SUSPECT.search(row))
+        if suspect:
             fixed = fix(row, config)
             changed += fixed != row
             rows[i] = fixed

@@ -4,8 +4,8 @@ These are spaCy's rules for English, said shortly. A piece loses the punctuation
 hyphens, slashes and such between letters, and contractions come apart (`don't` is `do`, `n't`); abbreviations (`Dr.`, `e.g.`), emoticons and
 addresses stay whole. A piece is looked up where it was seen before, so that the rules run but once for each different one.
 
-Where it differs from spaCy 3.8: letters are those of Unicode (spaCy lists scripts, without Georgian or Armenian, say, and with the vowel signs
-of Indic ones); pieces of over `LONG` characters are cut inside only; a few addresses.
+Where it differs from spaCy 3.8: letters are those of Unicode (spaCy lists scripts, without Georgian, Armenian or Malayalam, say); pieces of
+over `LONG` characters are cut inside only; a few addresses.
 """
 
 import re
@@ -108,10 +108,11 @@ def _rules():
     """Words with their own parts, and the patterns of what comes off in front, behind, and inside; of addresses."""
     lower = upper = symbols = ""
     for character in map(chr, range(0x20000)):
-        if character.isalpha():
+        kind = unicodedata.category(character)
+        if kind in ("Mn", "Mc") or character.isalpha():  # with the vowel signs of Indic scripts
             lower += "" if character.isupper() else character
             upper += "" if character.islower() else character
-        elif unicodedata.category(character) == "So":
+        elif kind == "So":
             symbols += character
     lower, upper, symbols = map(_ranges, (lower, upper, symbols))
     either, quotes = lower + upper, re.escape(_QUOTES)
