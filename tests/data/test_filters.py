@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lmx.data.clean.c4 import C4BadWords, C4Paragraphs, C4Quality
 from lmx.data.clean.fineweb import FineWebQuality
 from lmx.data.clean.gopher import GopherQuality, GopherRepetition, _Bounds, duplicate_ngrams, duplicates, top_ngram
-from lmx.data.clean.languages import Language
+from lmx.data.clean.languages import Language, classify
 from lmx.data.clean.step import Change, Drop
 from lmx.data.clean.urls import BlockedDomains, host
 from lmx.data.documents import Document
@@ -43,9 +43,15 @@ NAMES = {  # datatrove's reasons, where they are called something else here
     "char_dup_ratio": "duplicate_line_characters",
     "list_ratio": "breaks_per_word",
 }
-# All of the disagreements, each as (datatrove, lmx). spaCy's letters have no Georgian, so a full stop after one stays on its word, and no
-# Malayalam; a Belarusian word with an apostrophe and a unit after a digit are cut elsewhere.
-DISAGREEMENTS = {}
+# All of the disagreements, each as (datatrove, lmx), with one cause: the letters that spaCy knows have no Belarusian ў, no Georgian and no
+# Malayalam ones, so that it leaves a full stop or a hyphen on such a word (`მნიშვნელობა.`), which here is a mark by itself, as after others.
+DISAGREEMENTS = {
+    "gopher_quality": {"translation/ka": ("stop_words", "alphabetic_words")},
+    "gopher_repetition": {
+        "translation/be": ("top_4_gram", "duplicate_5_grams"),
+        "translation/ml": ("keep", "duplicate_5_grams"),
+    },
+}
 
 
 def document(text: str, **metadata) -> Document:
@@ -71,7 +77,8 @@ def test_decides_as_datatrove_does(step):
         if ours != expected:
             different[row["id"]] = (expected, ours)
     assert different == DISAGREEMENTS.get(step.name, {})
-    assert len(reasons) >= 2 and min(reasons["keep"], len(ROWS) - reasons["keep"]) >= 100
+    assert len(reasons) >= 2
+    assert min(reasons["keep"], len(ROWS) - reasons["keep"]) >= 100
 
 
 def test_the_golden_has_most_reasons():
@@ -132,11 +139,12 @@ def test_c4_takes_lines_out_and_counts_them():
         "We use cookies on this page.",
         "x" * 1001 + " a b.",
     ]
-    verdict = C4Quality()(document("\r\n".join([kept[0], gone[0], gone[1], *kept[1:], *gone[2:], ""])))
-    counts = {"citation": 1, "no_terminal_punctuation": 2, "few_words": 2, "javascript": 1, "policy": 1, "long_word": 1}
-    assert verdict == Drop("too_few_sentences", 3)  # `Is it? "No!"` has two words in three characters too few
-    verdict = C4Quality(min_sentences=3)(document("\r\n".join([kept[0], gone[0], gone[1], *kept[1:], *gone[2:], ""])))
-    assert verdict == Change("It is one line here.\n" + kept[2], counts)
+    text = "\r\n".join([kept[0], gone[0], gone[1], *kept[1:], *gone[2:], ""])
+    counts = {"citation": 1, "no_terminal_punctuation": 2, "few_words": 1, "javascript": 1, "policy": 1, "long_word": 1}
+    assert C4Quality()(document(text)) == Change("\n".join(kept).replace("[12]", ""), counts)
+    assert C4Quality(min_sentences=6)(document(text)) == Drop("too_few_sentences", 5)
+    assert C4Quality()(document("One is it. " * 5 + "\nAnd two.")) == Change(("One is it. " * 5).strip(), {"few_words": 1})
+    assert C4Quality()(document("\n".join(["This stays here."] * 5))) is None
 
 
 def test_bad_words_are_found_whole_and_told_by_their_line(tmp_path):
@@ -190,16 +198,17 @@ def test_repetition_is_counted_as_by_hand(found, n):
 
 
 def test_languages_are_those_of_fasttext():
-    english, label = Counter(), 0
-    step, every = Language(("en",)), Language((), threshold=0)
+    step, english, label = Language(), Counter(), 0
     for row in ROWS:
         language, score = row["language"]
-        verdict = step(document(row["text"]))
-        english[isinstance(verdict, Change), language == "en" and score > 0.65] += 1
-        label += every(document(row["text"])).metadata["language"] == language
-    assert english[True, False] <= 17 and english[False, True] <= 26  # spoiled passages, and their beginnings of a few words
+        ours, probability = classify(row["text"], step.characters)
+        english[ours == "en" and probability >= step.threshold, language == "en" and score > 0.65] += 1  # datatrove's threshold
+        label += ours == language
+    assert english[True, False] <= 19  # spoiled passages, with symbols between the letters or words cut short, where fastText is less sure
+    assert english[False, True] <= 24  # most of them a few words, or names and numbers only
     assert label >= len(ROWS) - 27
-    assert min(english[True, True], english[False, False]) >= 80
+    assert english[True, True] >= 1500
+    assert english[False, False] >= 80
 
 
 def test_language_keeps_a_set_and_writes_what_it_found():
@@ -214,13 +223,16 @@ def test_language_keeps_a_set_and_writes_what_it_found():
     for language, text in texts.items():
         verdict = step(document(text))
         if language in step.keep:
-            assert verdict.text is None and verdict.metadata["language"] == language and 0.65 <= verdict.metadata["language_score"] <= 1
+            assert verdict.text is None
+            assert verdict.metadata["language"] == language
+            assert 0.65 <= verdict.metadata["language_score"] <= 1
         else:
             assert verdict == Drop("language", language)
     assert Language((), threshold=0)(document(texts["fr"])).metadata["language"] == "fr"
     assert step(document("")).reason in ("language", "unsure")
     unsure = Language((), threshold=0.99)(document("ok no"))
-    assert unsure.reason == "unsure" and 0 < unsure.value < 0.99
+    assert unsure.reason == "unsure"
+    assert 0 < unsure.value < 0.99
     long = texts["en"] * 3 + texts["fr"] * 200 + texts["de"] * 3  # neither its beginning nor its end decides
     assert Language((), threshold=0, characters=3000)(document(long)).metadata["language"] in ("fr", "en", "de")
     with pytest.raises(ValueError, match="'xx'"):

@@ -60,8 +60,11 @@ def test_mends_as_ftfy_does(text):
 def test_nothing_is_left_to_do_and_the_words_stay(text):
     change = normalised(text)
     after = text if change is None else change.text
-    assert unicodedata.is_normalized("NFC", after) and after.strip("\n") == after
-    assert not any(c in after for c in "\r\x0c\x00\u2028\u200b\ufeff\u2003") and " \n" not in after and "\n\n\n" not in after
+    assert unicodedata.is_normalized("NFC", after)
+    assert after.strip("\n") == after
+    assert not any(c in after for c in "\r\x0c\x00\u2028\u200b\ufeff\u2003")
+    assert " \n" not in after
+    assert "\n\n\n" not in after
     after.encode()
     if change is not None:
         assert change.text != text

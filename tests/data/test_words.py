@@ -26,14 +26,15 @@ def test_words_are_spacys(text, expected):
 
 
 @given(
-    st.text(max_size=80)
-    | st.lists(st.sampled_from([*"aB1.,'’!?-:)(/&\"… \n", "n't", "Dr.", "www.a.org", "...", "  "]), max_size=40).map("".join)
+    st.text(max_size=40)
+    | st.lists(st.sampled_from([*"aB1.,'’!?-:)(/&\"… \n", "n't", "Dr.", "www.a.org", "...", "  "]), max_size=25).map("".join)
 )
 def test_words_and_sentences_lose_nothing_but_white_space(text):
     assert "".join(words(text)) == "".join(text.split())
     found = sentences(text)
     assert "".join("".join(found).split()) == "".join(text.split())
-    assert all(found) and [sentence.strip() for sentence in found] == found
+    assert all(found)
+    assert [sentence.strip() for sentence in found] == found
     if "\n" not in text:
         assert count_sentences(text) == max(1, len(found))
 
@@ -41,7 +42,8 @@ def test_words_and_sentences_lose_nothing_but_white_space(text):
 def test_sentences():
     text = 'Dr. Who came.  He said: "Go!" (Now.) It cost 3.5 km...\n- Why? No'
     assert sentences(text) == ["Dr. Who came.", 'He said: "Go!" (', "Now.)", "It cost 3.5 km...\n- Why?", "No"]
-    assert count_sentences("") == 1 and sentences(" \n") == []
+    assert count_sentences("") == 1
+    assert sentences(" \n") == []
 
 
 def test_lines_paragraphs_and_ngrams():
@@ -53,13 +55,13 @@ def test_lines_paragraphs_and_ngrams():
 
 
 @pytest.mark.parametrize(
-    "piece", ["!" * 999, "a." * 499, "." * 990, "a@" * 499, "a-" * 100_000, "x" * 300_000, "http://" * 140, "'" * 100_000, "9" * 999 + "."]
+    "piece", ["!" * 999, "a." * 499, "." * 990, "a@" * 499, "a-" * 20_000, "x" * 300_000, "http://" * 140, "'" * 20_000, "9" * 999 + "."]
 )
 def test_odd_pieces_take_no_time(piece):
     start = time.process_time()
     assert "".join(words(piece)) == piece
     count_sentences(piece)
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 1
 
 
 def test_long_pieces_are_cut_inside():

@@ -9,10 +9,10 @@ from functools import cache
 from lmx.data.clean.step import Change
 from lmx.data.documents import Document
 
-_LINE_BREAK = re.compile("[\r\x0b\x0c\x85\u2028\u2029]\n?")
+_LINE_BREAK = re.compile("[\r\x0b\x0c\u2028\u2029]\n?")
 # Control characters, invisible ones that only lay out (zero-width space, word joiner, byte-order mark), halves of surrogate pairs, and what
 # Unicode keeps out of every text. Joiners stay: scripts and emoji need them.
-_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u200b\u2060\ufdd0-\ufdef\ufeff\ufff9-\ufffb\ufffe\uffff\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b\u2060\ufdd0-\ufdef\ufeff\ufff9-\ufffb\ufffe\uffff\ud800-\udfff]")
 _SPACE = re.compile("[\u00a0\u2000-\u200a\u202f\u205f]")
 _TRAILING = re.compile(r"(?<![ \t])[ \t]+(?=\n|\Z)")
 _EMPTY_LINES = re.compile(r"\n{3,}")
@@ -41,9 +41,10 @@ class Normalise:
 
     def __call__(self, document: Document) -> Change | None:
         counts: Counter[str] = Counter()
-        text, counts["mended"] = mend(document.text)
-        for what, pattern, instead in (("line_break", _LINE_BREAK, "\n"), ("control", _CONTROL, ""), ("space", _SPACE, " ")):
-            text, counts[what] = pattern.subn(instead, text)
+        text, counts["line_break"] = _LINE_BREAK.subn("\n", document.text)
+        text, counts["mended"] = mend(text)
+        text, counts["control"] = _CONTROL.subn("", text)
+        text, counts["space"] = _SPACE.subn(" ", text)
         if " \n" in text or "\t\n" in text or text.endswith((" ", "\t")):
             text, counts["trailing"] = _TRAILING.subn("", text)
         if "\n\n\n" in text:
