@@ -1,0 +1,160 @@
+"""What a piece of text without white space is made of: words, and the punctuation around them.
+
+These are spaCy's rules for English, said shortly. A piece loses the punctuation at its ends (`"Well,` is `"`, `Well`, `,`), is cut inside at
+hyphens, slashes and such between letters, and contractions come apart (`don't` is `do`, `n't`); abbreviations (`Dr.`, `e.g.`), emoticons and
+addresses stay whole. A piece is looked up where it was seen before, so that the rules run but once for each different one.
+
+Where it differs from spaCy 3.8: letters are those of Unicode (spaCy lists scripts, without Georgian, Armenian or Malayalam, say); pieces of
+over `LONG` characters are cut inside only; a few addresses.
+"""
+
+import re
+import sys
+import unicodedata
+from collections.abc import Mapping
+from functools import cache, lru_cache
+from itertools import product
+
+LONG = 1000  # characters: a longer piece without white space (base64, minified code, Chinese) is cut inside only
+
+_PUNCTUATION = r"…|……|[,:;!?¿؟¡()\[\]{}<>_#*&。？！，、；：～·।،۔؛٪]"
+_QUOTES = "'\"”“`‘´’‚,„»«「」『』（）〔〕【】《》〈〉\u2329\u232a⟦⟧"
+_CURRENCY = r"US\$|C\$|A\$|[$£€¥฿₽﷼₴₠-₿]"
+_UNITS = (
+    "km km² km³ m m² m³ dm dm² dm³ cm cm² cm³ mm mm² mm³ ha µm nm yd in ft kg g mg µg t lb oz m/s km/h kmh mph hPa Pa mbar mb MB kb KB "
+    "gb GB tb TB T G M K % км км² км³ м м² м³ дм дм² дм³ см см² см³ мм мм² мм³ нм кг г мг м/с км/ч кПа Па мбар Кб КБ кб Мб МБ мб Гб ГБ гб Тб ТБ"
+)
+_EMOTICONS = (
+    r":) :)) :))) :( :(( :((( :-) :-)) :-))) :-( :-(( :-((( :D :-D :P :-P :p :-p :O :-O :o :-o :X :-X :x :-x :/ :-/ :| :-| :* :-* :> :-> :] :-] "
+    r":} :-} :0 :-0 :1 :3 :-3 :'( :'-( :') :'-) :() :o) (: (-: (; (-; (= (o: (-8 ): )-: ;) ;-) ;D ;-D ;_; =( =) =/ =3 =D =[ =] =| ]= [= [: [-: "
+    r"8) 8-) 8D 8-D <3 <33 <333 </3 <.< >.< >.> >:( >:o -_- -__- ._. 0.0 0.o 0_0 0_o o.0 o_0 o.o o.O O.o O.O o_o o_O O_o O_O V.V V_V v.v v_v "
+    r"@_@ ^_^ ^__^ ^___^ XD XDD xD xDD (*_*) (-_-) (._.) (>_<) (^_^) ¯\(ツ)/¯ <space> C++ ' '' ’ — \n \t \")"
+)
+_WHOLE = (
+    "a.m. Adm. Ak. Ala. and/or Apr. Ariz. Ark. Aug. Bros. Calif. co. Co. Colo. Conn. Corp. D.C. Dec. Del. Dr. e.g. E.g. E.G. Feb. Fla. Ga. Gen. "
+    "Gov. i.e. I.e. I.E. Ia. Id. Ill. Inc. Ind. Jan. Jr. Jul. Jun. Kan. Kans. Ky. La. Ltd. ma'am Ma'am Mar. Mass. Md. Messrs. Mich. Minn. Miss. "
+    "Mo. Mont. Mr. Mrs. Ms. Mt. N.C. N.D. N.H. N.J. N.M. N.Y. Neb. Nebr. Nev. Nov. o'clock O'clock Oct. Okla. Ore. p.m. Pa. Ph.D. Prof. Rep. Rev. "
+    "S.C. Sen. Sep. Sept. St. Tenn. v.s. Va. vs. w/o Wash. Wis. doin' Doin' goin' Goin' havin' Havin' lovin' Lovin' nothin' Nothin' nuthin' "
+    "Nuthin' ol' Ol' somethin' Somethin' 's 'S ‘s ‘S 'd 'll 're 'em 'nuff 'bout 'cause 'Cause 'cos 'Cos 'coz 'Coz 'cuz 'Cuz"
+)
+_PARTS = (
+    "can-not Can-not gon-na Gon-na got-ta Got-ta let-'s Let-'s c'm-on C'm-on y'-all y-all how-'d-'y How-'d-'y not-'ve Not-'ve not-ve Not-ve"
+)
+_CONTRACTED = (  # and each without its apostrophe
+    ("i", "'m 'ma"),
+    ("i you he she it we they who what when where why how there that this these those", "'ll 'd 'll've 'd've"),
+    ("i you we they who what when where why how there this these those could might must should would", "'ve"),
+    ("you we they who what when where why how there this these those", "'re"),
+    ("he she it who what when where why how there that this", "'s"),
+    ("ca could do does did had may might must need ought sha should wo would", "n't n't've"),
+    ("ai are is was were have has dare", "n't"),
+)
+_NOT_PARTS = ("ill", "its", "hell", "shell", "shed", "were", "well", "whore")
+
+
+@lru_cache(1 << 17)
+def pieces(piece: str) -> tuple[str, ...]:
+    """The words of a text without white space."""
+    special, prefix, suffix, infix, address = _rules()
+    stem, last = piece[:-1], piece[-1:]
+    plain = stem.isalpha() and stem not in special and (last in ",;:!?)" or (last == "." and "a" <= stem[-1] <= "z"))
+    if plain and piece not in special:  # most of those that are no word as they stand
+        return (stem, last)
+    before, after = [], []
+    while not piece.isalpha() and piece not in special and 0 < len(piece) < LONG:
+        start = prefix.match(piece) if not piece[0].isalnum() or "$" in piece else None
+        if start:
+            before.append(start[0])
+            if (rest := piece[start.end() :]) in special:
+                piece = rest
+                break
+        else:
+            rest = piece
+        end = None if rest.isalpha() else suffix.search(rest, 0 if rest.endswith("..") else max(0, len(rest) - 5))
+        if end:
+            after.append(end[0])
+            if (whole := piece[: -len(end[0])]) in special:  # with the prefix: `:)` in `:).`
+                piece = whole
+                if start:
+                    before.pop()
+                break
+            rest = rest[: end.start()]
+        elif not start:
+            break
+        piece = rest
+    if piece in special:
+        middle = special[piece]
+    elif piece.isalpha() or ("." in piece and len(piece) < LONG and address.match(piece)):
+        middle = (piece,)
+    else:
+        cuts = [edge for found in infix.finditer(piece) if found.start() for edge in found.span()]
+        middle = tuple(part for a, b in zip([0, *cuts], [*cuts, len(piece)], strict=True) if (part := piece[a:b]))
+    found = [*before, *middle, *reversed(after)]
+    return tuple(_rejoined(found, special)) if 2 < len(found) < LONG else tuple(found)
+
+
+def _rejoined(found: list[str], special: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Successive words that together are one with its own parts take those: `-`, `Dr`, `.` are `-`, `Dr.`."""
+    done, i = [], 0
+    while i < len(found):
+        width = next((n for n in range(min(4, len(found) - i), 1, -1) if "".join(found[i : i + n]) in special), 0)
+        done += special["".join(found[i : i + width])] if width else found[i : i + 1]
+        i += width or 1
+    return done
+
+
+@cache
+def _rules():
+    """Words with their own parts, and the patterns of what comes off in front, behind, and inside; of addresses."""
+    lower = upper = symbols = ""
+    for character in map(chr, range(0x20000)):
+        kind = unicodedata.category(character)
+        if kind in ("Mn", "Mc") or character.isalpha():  # with the vowel signs of Indic scripts
+            lower += "" if character.isupper() else character
+            upper += "" if character.islower() else character
+        elif kind == "So":
+            symbols += character
+    lower, upper, symbols = map(_ranges, (lower, upper, symbols))
+    either, quotes = lower + upper, re.escape(_QUOTES)
+    common = rf"{_PUNCTUATION}|\.\.+|[{quotes}]|[{symbols}]"
+    prefix = rf"[§%=—–]|\+(?![0-9])|{common}|{_CURRENCY}"
+    suffix = (
+        rf"{common}|['’][sS]|[—–]|(?<=[0-9])\+|(?<=°[FfCcKk])\.|(?<=[0-9])(?:{_CURRENCY})|(?<=[0-9])(?:{_UNITS.replace(' ', '|')})"
+        rf"|(?<=[0-9{lower}%²\-+…,:;!?¿؟¡()\[\]{{}}<>_#*&。？！，、；：～·।،۔؛٪{quotes}])\.|(?<=[{upper}][{upper}])\."
+    )
+    infix = (
+        rf"\.\.+|…|[{symbols}]|(?<=[0-9])[+\-*^](?=[0-9-])|(?<=[{lower}{quotes}])\.(?=[{upper}{quotes}])|(?<=[{either}]),(?=[{either}])"
+        rf"|(?<=[{either}0-9])(?:--|---|——|[-–—~])(?=[{either}])|(?<=[{either}0-9])[:<>=/](?=[{either}])"
+    )
+    name = r"[A-Za-z0-9\u00a1-\uffff]"
+    address = (
+        rf"(?:[\w+\-.]{{2,}}://)?(?:[^\s@]+@)?(?:(?:\d{{1,3}}\.){{3}}\d{{1,3}}|(?:{name}(?:[A-Za-z0-9\u00a1-\uffff_-]{{0,62}}{name})?\.)+"
+        rf"[{lower}]{{2,63}})(?::\d{{2,5}})?(?:[/?#]\S*)?$"
+    )
+    return _special(), *map(re.compile, (prefix, f"(?:{suffix})$", infix, address))
+
+
+def _special() -> dict[str, tuple[str, ...]]:
+    parts = [(word,) for word in f"{_EMOTICONS} {_WHOLE}".split()] + [(f"{letter}.",) for letter in "abcdefghijklmnopqrstuvwxyzäöü"]
+    parts += [tuple(word.split("-")) for word in _PARTS.split()]
+    parts += [(str(hour), half) for hour in range(1, 13) for half in ("a.m.", "am", "p.m.", "pm")]
+    for stem, end in ((stem, end) for stems, ends in _CONTRACTED for stem, end in product(stems.split(), ends.split())):
+        ends = ("'m", "a") if end == "'ma" else re.findall(r"n't|'\w+", end)
+        for word in (stem, stem.title()):
+            parts.append((word, *ends))
+            bare = tuple(part.replace("'", "") for part in ends)
+            if stem + "".join(bare) not in _NOT_PARTS:
+                parts.append((word, *bare))
+    parts += [tuple(part.replace("'", "’") for part in word) for word in parts]
+    return {"".join(word): tuple(map(sys.intern, word)) for word in parts}
+
+
+def _ranges(characters: str) -> str:
+    """Characters in order as the inside of a pattern's brackets."""
+    found, start = [], 0
+    codes = [*map(ord, characters), 1 << 30]
+    for i in range(1, len(codes)):
+        if codes[i] != codes[i - 1] + 1:
+            found.append(re.escape(chr(codes[start])) + (f"-{re.escape(chr(codes[i - 1]))}" if i - 1 > start else ""))
+            start = i
+    return "".join(found)
