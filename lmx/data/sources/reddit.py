@@ -18,85 +18,19 @@ GONE = {"[deleted]": "deleted", "[removed]": "removed"}
 
 # Where no article is to be had: sites of pictures, video and music, Reddit itself, what takes scripts or an account; Wikipedia, which has
 # its own dumps. OpenWebText's list is of these kinds and has some more.
-BAD_SITES = frozenset(
-    [
-        "imgur.com",
-        "redd.it",
-        "reddit.com",
-        "redditmedia.com",
-        "reddituploads.com",
-        "gfycat.com",
-        "giphy.com",
-        "flickr.com",
-        "imgflip.com",
-        "gyazo.com",
-        "twimg.com",
-        "sli.mg",
-        "deviantart.com",
-        "instagram.com",
-        "pinterest.com",
-        "youtube.com",
-        "youtu.be",
-        "vimeo.com",
-        "twitch.tv",
-        "streamable.com",
-        "soundcloud.com",
-        "bandcamp.com",
-        "spotify.com",
-        "itunes.apple.com",
-        "pornhub.com",
-        "twitter.com",
-        "facebook.com",
-        "google.com",
-        "discord.gg",
-        "github.com",
-        "xkcd.com",
-        "strawpoll.me",
-        "ebay.com",
-        "walmart.com",
-        "wikipedia.org",
-    ]
+# fmt: off
+BAD_SITES = frozenset((
+    "imgur.com", "redd.it", "reddit.com", "redditmedia.com", "reddituploads.com", "gfycat.com", "giphy.com", "flickr.com", "imgflip.com",
+    "gyazo.com", "twimg.com", "sli.mg", "deviantart.com", "instagram.com", "pinterest.com", "youtube.com", "youtu.be", "vimeo.com",
+    "twitch.tv", "streamable.com", "soundcloud.com", "bandcamp.com", "spotify.com", "itunes.apple.com", "pornhub.com", "twitter.com",
+    "facebook.com", "google.com", "discord.gg", "github.com", "xkcd.com", "strawpoll.me", "ebay.com", "walmart.com", "wikipedia.org",
+))
+BAD_ENDINGS = (
+    ".png", ".jpg", ".jpeg", ".gif", ".gifv", ".svg", ".pdf", ".mp4", ".mp3", ".ogv", ".webm", ".wma", ".wmv", ".mov", ".3gp", ".doc",
+    ".docx", ".ppt", ".pps", ".pptx", ".xml", ".log", ".csv", ".dat", ".iso", ".bin", ".exe", ".apk", ".jar", ".app", ".gz", ".xz",
+    ".bz2", ".tgz", ".tar", ".zip",
 )
-BAD_ENDINGS = tuple(
-    [
-        ".png",
-        ".jpg",
-        ".jpeg",
-        ".gif",
-        ".gifv",
-        ".svg",
-        ".pdf",
-        ".mp4",
-        ".mp3",
-        ".ogv",
-        ".webm",
-        ".wma",
-        ".wmv",
-        ".mov",
-        ".3gp",
-        ".doc",
-        ".docx",
-        ".ppt",
-        ".pps",
-        ".pptx",
-        ".xml",
-        ".log",
-        ".csv",
-        ".dat",
-        ".iso",
-        ".bin",
-        ".exe",
-        ".apk",
-        ".jar",
-        ".app",
-        ".gz",
-        ".xz",
-        ".bz2",
-        ".tgz",
-        ".tar",
-        ".zip",
-    ]
-)
+# fmt: on
 HOST = re.compile(r"https?://(?:[^/?#@]*@)?([^/?#:@]+)", re.I)
 
 
