@@ -16,7 +16,7 @@ from lmx.data.sources.source import UNIT, Omitted, Unit
 
 # The markers have been worded in many ways since 1991. Old books have none at their beginning but the end of the "small print".
 EBOOK = r"TH(?:E|IS)\s+(?:COPYRIGHTED\s+)?PROJECT\s+GUTENBERG(?:'S)?\s+E-?(?:BOOK|TEXT)"
-START = re.compile(rf"^[ \t]*\*\*\*?\s*START\s+OF\s+{EBOOK}(?:[^*]{{0,400}}\*\*)?[^\n]*\n", re.M | re.I)
+START = re.compile(rf"^[ \t]*\*\*\*?\s*START\s+OF\s+{EBOOK}(?:(?:[^*\n]*\n(?=[^\n]*\S)){{0,3}}[^*\n]*\*\*)?[^\n]*\n", re.M | re.I)
 SMALL_PRINT = re.compile(r"^[ \t]*\*+\s*END\s*\*?\s*(?:OF\s+)?THE\s+SMALL\s+PRINT[^\n]*\n", re.M | re.I)
 END = re.compile(rf"^[ \t]*\*\*\*?\s*END\s+OF\s+{EBOOK}", re.M | re.I)
 LOOSE_END = re.compile(r"^[ \t*]*End\s+of\s+(?:(?:the|this)\s+)?Project\s+Gutenberg", re.M | re.I)
