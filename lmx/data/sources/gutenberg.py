@@ -18,12 +18,12 @@ from lmx.data.sources.source import UNIT, Omitted, Unit
 EBOOK = r"TH(?:E|IS)\s+(?:COPYRIGHTED\s+)?PROJECT\s+GUTENBERG(?:'S)?\s+E-?(?:BOOK|TEXT)"
 START = re.compile(rf"^[ \t]*\*\*\*?\s*START\s+OF\s+{EBOOK}(?:(?:[^*\n]*\n(?=[^\n]*\S)){{0,3}}[^*\n]*\*\*)?[^\n]*\n", re.M | re.I)
 SMALL_PRINT = re.compile(r"^[ \t]*\*+\s*END\s*\*?\s*(?:OF\s+)?THE\s+SMALL\s+PRINT[^\n]*\n", re.M | re.I)
-END = re.compile(rf"^[ \t]*\*\*\*?\s*END\s+OF\s+{EBOOK}", re.M | re.I)
-LOOSE_END = re.compile(r"^[ \t*]*End\s+of\s+(?:(?:the|this)\s+)?Project\s+Gutenberg", re.M | re.I)
+END = re.compile(r"[ \t*]*End\s+of\s+(?:(?:the|this)\s+)?(?:copyrighted\s+)?Project\s+Gutenberg", re.I)
+NAME = re.compile("Gutenberg|GUTENBERG")
 CREDITS = re.compile(
     r"\s*\[?(?:Produced|E-?text (?:prepared|produced|scanned)|Th(?:e|is) (?:e-?text|e-?book) was (?:prepared|produced|created|typed|scanned)"
     r"|(?:Transcribed|Scanned|Typed|Prepared|Converted) (?:from|by)|HTML version by)\b[^\n]*"
-    r"(?:(?:\n[^\n]*\S[^\n]*){0,4}(?=\n[ \t]*\n))?",  # its paragraph, or in a file without empty lines its line
+    r"(?:(?:\n(?![ \t]*\n)[^\n]*){0,4}(?=\n[ \t]*\n))?",  # its paragraph, or in a file without empty lines its line
     re.I,
 )
 FIELD = re.compile(
@@ -34,7 +34,7 @@ FIELD = re.compile(
 NUMBER = re.compile(r"\[\s*e-?(?:book|text)\s*#\s*(\d+)\s*\]", re.I)
 DATE = re.compile(r"(?P<month>[A-Z][a-z]{2})[a-z]*\.?(?:\s+(?P<day>\d{1,2}))?,?\s+(?P<year>\d{4})|\b(?P<iso>\d{4}(?:-\d{2}-\d{2})?)\b")
 BEGINNING = 20_000  # characters that the marker and the header are looked for in: the longest small print has 15,000
-TAIL = 2_000  # characters before the end marker that the looser line is looked for in
+TAIL = 2_000  # characters that the first of several ends is at most before the last: a book may hold a book with an end of its own
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def decoded(data: bytes, filename: str) -> str:
 def stripped(text: str) -> tuple[str, dict[str, str | int], bool]:
     """A book without header and licence, the fields of its header, and whether it ends as it should: a start marker wants an end's."""
     start = START.search(text, 0, BEGINNING) or SMALL_PRINT.search(text, 0, BEGINNING)
-    header = text[: start.end()] if start else text[:BEGINNING] if LOOSE_END.search(text) else ""
+    header = text[: start.end()] if start else text[:BEGINNING] if _ends(text, 0) else ""
     fields: dict[str, str | int] = {}
     for match in FIELD.finditer(header):
         fields.setdefault(match[1].lower().replace(" ", "_"), " ".join(NUMBER.sub("", match[2]).split()))
@@ -140,12 +140,10 @@ def stripped(text: str) -> tuple[str, dict[str, str | int], bool]:
     if credits := CREDITS.match(text, first) if start else None:
         fields.setdefault("credits", " ".join(credits[0].split()))
         first = credits.end()
-    ends = [match.start() for match in END.finditer(text, first)]
-    last = ends[-1] if ends else len(text)
-    if loose := LOOSE_END.search(text, max(first, last - TAIL) if ends else first):
-        last = min(last, loose.start())
-    whole = bool(ends or loose) or not (start and "START" in start[0].upper())
-    return text[first:last].strip("\n") + "\n" if start or ends or loose else text, fields, whole
+    ends = _ends(text, first)
+    last = min((end for end in ends if end >= ends[-1] - TAIL), default=len(text))
+    whole = bool(ends) or not (start and "START" in start[0].upper())
+    return text[first:last].strip("\n") + "\n" if start or ends else text, fields, whole
 
 
 def released(said: str) -> str:
@@ -180,6 +178,12 @@ def unwrap(text: str) -> str:
         elif not line.endswith("-"):
             pieces.append(" ")
     return "".join(pieces[:-1])
+
+
+def _ends(text: str, first: int) -> list[int]:
+    """Where lines begin that say that the book ends. Looks only at lines that name Gutenberg: that is quick."""
+    lines = {max(first, text.rfind("\n", 0, name.start()) + 1) for name in NAME.finditer(text, first)}
+    return sorted(line for line in lines if END.match(text, line))
 
 
 def _encoding(said: str, filename: str) -> str:

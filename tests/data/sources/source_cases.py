@@ -99,12 +99,12 @@ def parquet(folder: Path) -> Case:
 
     texts = [f"Row {i} of the tåble." for i in range(7)]
     times = [datetime.datetime(2020, 1, 1 + i, 12, tzinfo=datetime.UTC) for i in range(7)]
-    ids = [None, *(f"p{i}" for i in range(1, 7))]
+    ids = [None if i in (0, 5) else f"p{i}" for i in range(7)]
     table = {"id": ids, "text": texts, "created": times, "tags": [["x"] * (i % 3) for i in range(7)]}
     path = folder / "part-0.parquet"
     pyarrow.parquet.write_table(pyarrow.table(table), path, row_group_size=2, write_page_checksum=True)
     return Parquet(str(folder)), [
-        Document(ids[i] or "part-0.parquet:0", texts[i], str(path), {"tags": table["tags"][i]}, f"2020-01-0{1 + i}T12:00:00Z")
+        Document(ids[i] or f"part-0.parquet:{i}", texts[i], str(path), {"tags": table["tags"][i]}, f"2020-01-0{1 + i}T12:00:00Z")
         for i in range(7)
     ]
 
