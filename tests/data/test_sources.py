@@ -165,7 +165,7 @@ def test_tfds_errors(tfds_directory):
         ({}, "x.txt", FileNotFoundError, r"data.train='.*x.txt' does not exist; give a file, a folder, a glob"),
         ({}, "*.txt", FileNotFoundError, r"data.train='.*\*.txt' matches no file; check the pattern"),
         ({"a.png": b""}, "", FileNotFoundError, r"is a folder without a file to read \(it holds .png\); expected .txt"),
-        ({"a.parquet": b""}, "a.parquet", ValueError, r"a.parquet is of an unknown kind '.parquet'; expected .txt, .md, .jsonl"),
+        ({"a.arrow": b""}, "a.arrow", ValueError, r"a.arrow is of an unknown kind '.arrow'; expected .txt, .md, .jsonl"),
         ({"a.array_record.gz": b""}, "a.array_record.gz", ValueError, r"unknown kind '.array_record.gz'"),
         ({"a.txt": b"good \xff bad"}, "a.txt", ValueError, r"a.txt is not UTF-8: byte 0xff at offset 5; convert it"),
         ({"a.jsonl": b'{"text": "a"}\n{"text": "\xfe"}'}, "a.jsonl", ValueError, r"a.jsonl, line 2 is not UTF-8: byte 0xfe at offset 24"),
