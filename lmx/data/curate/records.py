@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
+from lmx.data.clean.step import Ragged
 from lmx.data.documents import Document
 
 
@@ -49,3 +52,17 @@ def whole(path: Path) -> Iterator[BinaryIO]:
 def write_json(path: Path, value: Any) -> None:
     with whole(path) as file:
         file.write(json.dumps(value, ensure_ascii=False, indent=1).encode() + b"\n")
+
+
+def open_ragged(path: Path) -> Ragged:
+    """An array for each document, memory-mapped, as `write_ragged` wrote it."""
+    values, offsets = (path / f"{name}.npy" for name in ("values", "offsets"))
+    return Ragged(*(np.load(file, mmap_mode="r" if file.stat().st_size > 128 else None) for file in (values, offsets)))  # none is empty
+
+
+def write_ragged(path: Path, ragged: Ragged) -> None:
+    """Write an array for each document into a folder; `offsets.npy` comes last and says that all is there."""
+    path.mkdir(exist_ok=True)
+    for name in ("values", "offsets"):
+        with whole(path / f"{name}.npy") as file:
+            np.save(file, getattr(ragged, name))

@@ -10,10 +10,10 @@ import numpy as np
 from lmx.core.config import versions
 from lmx.data.clean.step import CorpusStep, Ragged
 from lmx.data.curate.recipe import Recipe, check, described, fingerprint, passes
-from lmx.data.curate.records import read_records, whole, write_json
+from lmx.data.curate.records import open_ragged, read_records, whole, write_json, write_ragged
 from lmx.data.curate.report import write_report
 from lmx.data.curate.tally import Tally, from_json
-from lmx.data.curate.work import Clean, Place, Tokenise, open_ragged
+from lmx.data.curate.work import Clean, Place, Tokenise
 from lmx.data.curate.workers import Local
 from lmx.data.recipe import _trained
 from lmx.data.shards import file_hash, index_of, is_shards, write_manifest
@@ -26,7 +26,7 @@ class Workers(Protocol):
 
     def each(self, task: Any, items: Sequence[int], what: str) -> None: ...
 
-    def resolve(self, step: CorpusStep, extracted: Ragged) -> Ragged: ...
+    def resolve(self, step: CorpusStep, folder: Path) -> Ragged: ...
 
 
 def curate(recipe: Recipe, folder: str | Path, *, workers: Workers | None = None) -> dict[str, Any]:
@@ -96,19 +96,12 @@ def _resolve(place: Place, number: int, units: int, step: CorpusStep, workers: W
             _join(place, number, units, kind)
     done = place.ragged(number, "resolved")
     if not (done / "offsets.npy").exists():
-        resolved = workers.resolve(step, open_ragged(place.ragged(number, "extracted")))
+        resolved = workers.resolve(step, place.ragged(number, "extracted"))
         if len(resolved) != len(open_ragged(place.ragged(number, "ids"))):
             raise RuntimeError(f"step {step.name} resolved {len(resolved)} documents, not all")
-        _write_ragged(done, resolved.values, resolved.offsets)
+        write_ragged(done, resolved)
     counts = [np.load(place.of(number, unit, "ids.lengths.npy")).size for unit in range(units)]
     return tuple(int(start) for start in np.cumsum([0, *counts[:-1]]))
-
-
-def _write_ragged(path: Path, values: np.ndarray, offsets: np.ndarray) -> None:
-    path.mkdir(exist_ok=True)
-    for name, array in (("values", values), ("offsets", offsets)):  # offsets last: they say that all is there
-        with whole(path / f"{name}.npy") as file:
-            np.save(file, array)
 
 
 def _join(place: Place, number: int, units: int, kind: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from lmx.data.clean.step import Drop, Ragged
 from lmx.data.curate.recipe import Recipe, passes
-from lmx.data.curate.records import Record, read_records, whole, write_json
+from lmx.data.curate.records import Record, open_ragged, read_records, whole, write_json
 from lmx.data.curate.tally import Event, Tally
 from lmx.data.documents import Document
 from lmx.data.shards import write_shard
@@ -35,16 +35,6 @@ class Place:
     def ragged(self, number: int, what: str) -> Path:
         """A folder with an array over all documents that a pass kept: `extracted`, `ids`, `resolved`."""
         return self.folder / "work" / str(number) / what
-
-
-def open_ragged(path: Path) -> Ragged:
-    """An array for each document, memory-mapped."""
-    return Ragged(*(_mapped(path / f"{name}.npy") for name in ("values", "offsets")))
-
-
-def _mapped(path: Path) -> np.ndarray:
-    array = np.load(path, mmap_mode="r") if path.stat().st_size > 128 else np.load(path)
-    return array
 
 
 def share(id: str, source: str, salt: str = "") -> int:

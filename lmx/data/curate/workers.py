@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 
 from lmx.data.clean.step import CorpusStep, Ragged
+from lmx.data.curate.records import open_ragged
 
 TRIES = 3
 
@@ -51,6 +53,6 @@ class Local:
             f"use fewer than workers={self.workers}, or a smaller unit"
         )
 
-    def resolve(self, step: CorpusStep, extracted: Ragged) -> Ragged:
-        """What a corpus step finds in what was extracted."""
-        return step.resolve(extracted)
+    def resolve(self, step: CorpusStep, folder: Path) -> Ragged:
+        """What a corpus step finds in what was extracted, an array in a folder."""
+        return step.resolve(open_ragged(folder))

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from corpora import WORDS, Killer, Lines, Upper, contents, counts, expected, recipe, write_corpus
+from lmx.data.clean.exact import Exact
+from lmx.data.clean.minhash import MinHash
 from lmx.data.curate import Local, Recipe, curate
 from lmx.data.curate.recipe import described
 from lmx.data.documents import Document
@@ -147,6 +149,19 @@ def test_beam(corpus, made, tmp_path):
 
     curate(recipe(corpus), tmp_path / "corpus", workers=Beam(("--runner=FnApiRunner",)))
     assert contents(tmp_path / "corpus") == contents(made)
+
+
+def test_beam_groups_keys_as_one_machine_does(tmp_path):
+    pytest.importorskip("apache_beam", reason="the beam extra is not installed")
+    from lmx.data.curate.beam import Beam
+
+    corpus = write_corpus(tmp_path / "raw", files=4)
+    plan = Recipe("small", (Lines(str(corpus)),), (Exact(), MinHash(ngram=3, bands=20, rows=3)))
+    curate(plan, tmp_path / "here")
+    curate(plan, tmp_path / "beam", workers=Beam(("--runner=FnApiRunner",)))
+    assert contents(tmp_path / "beam") == contents(tmp_path / "here")
+    dropped = {(step, what) for step, what, *_ in counts(tmp_path / "here")["events"]}
+    assert {("exact", "dropped"), ("minhash", "dropped")} <= dropped
 
 
 @pytest.mark.slow
