@@ -28,7 +28,7 @@ STARTS = {
 
 
 class DamagedError(Exception):
-    """A member that does not unpack. The message says what is wrong."""
+    """What cannot be read. The message says what is wrong with it, in one line."""
 
 
 @dataclass

@@ -72,12 +72,10 @@ class Wikipedia:
             return Omitted(where, "model")
         if text is None or text.get("deleted") is not None:
             return Omitted(where, "deleted")
-        from mwparserfromhell.parser import ParserError
-
         try:
             written = plain(text.text or "", site.prefixes)
-        except (ParserError, RecursionError) as error:
-            return Omitted(where, f"mwparserfromhell raised {type(error).__name__}", damaged=True)
+        except DamagedError as error:
+            return Omitted(where, str(error), damaged=True)
         if not written:
             return Omitted(where, "no_text")
         known = {
@@ -106,10 +104,13 @@ def _site(path: Path) -> Site:
     head = b""
     try:
         with path.open("rb") as file:
-            for piece in Chain(file, kind(path)).member():
-                head += piece
-                if b"</siteinfo>" in head or len(head) > HEAD:
-                    break
+            chain = Chain(file, kind(path))
+            size = path.stat().st_size
+            while chain.position < size and not (b"</siteinfo>" in head or len(head) > HEAD):
+                for piece in chain.member():
+                    head += piece
+                    if b"</siteinfo>" in head or len(head) > HEAD:
+                        break
     except (OSError, DamagedError):
         pass  # said where pages are read
     text = head[:HEAD].partition(b"</siteinfo>")[0].decode("utf-8", "replace")

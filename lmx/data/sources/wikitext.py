@@ -3,35 +3,14 @@
 import re
 from collections.abc import Iterable
 
+from lmx.data.sources.chain import DamagedError
+
 PREFIXES = frozenset({"file", "image", "media", "category"})
-DROPPED = frozenset(
-    [
-        "ref",
-        "references",
-        "gallery",
-        "table",
-        "timeline",
-        "imagemap",
-        "score",
-        "graph",
-        "mapframe",
-        "maplink",
-        "templatestyles",
-        "section",
-        "indicator",
-        "categorytree",
-        "inputbox",
-        "style",
-        "script",
-        "templatedata",
-        "hiero",
-        "chem",
-        "ce",
-    ]
+DROPPED = re.compile(
+    "ref|references|gallery|table|timeline|imagemap|score|graph|mapframe|maplink|templatestyles|section|indicator|categorytree|inputbox|style|"
+    "script|templatedata|hiero|chem|ce"
 )
-LINES = frozenset(
-    ["p", "div", "br", "hr", "li", "ul", "ol", "dl", "dt", "dd", "tr", "blockquote", "center", "poem", "h1", "h2", "h3", "h4", "h5", "h6"]
-)
+LINES = re.compile("p|div|br|hr|li|ul|ol|dl|dt|dd|tr|blockquote|center|poem|h[1-6]")
 CODE = frozenset({"pre", "syntaxhighlight", "source"})
 
 # What is plainly dropped goes before the parser sees it, innermost first: that is half of an article, and the parser is slow (3 MB/s).
@@ -56,7 +35,7 @@ def plain(text: str, prefixes: Iterable[str] = PREFIXES) -> str:
     labels, a heading is a line of its own (none where nothing is left under it). `prefixes` are the lower-case names of the namespaces
     that links into are dropped.
 
-    Raises ValueError where mwparserfromhell is not installed; its own ParserError where it fails.
+    Raises ValueError where mwparserfromhell is not installed, DamagedError where it fails.
     """
     try:
         import mwparserfromhell
@@ -71,7 +50,11 @@ def plain(text: str, prefixes: Iterable[str] = PREFIXES) -> str:
         count = 1
         while count:
             text, count = pattern.subn("", text)
-    for node in mwparserfromhell.parse(text, skip_style_tags=True).nodes:
+    try:
+        nodes = mwparserfromhell.parse(text, skip_style_tags=True).nodes
+    except (mwparserfromhell.parser.ParserError, RecursionError) as error:
+        raise DamagedError(f"mwparserfromhell raised {type(error).__name__}") from error
+    for node in nodes:
         if type(node).__name__ == "Heading":
             title: list[str] = []
             _write(node.title.nodes, title, code, prefixes)
@@ -111,7 +94,7 @@ def _write(nodes, out: list[str], code: list[str], prefixes: frozenset[str]) -> 
                 out.append(node.normalize())
             case "Tag":
                 tag = str(node.tag).strip().lower()
-                if tag in DROPPED:
+                if DROPPED.fullmatch(tag):
                     continue
                 if tag in CODE:
                     verbatim: list[str] = []
@@ -119,7 +102,7 @@ def _write(nodes, out: list[str], code: list[str], prefixes: frozenset[str]) -> 
                     out.append(f"\n\0{len(code)}\0\n")  # its spaces and quotes stay as they are
                     code.append("".join(verbatim).strip("\n"))
                     continue
-                line = tag in LINES and not node.wiki_markup
+                line = LINES.fullmatch(tag) and not node.wiki_markup
                 out.append("\n" if line else "")
                 if node.contents is not None and not node.self_closing:
                     _write(node.contents.nodes, out, code, prefixes)
