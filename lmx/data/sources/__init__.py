@@ -2,7 +2,8 @@
 
 from lmx.data.sources.files import documents, source_files, source_hash
 from lmx.data.sources.source import UNIT, Omitted, Source, Unit
+from lmx.data.sources.stackexchange import StackExchange
 from lmx.data.sources.warc import Warc, Wet
 from lmx.data.sources.wikipedia import Wikipedia
 
-__all__ = ["UNIT", "Omitted", "Source", "Unit", "Warc", "Wet", "Wikipedia", "documents", "source_files", "source_hash"]
+__all__ = ["UNIT", "Omitted", "Source", "StackExchange", "Unit", "Warc", "Wet", "Wikipedia", "documents", "source_files", "source_hash"]
