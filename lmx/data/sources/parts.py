@@ -49,7 +49,7 @@ def grouped(paths: Sequence[Path], base: Path, size: int, parts: Callable[[Path]
     group: list[str] = []
     held = 0
     for path in paths:
-        length = path.stat().st_size
+        length = path.stat().st_size if path.exists() else 0  # a link may lead nowhere
         if group and held + length > size:
             yield Unit(relative(group[0], base), tuple(group))
             group, held = [], 0
