@@ -46,7 +46,7 @@ class Interleaving:
         Raises IndexError for an example outside 0..total-1.
         """
         ids = np.asarray(ids, np.int64)
-        if len(ids) and not (0 <= ids.min() and ids.max() < self.total):
+        if len(ids) and not (ids.min() >= 0 and ids.max() < self.total):
             raise IndexError(f"examples {ids.min()} to {ids.max()} of a mixture of {self.total}")
         segment = self._segment(ids)
         slots = self._permuted(ids, segment, inverse=False) - self.begins[segment]
@@ -73,7 +73,7 @@ class Interleaving:
         """The inverse: the global examples, int64 `[nth]`, that are a component's examples by number. Raises IndexError for one that never
         comes."""
         nth = np.asarray(nth, np.int64)
-        if len(nth) and not (0 <= nth.min() and nth.max() < self.counts[-1, component]):
+        if len(nth) and not (nth.min() >= 0 and nth.max() < self.counts[-1, component]):
             raise IndexError(f"examples {nth.min()} to {nth.max()} of {self.counts[-1, component]} of component {component}")
         segment = np.searchsorted(self.counts[:, component], nth, side="right") - 1
         slot = _slot(self.edges[segment], self.phases[segment], component, nth - self.counts[segment, component])
@@ -104,13 +104,21 @@ class Interleaving:
         return found
 
 
-def interleave(pieces: Sequence[tuple[int, Sequence[float]]], caps: Sequence[int | None], *, end: int, seed: int | None) -> Interleaving:
+def interleave(
+    pieces: Sequence[tuple[int, Sequence[float]]],
+    caps: Sequence[int | None],
+    *,
+    end: int,
+    seed: int | None,
+    redistribute: bool = True,
+) -> Interleaving:
     """The order of a mixture.
 
     Args:
       pieces: the first slot of each part of the run, from 0 on, and the shares in it; they need not add up to one.
-      caps: how many examples of each component there are to use, None for no end. Where one has no more, the others have its share.
+      caps: how many examples of each component there are to use, None for no end.
       end: slots of a run that no cap ends.
+      redistribute: whether the others have the share of a component that is used up; else the order ends there.
 
     It ends early where none is left of the components that have a share.
     """
@@ -121,7 +129,7 @@ def interleave(pieces: Sequence[tuple[int, Sequence[float]]], caps: Sequence[int
     for (_, shares), stop in zip(pieces, stops, strict=True):
         while slot < min(stop, end):
             alive = [0.0 if cap is not None and n >= cap else share for share, cap, n in zip(shares, caps, counts, strict=True)]
-            if not any(alive):
+            if not any(alive) or (not redistribute and alive != list(shares)):
                 return _interleaving(rows, slot, counts, seed)
             edges = _edges(alive)
             nodes = [edges[high] - edges[low] for low, high in _nodes(size)]

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -243,12 +244,60 @@ def train_sentencepiece(
         raise ValueError(
             f"tokenizer '{algorithm}:{vocab}' cannot be trained on this text ({reason}); choose another vocabulary size"
         ) from error
+    _replace(path, model.data)
+    return SentencePiece(path)
+
+
+END = "<|endoftext|>"
+
+
+def train_huggingface(
+    texts: Iterable[str],
+    path: str | Path,
+    *,
+    vocab: int,
+    algorithm: Literal["bpe", "unigram"] = "bpe",
+    seed: int = 0,
+    lines: int = 500_000,
+) -> HuggingFace:
+    """Train a byte-level `tokenizer.json` of `vocab` tokens on texts, as GPT-2's is, and write it to `path` (whole, or not at all).
+
+    Lossless, but that `<|endoftext|>` (id 0, the only special token) written out in a text is that token. Words are told apart by GPT-2's
+    rule (Radford et al. 2019), digits are tokens of their own, all 256 bytes are in the vocabulary. BPE: Sennrich et al. 2016; unigram: Kudo
+    2018. The same texts, seed and version of the library give the same file, in any process; the seed decides which lines are learned
+    from when there are more than `lines` of them. Raises ValueError when the vocabulary does not fit the texts.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if algorithm not in ("bpe", "unigram"):
+        raise ValueError(f"algorithm={algorithm!r} is not known; use 'bpe' or 'unigram'")
+    model, trainer = {"bpe": (models.BPE, trainers.BpeTrainer), "unigram": (models.Unigram, trainers.UnigramTrainer)}[algorithm]
+    tokenizer = tokenizers.Tokenizer(model())
+    words = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    settings = trainer(vocab_size=vocab, initial_alphabet=alphabet, special_tokens=[END], show_progress=False)
+    # A line with the line ends that follow it: so that these can be a token too.
+    found = (line for text in texts for line in re.findall(r"[^\n]*\n+|[^\n]+", text))
+    tokenizer.train_from_iterator(_sample(found, lines, seed), settings)
+    if tokenizer.get_vocab_size() != vocab:
+        raise ValueError(
+            f"tokenizer 'byte_{algorithm}:{vocab}' cannot be trained on this text, which gives {tokenizer.get_vocab_size()} tokens; choose "
+            "another vocabulary size"
+        )
+    _replace(path, tokenizer.to_str().encode())
+    return HuggingFace(path)
+
+
+def _replace(path: str | Path, data: bytes) -> None:
+    """Write a file whole, or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-    temporary.write_bytes(model.data)
+    temporary.write_bytes(data)
     os.replace(temporary, path)
-    return SentencePiece(path)
 
 
 class _Buffer:
