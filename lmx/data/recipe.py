@@ -12,13 +12,14 @@ import numpy as np
 from lmx.data.corruption import word_starts
 from lmx.data.denoised import DenoisedBatches, denoise
 from lmx.data.denoising import Objective, fit, has_decoder
+from lmx.data.learned import train_huggingface, train_sentencepiece
 from lmx.data.lengths import Keep, ScheduledBatches, Shorter, check_lengths, schedule
 from lmx.data.mixture import Blend, Component, MixedBatches, Stores, check_blend, component_seed
 from lmx.data.packing import PACKINGS, Packing
 from lmx.data.pipeline import Batches, Numbered
 from lmx.data.sources import documents, source_files, source_hash
 from lmx.data.store import TokenStore, cached_store
-from lmx.data.tokenizers import Tokenizer, load_tokenizer, train_huggingface, train_sentencepiece
+from lmx.data.tokenizers import Tokenizer, load_tokenizer
 
 TRAINED = {"bpe": "sentencepiece", "unigram": "sentencepiece", "byte_bpe": "tokenizers", "byte_unigram": "tokenizers"}
 """Tokenizers that are trained on a run's text, and the library that does."""
