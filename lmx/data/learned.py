@@ -49,7 +49,7 @@ def train_sentencepiece(
         # Candidates for unigram: the default of a million takes twice the time and finds no fewer tokens.
         seed_sentencepiece_size=max(20_000, 10 * vocab),
     )
-    _replace(path, data)
+    replace_file(path, data)
     return SentencePiece(path)
 
 
@@ -93,7 +93,7 @@ def train_huggingface(
         tokenizer.pre_tokenizer = split
         tokenizer.add_special_tokens([END])
     tokenizer.decoder = decoders.ByteLevel()
-    _replace(path, tokenizer.to_str().encode())
+    replace_file(path, tokenizer.to_str().encode())
     return HuggingFace(path)
 
 
@@ -148,7 +148,7 @@ def _sentencepiece(sentences: Iterator[str], name: str, **settings: object) -> b
     return model.data
 
 
-def _replace(path: str | Path, data: bytes) -> None:
+def replace_file(path: str | Path, data: bytes) -> None:
     """Write a file whole, or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
