@@ -24,7 +24,7 @@ from lmx.data.lengths import ScheduledBatches, Shorter
 from lmx.data.mixture import Blend, Component, MixedBatches, Stage, Stores
 from lmx.data.packing import Packing, Plan, permutation, plan
 from lmx.data.pipeline import Batch, Batches, BatchIterator, batch_hash, iterate, require_supervised
-from lmx.data.recipe import Data, Prepared, check, prepare, prepare_tokenizer
+from lmx.data.recipe import Data, Prepared, check, make_batches, prepare, prepare_tokenizer
 from lmx.data.sources import documents, source_hash
 from lmx.data.store import TokenStore, build_store, cached_store, open_store
 from lmx.data.tokenizers import ByteTokenizer, HuggingFace, SentencePiece, Tokenizer, load_tokenizer
@@ -70,6 +70,7 @@ __all__ = [
     "explain",
     "iterate",
     "load_tokenizer",
+    "make_batches",
     "open_store",
     "permutation",
     "plan",

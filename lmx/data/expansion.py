@@ -15,6 +15,7 @@ import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from lmx.data.learned import replace_file
@@ -97,7 +98,7 @@ def expanded_pieces(data: bytes, texts: Iterable[str], pieces: int) -> tuple[byt
     """`expand_tokenizer` of a SentencePiece model, as bytes."""
     import sentencepiece
 
-    model = sentencepiece.SentencePieceProcessor(model_proto=data)
+    model, bpe = sentencepiece.SentencePieceProcessor(model_proto=data), _is_bpe(data)
     counts: Counter[str] = Counter()
     for text in texts:
         for line in text.split("\n"):
@@ -112,7 +113,6 @@ def expanded_pieces(data: bytes, texts: Iterable[str], pieces: int) -> tuple[byt
     whole = {i: names[i] for i in plain}
     learned = learn(words, whole, set(names.values()), pieces)
     # In BPE the score is the turn: scores fall by one from piece to piece. A unigram's are logarithms, which differ by less.
-    bpe = _is_bpe(data)
     lowest = min(scores)
     values = [lowest - 1 - i for i in range(len(learned))] if bpe else _scores(learned, scores, counts)
     grown = data + b"".join(_proto(piece.text, value) for piece, value in zip(learned, values, strict=True))
@@ -194,7 +194,7 @@ def learn(words: Mapping[tuple[int, ...], int], names: Mapping[int, str], taken:
     counts: Counter[tuple[int, int]] = Counter()
     where: dict[tuple[int, int], set[int]] = defaultdict(set)
     for i, (line, weight) in enumerate(zip(lines, weights, strict=True)):
-        for pair in zip(line, line[1:], strict=False):
+        for pair in pairwise(line):
             counts[pair] += weight
             where[pair].add(i)
 
@@ -230,9 +230,9 @@ def learn(words: Mapping[tuple[int, ...], int], names: Mapping[int, str], taken:
                 else:
                     joined.append(line[place])
                     place += 1
-            for old in zip(line, line[1:], strict=False):
+            for old in pairwise(line):
                 counts[old] -= weight
-            for fresh in zip(joined, joined[1:], strict=False):
+            for fresh in pairwise(joined):
                 counts[fresh] += weight
                 where[fresh].add(i)
                 if new in fresh:

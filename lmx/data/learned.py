@@ -107,6 +107,7 @@ def _byte_unigram(lines: Sequence[str], split, alphabet: Sequence[str], vocab: i
     data = _sentencepiece(
         (f"{word}\t{count}" for word, count in sorted(words.items()) if len(word) < SENTENCE_BYTES // 2),
         name,
+        len(missing),
         vocab_size=vocab - len(missing),
         model_type="unigram",
         input_format="tsv",
@@ -126,8 +127,9 @@ def _byte_unigram(lines: Sequence[str], split, alphabet: Sequence[str], vocab: i
     return [(END, 0.0), *pieces, *((character, rarest) for character in missing)]
 
 
-def _sentencepiece(sentences: Iterator[str], name: str, **settings: object) -> bytes:
-    """A model trained without changing the text, in one thread: several sum in an order of their own."""
+def _sentencepiece(sentences: Iterator[str], name: str, besides: int = 0, **settings: object) -> bytes:
+    """A model trained without changing the text, in one thread: several sum in an order of their own. `besides` is the size of the
+    vocabulary that errors do not count."""
     import sentencepiece
 
     model = _Buffer()
@@ -143,7 +145,7 @@ def _sentencepiece(sentences: Iterator[str], name: str, **settings: object) -> b
             **settings,
         )
     except RuntimeError as error:
-        reason = str(error).rsplit("] ", 1)[-1].strip(" .")
+        reason = re.sub(r"\d+", lambda size: str(int(size[0]) + besides), str(error).rsplit("] ", 1)[-1].strip(" ."))
         raise ValueError(f"tokenizer '{name}' cannot be trained on this text ({reason}); choose another vocabulary size") from error
     return model.data
 
