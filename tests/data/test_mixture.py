@@ -278,49 +278,54 @@ def test_resume_anywhere(folder, keep):
             assert all(np.array_equal(part[name], whole[name][i::4]) for name in whole)
 
 
-def process_rows(n, of, i):
-    return np.arange(n)[n * i // of : n * (i + 1) // of]
-
-
 READER = """
-import sys, pickle
-from functools import partial
+import pickle, sys
 import numpy as np
-from lmx.data import iterate
-sys.path.insert(0, sys.argv[3])
-from test_mixture import process_rows
-batches, start = pickle.loads(bytes.fromhex(sys.stdin.readline())), int(sys.argv[4])
-with iterate(batches, start_example=start, rows=partial(process_rows, of=int(sys.argv[1]), i=int(sys.argv[2])), prefetch=2) as reader:
-    sys.stdout.buffer.write(pickle.dumps([next(reader) for _ in range(16)]))
+from lmx.data import batch_hash, iterate
+batches, start, count, i, grained = pickle.load(sys.stdin.buffer)
+mine = lambda n: np.arange(n)[n * i // count : n * (i + 1) // count]
+if grained:
+    with iterate(batches, start_example=start, rows=mine, prefetch=2) as reader:
+        found = [next(reader) for _ in range(16)]
+else:
+    found = [batches.after(start, j, mine) for j in range(16)]
+sys.stdout.buffer.write(pickle.dumps(found))
 """
 
 
-def test_processes_read_their_rows(folder):
-    """Four real processes with a quarter of the rows each, one with all of them: put together the same, from a random step on."""
+@pytest.mark.parametrize("grained", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "grain"])
+def test_processes_read_their_rows(folder, grained):
+    """Four real processes with a quarter of the rows each, and one with all of them, from a random step on: put together the same."""
     batches = make(folder, blend=CURRICULUM, lengths=LENGTHS, epochs=(None, 3, None))
     step = random.randrange(4, 22)
-    start, sent = str(batches.begin(0, step)), pickle.dumps(batches).hex()
-    command = [sys.executable, "-c", READER]
-    where = {"cwd": REPOSITORY, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    readers = [
-        subprocess.Popen([*command, str(count), str(i), str(Path(__file__).parent), start], **where)
-        for count in (1, 4)
-        for i in range(count)
-    ]
-    found = [pickle.loads(reader.communicate(f"{sent}\n".encode(), timeout=300)[0]) for reader in readers]
+    readers = []
+    for count in (1, 4):
+        for i in range(count):
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": REPOSITORY}
+            reader = subprocess.Popen([sys.executable, "-c", READER], **pipes)
+            reader.stdin.write(pickle.dumps((batches, batches.begin(0, step), count, i, grained)))
+            reader.stdin.close()
+            readers.append(reader)
+    found = []
+    for reader in readers:
+        with reader:
+            found.append(pickle.load(reader.stdout))
     for k in range(16):
         expected = batch_hash(batches[step + k])
         assert batch_hash(found[0][k]) == expected
         assert batch_hash({name: np.concatenate([part[k][name] for part in found[1:]]) for name in found[0][k]}) == expected
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 4])
-def test_workers_read_the_same(folder, workers):
+@pytest.mark.slow
+def test_workers_read_the_same(folder):
+    """One process of Grain's and four, from a random step on."""
     batches = make(folder, blend=CURRICULUM, lengths=LENGTHS, epochs=(None, 3, None))
     step = random.randrange(4, 22)
-    with iterate(batches, start_example=batches.begin(0, step), workers=workers) as reader:
-        assert [batch_hash(batch) for batch in islice(reader, 10)] == [batch_hash(batches[step + k]) for k in range(10)]
-        assert reader.get_state() == {"example": batches.begin(0, step + 10)}
+    expected = [batch_hash(batches[step + k]) for k in range(10)]
+    for workers in (1, 4):
+        with iterate(batches, start_example=batches.begin(0, step), workers=workers) as reader:
+            assert [batch_hash(batch) for batch in islice(reader, 10)] == expected
+            assert reader.get_state() == {"example": batches.begin(0, step + 10)}
 
 
 def test_denoising(folder):
