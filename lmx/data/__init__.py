@@ -19,12 +19,15 @@ from lmx.data.denoising import (
 )
 from lmx.data.documents import Document
 from lmx.data.explain import Explanation, explain
+from lmx.data.learned import train_huggingface, train_sentencepiece
+from lmx.data.lengths import ScheduledBatches, Shorter
+from lmx.data.mixture import Blend, Component, MixedBatches, Stage, Stores
 from lmx.data.packing import Packing, Plan, permutation, plan
 from lmx.data.pipeline import Batch, Batches, BatchIterator, batch_hash, iterate, require_supervised
-from lmx.data.recipe import Data, Prepared, check, prepare, prepare_tokenizer
+from lmx.data.recipe import Data, Prepared, check, make_batches, prepare, prepare_tokenizer
 from lmx.data.sources import documents, source_hash
 from lmx.data.store import TokenStore, build_store, cached_store, open_store
-from lmx.data.tokenizers import ByteTokenizer, HuggingFace, SentencePiece, Tokenizer, load_tokenizer, train_sentencepiece
+from lmx.data.tokenizers import ByteTokenizer, HuggingFace, SentencePiece, Tokenizer, load_tokenizer
 
 __all__ = [
     "OBJECTIVES",
@@ -32,7 +35,9 @@ __all__ = [
     "BatchIterator",
     "Batches",
     "BlankInfilling",
+    "Blend",
     "ByteTokenizer",
+    "Component",
     "Data",
     "DenoisedBatches",
     "Denoiser",
@@ -40,14 +45,19 @@ __all__ = [
     "Explanation",
     "HuggingFace",
     "MaskedLM",
+    "MixedBatches",
     "Mixture",
     "Objective",
     "Packing",
     "Plan",
     "PrefixLM",
     "Prepared",
+    "ScheduledBatches",
     "SentencePiece",
+    "Shorter",
     "SpanCorruption",
+    "Stage",
+    "Stores",
     "TextInfilling",
     "TokenStore",
     "Tokenizer",
@@ -60,6 +70,7 @@ __all__ = [
     "explain",
     "iterate",
     "load_tokenizer",
+    "make_batches",
     "open_store",
     "permutation",
     "plan",
@@ -67,6 +78,7 @@ __all__ = [
     "prepare_tokenizer",
     "require_supervised",
     "source_hash",
+    "train_huggingface",
     "train_sentencepiece",
     "ul2",
     "word_starts",

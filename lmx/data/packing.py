@@ -58,6 +58,36 @@ def plan(lengths: np.ndarray, length: int, *, packing: Packing = "concatenate", 
     return (_first_fit if packing == "first_fit" else _concatenate)(pairs[order], order, length)
 
 
+@dataclass(frozen=True)
+class Fill:
+    """How well a way of packing fills its examples."""
+
+    packing: Packing
+    examples: int
+    filled: float
+    """The share of columns that predict something; the rest is padding."""
+    cut: int
+    """Documents that are in more than one example."""
+
+    def __str__(self) -> str:
+        return f"{self.packing}: {self.examples:,} examples, {1 - self.filled:.2%} padding, {self.cut:,} documents cut"
+
+
+def fill(lengths: np.ndarray, length: int, packing: Packing) -> Fill:
+    """What packing documents of `lengths` tokens into examples of `length` pairs comes to. Raises ValueError as `plan` does."""
+    lengths = np.asarray(lengths, np.int64)
+    ends = np.cumsum(lengths)
+    packed = plan(ends[-1:] if packing == "stream" else lengths, length, packing=packing)
+    pairs = int((packed.stop - packed.start - 1).sum())
+    if packing == "stream":  # whose only document is the text: what counts is where examples end within one of its parts
+        edges = np.arange(1, len(packed)) * length
+        inside = (edges > (ends - lengths)[nth := np.searchsorted(ends, edges, side="right")]) & (edges < ends[nth])
+        cut = len(np.unique(nth[inside]))
+    else:
+        cut = int((np.bincount(packed.document) > 1).sum())
+    return Fill(packing, len(packed), pairs / (len(packed) * length), cut)
+
+
 def _concatenate(pairs: np.ndarray, order: np.ndarray, length: int) -> Plan:
     ends = np.cumsum(pairs)
     begins = ends - pairs

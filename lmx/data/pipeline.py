@@ -7,7 +7,8 @@ any number of processes and any mesh.
 
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -22,10 +23,61 @@ Batch = dict[str, np.ndarray]
 be predicted and 0 on padding, where tokens and targets are 0. `example_id` is the global example. A `"stream"` has no `segments`: a row is
 one text to attention, and padding, if there is any, its end."""
 
+Rows = Sequence[int] | slice | Callable[[int], Sequence[int] | np.ndarray]
+"""Some rows of a global batch; a function is told how many that has."""
+
 EXAMPLES = 2**32  # what example_id can count
 
 
-class Batches:
+class Numbered(ABC):
+    """What all kinds of batches have in common: they are asked for by number, and the same whenever, wherever and by whomever that is.
+
+    Attributes:
+      rows_per_batch, length: the shape of a global batch; of the last ones where it changes.
+      total: global examples in all; for a run without end, as many as `example_id` can name.
+    """
+
+    rows_per_batch: int
+    length: int
+    total: int
+
+    @abstractmethod
+    def examples(self, ids: np.ndarray) -> Batch:
+        """Global examples by number, int64 `[rows]`, as a batch. Those past the end of a finite run are padding.
+
+        Raises ValueError, with its number, for an example with nothing to predict.
+        """
+
+    def begin(self, cursor: int, j: int) -> int:
+        """The global example that the j-th batch after a cursor begins with: the cursor itself for 0."""
+        return cursor + j * self.rows_per_batch
+
+    def __len__(self) -> int:
+        return self.left(0)
+
+    def left(self, cursor: int) -> int:
+        """Batches from a cursor on."""
+        return max(0, -(-(self.total - cursor) // self.rows_per_batch))
+
+    def __getitem__(self, k: int) -> Batch:
+        """Global batch k. Raises IndexError outside 0..len-1."""
+        return self.rows(k, slice(None))
+
+    def rows(self, k: int, which: Rows) -> Batch:
+        """Only some rows of global batch k, in the order given: what one process needs. Raises IndexError for one that is not there."""
+        if not 0 <= k < len(self):
+            raise IndexError(f"batch {k} of {len(self)}")
+        return self.after(0, k, which)
+
+    def after(self, cursor: int, j: int, which: Rows) -> Batch:
+        """Some rows of the j-th batch after a cursor."""
+        ids = np.arange(self.begin(cursor, j), self.begin(cursor, j + 1))
+        if callable(which):
+            which = which(len(ids))
+        return self.examples(ids[which if isinstance(which, slice) else np.asarray(which, np.int64)])
+
+
+class Batches(Numbered):
     """The batches of a run, by number: `batches[k]` is the same whenever, wherever and by whomever it is asked for.
 
     A class, for it keeps the plans of the last two epochs. Threads may share it.
@@ -73,25 +125,7 @@ class Batches:
                 f"epochs={epochs} of {self.examples_per_epoch} examples are more than example_id can count (2**32); use fewer epochs"
             )
 
-    def __len__(self) -> int:
-        return (self.total + self.rows_per_batch - 1) // self.rows_per_batch
-
-    def __getitem__(self, k: int) -> Batch:
-        """Global batch k. Raises IndexError outside 0..len-1."""
-        return self.rows(k, range(self.rows_per_batch))
-
-    def rows(self, k: int, which: Sequence[int] | slice) -> Batch:
-        """Only some rows of global batch k, in the order given: what one process needs. Raises IndexError for one that is not there."""
-        if not 0 <= k < len(self):
-            raise IndexError(f"batch {k} of {len(self)}")
-        which = np.arange(self.rows_per_batch)[which if isinstance(which, slice) else np.asarray(which, np.int64)]
-        return self.examples(k * self.rows_per_batch + which)
-
     def examples(self, ids: np.ndarray) -> Batch:
-        """Global examples by number, int64 `[rows]`, as a batch. Those past the end of a finite run are padding.
-
-        Raises ValueError, with its number, for an example with nothing to predict.
-        """
         ids = np.asarray(ids, np.int64)
         shape = (len(ids), self.length)
         batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segments", "positions")}
@@ -143,6 +177,13 @@ class Batches:
             within = nth if order is None else np.argsort(order)[nth]
             found += np.sort(epoch * self.examples_per_epoch + within).tolist()
         return [example for example in found if example < until]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For other processes, which make their own plans."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"} | {"_plans": {}, "_orders": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
 
     def _fill(self, batch: Batch, rows: np.ndarray, spans: Plan, examples: np.ndarray) -> None:
         """Write examples of an epoch's plan into rows of a batch, all spans and tokens at once."""
@@ -196,21 +237,21 @@ def _ranges(counts: np.ndarray) -> np.ndarray:
 class _Window:
     """Batches from a global example on, as Grain wants a source: `len` and `[j]`."""
 
-    def __init__(self, batches: Batches, start: int, which: np.ndarray):
+    def __init__(self, batches: Numbered, start: int, which: Rows):
         self._batches, self._start, self._which = batches, start, which
 
     def __len__(self) -> int:
-        return max(0, -(-(self._batches.total - self._start) // self._batches.rows_per_batch))
+        return self._batches.left(self._start)
 
     def __getitem__(self, j: int) -> Batch:
-        return self._batches.examples(self._start + j * self._batches.rows_per_batch + self._which)
+        return self._batches.after(self._start, j, self._which)
 
 
 class BatchIterator(Iterator[Batch]):
-    """Batches one after another, read ahead by Grain's threads. Made by `iterate`; `close` (or leaving a `with`) stops the threads."""
+    """Batches one after another, read ahead by Grain's threads or processes. Made by `iterate`; `close` (or leaving a `with`) stops them."""
 
-    def __init__(self, batches: Batches, start_example: int, which: np.ndarray, prefetch: int):
-        self._batches, self._which, self._prefetch = batches, which, prefetch
+    def __init__(self, batches: Numbered, start_example: int, which: Rows, prefetch: int, workers: int):
+        self._batches, self._which, self._prefetch, self._workers = batches, which, prefetch, workers
         self._reader = None
         self.set_state({"example": start_example})
 
@@ -218,12 +259,17 @@ class BatchIterator(Iterator[Batch]):
         if self._reader is None:
             raise ValueError("this iterator is closed; set_state opens it again")
         batch = next(self._reader)
-        self._example += self._batches.rows_per_batch
+        self._read += 1
         return batch
+
+    @property
+    def size(self) -> int:
+        """Rows of the whole global batch that was returned last."""
+        return self._batches.begin(self._start, self._read) - self._batches.begin(self._start, self._read - 1)
 
     def get_state(self) -> dict[str, int]:
         """`{"example": n}`: the global example that the next batch begins with. Batches read ahead but not yet returned do not count."""
-        return {"example": self._example}
+        return {"example": self._batches.begin(self._start, self._read)}
 
     def set_state(self, state: Mapping[str, int]) -> None:
         """Go on from a state, in a time that does not depend on where it is. It may come from a run with another batch size.
@@ -235,12 +281,21 @@ class BatchIterator(Iterator[Batch]):
         example = state.get("example")
         if not isinstance(example, int) or isinstance(example, bool) or example < 0:
             raise ValueError(f"data position {dict(state)!r} is not understood; expected {{'example': n}} with n >= 0")
+        self._batches.begin(example, 0)  # raises where no batch can begin
         self.close()
-        self._example = example
+        self._start, self._read = example, 0
         # Grain's own state counts batches: it is never saved, and each window begins at the cursor.
         source = grain.MapDataset.source(_Window(self._batches, example, self._which))
         options = grain.ReadOptions(num_threads=min(2, self._prefetch), prefetch_buffer_size=self._prefetch)
-        self._reader = iter(source.to_iter_dataset(options))
+        reader = source.to_iter_dataset(options)
+        if self._workers:
+            from absl import flags
+
+            if not flags.FLAGS.is_parsed():  # Grain's processes ask for flags of its own
+                flags.FLAGS.mark_as_parsed()
+            each = max(1, self._prefetch // self._workers)
+            reader = reader.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=each))
+        self._reader = iter(reader)
 
     def close(self) -> None:
         if self._reader is not None:
@@ -254,18 +309,22 @@ class BatchIterator(Iterator[Batch]):
         self.close()
 
 
-def iterate(batches: Batches, *, start_example: int = 0, rows: Sequence[int] | slice | None = None, prefetch: int = 4) -> BatchIterator:
+def iterate(batches: Numbered, *, start_example: int = 0, rows: Rows | None = None, prefetch: int = 4, workers: int = 0) -> BatchIterator:
     """Batches from a global example on, in order: the first holds examples `start_example` to `start_example + rows_per_batch`.
 
-    `rows` are those of each batch to build (all if None); `prefetch` is how many batches are read ahead by up to two threads, 0 for none.
-    A run that changed its batch size goes on with the cursor it had. Raises ValueError for a bad argument, IndexError for a missing row.
+    `rows` are those of each batch to build (all if None); `prefetch` is how many batches are read ahead by up to two threads, 0 for none;
+    `workers` is how many processes build them, 0 for none but this one. A run that changed its batch size goes on with the cursor it had.
+    Raises ValueError for a bad argument, IndexError for a missing row.
     """
     if prefetch < 0:
         raise ValueError(f"prefetch={prefetch} is negative; use 0 to read no batch ahead")
-    which = np.arange(batches.rows_per_batch)
-    if rows is not None:
-        which = which[rows if isinstance(rows, slice) else np.asarray(rows, np.int64)]
-    return BatchIterator(batches, start_example, which, prefetch)
+    if workers < 0:
+        raise ValueError(f"workers={workers} is negative; use 0 to read in this process")
+    which = slice(None) if rows is None else rows
+    if not callable(which) and not isinstance(which, slice):
+        which = np.asarray(which, np.int64)
+        np.arange(batches.rows_per_batch)[which]  # raises for a row that is not there
+    return BatchIterator(batches, start_example, which, prefetch, workers)
 
 
 def require_supervised(batch: Batch, what: str = "the batch") -> None:

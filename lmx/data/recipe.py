@@ -5,29 +5,33 @@ import importlib.metadata
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from lmx.data.corruption import word_starts
 from lmx.data.denoised import DenoisedBatches, denoise
 from lmx.data.denoising import Objective, fit, has_decoder
+from lmx.data.learned import train_huggingface, train_sentencepiece
+from lmx.data.lengths import Keep, ScheduledBatches, Shorter, check_lengths, schedule
+from lmx.data.mixture import Blend, Component, MixedBatches, Stores, check_blend, component_seed
 from lmx.data.packing import PACKINGS, Packing
-from lmx.data.pipeline import Batches
+from lmx.data.pipeline import Batches, Numbered
 from lmx.data.sources import documents, source_files, source_hash
 from lmx.data.store import TokenStore, cached_store
-from lmx.data.tokenizers import SentencePiece, Tokenizer, load_tokenizer, train_sentencepiece
+from lmx.data.tokenizers import Tokenizer, load_tokenizer
 
-TRAINED = ("bpe", "unigram")
+TRAINED = {"bpe": "sentencepiece", "unigram": "sentencepiece", "byte_bpe": "tokenizers", "byte_unigram": "tokenizers"}
+"""Tokenizers that are trained on a run's text, and the library that does."""
 
 
 @dataclass(frozen=True)
 class Data:
     """What a run reads and how it is packed."""
 
-    train: str
+    train: str | Blend
     """Text to train on: a file (.txt, .md, .jsonl, .json, also .gz/.xz/.bz2/.zst, .array_record), a folder or glob of them,
-    tfds:NAME[:split] or tfds:DIRECTORY[:split]."""
+    tfds:NAME[:split] or tfds:DIRECTORY[:split]. In an experiment's module also a Blend of several."""
 
     validation: str = ""
     """Held-out text, given like train. Empty: nothing is held out and nothing evaluated."""
@@ -36,11 +40,17 @@ class Data:
     """The field of JSON and TFDS records that holds the text."""
 
     tokenizer: str = "bytes"
-    """bytes; bpe:VOCAB or unigram:VOCAB (a SentencePiece model trained on the training text and cached); or a path: a SentencePiece
-    .model, a tokenizer.json or a folder with one."""
+    """bytes; bpe:VOCAB or unigram:VOCAB (a SentencePiece model trained on the training text and cached), byte_bpe:VOCAB or
+    byte_unigram:VOCAB (the same of bytes, a tokenizer.json); or a path: a SentencePiece .model, a tokenizer.json or a folder with one."""
 
     length: int = 256
     """Tokens that a packed example predicts: the context a model is trained at."""
+
+    lengths: tuple[Shorter, ...] = ()
+    """Shorter rows in the first steps of training: examples are cut into rows of such a length until such a step."""
+
+    keep: Keep = "tokens"
+    """What a batch of shorter rows keeps: tokens: it has more rows; rows: it has as many, and so fewer tokens."""
 
     packing: Packing = "concatenate"
     """concatenate: all text in a row, cut into full examples. first_fit: documents stay whole, examples end with padding.
@@ -81,7 +91,7 @@ def padding(data: Data) -> dict[str, np.ndarray]:
 
 def make_batches(
     data: Data,
-    store: TokenStore,
+    store: TokenStore | Stores,
     tokenizer: Tokenizer,
     *,
     vocab: int,
@@ -89,20 +99,38 @@ def make_batches(
     seed: int,
     shuffle: bool = True,
     epochs: int | None = None,
-) -> Batches:
-    """The batches of a store as a config says; `vocab` is the number of ids that the model knows. Raises as they do."""
-    same: dict[str, Any] = {
-        "rows": rows,
-        "length": data.length,
-        "seed": seed,
-        "packing": data.packing,
-        "shuffle": shuffle,
-        "epochs": epochs,
-    }
-    if data.denoising is None:
-        return Batches(store, **same)
+) -> Numbered:
+    """The batches of a store as a config says; `vocab` is the number of ids that the model knows.
+
+    Where `epochs` is None, as in training, data.lengths is followed. Raises as the batches do, and ValueError for epochs of a blend, whose
+    components have their own.
+    """
     words = word_starts(tokenizer) if getattr(data.denoising, "whole_word", False) else None
-    return DenoisedBatches(store, data.denoising, decoder_length=data.decoder_length, vocab=vocab, words=words, **same)
+
+    def plain(store: TokenStore, seed: int) -> Batches:
+        same: dict[str, Any] = {"rows": rows, "length": data.length, "packing": data.packing}
+        same |= {"seed": seed, "shuffle": shuffle, "epochs": epochs}
+        if data.denoising is None:
+            return Batches(store, **same)
+        return DenoisedBatches(store, data.denoising, decoder_length=data.decoder_length, vocab=vocab, words=words, **same)
+
+    stages = schedule(data.lengths, rows=rows, length=data.length, keep=data.keep) if data.lengths and epochs is None else None
+    if isinstance(store, TokenStore):
+        batches: Numbered = plain(store, seed)
+    elif epochs is not None or not isinstance(data.train, Blend):
+        raise ValueError(f"epochs={epochs} of {len(store.components)} components: a blend has epochs for each of them; use None")
+    else:
+        parts = [plain(part, component_seed(seed, i)) for i, part in enumerate(store.components)]
+        steps = None if stages is None else stages.examples
+        batches = MixedBatches(parts, data.train, seed=seed, shuffle=shuffle, steps=steps)
+    return batches if stages is None else ScheduledBatches(batches, stages)
+
+
+def components(data: Data) -> dict[str, Component]:
+    """What data.train names, by the knob that does."""
+    if isinstance(data.train, Blend):
+        return {f"data.train.components.{i}.source": component for i, component in enumerate(data.train.components)}
+    return {"data.train": Component(data.train)}
 
 
 @dataclass(frozen=True)
@@ -110,7 +138,7 @@ class Prepared:
     """A run's text, ready to be batched."""
 
     tokenizer: Tokenizer
-    train: TokenStore
+    train: TokenStore | Stores
     validation: TokenStore | None
 
 
@@ -122,8 +150,14 @@ def check(data: Data) -> None:
         raise ValueError(f"data.packing={data.packing!r} is not one of {', '.join(PACKINGS)}")
     if data.decoder_length is not None and data.denoising is None:
         raise ValueError(f"data.decoder_length={data.decoder_length} is of rows with two sides; set data.denoising, or leave it out")
-    for name, source in (("data.train", data.train), ("data.validation", data.validation)):
-        if not source.startswith("tfds:") and (source or name == "data.train"):
+    if data.lengths and data.denoising is not None:
+        raise ValueError("data.lengths cuts rows, which those of data.denoising cannot be; leave one of them out")
+    check_lengths(data.lengths, length=data.length, keep=data.keep)
+    if isinstance(data.train, Blend):
+        check_blend(data.train)
+    sources = {name: component.source for name, component in components(data).items()}
+    for name, source in [*sources.items(), *([("data.validation", data.validation)] if data.validation else [])]:
+        if not source.startswith("tfds:"):
             source_files(source, name=name)
     if not _trained(data.tokenizer):
         load_tokenizer(data.tokenizer, name="data.tokenizer")
@@ -136,9 +170,13 @@ def prepare(data: Data) -> Prepared:
     """
     check(data)
     tokenizer = prepare_tokenizer(data)
-    train = cached_store(data.train, tokenizer, cache=data.cache, field=data.field, name="data.train")
-    held_out = data.validation and cached_store(data.validation, tokenizer, cache=data.cache, field=data.field, name="data.validation")
-    return Prepared(tokenizer, train, held_out or None)
+
+    def store(source: str, name: str) -> TokenStore:
+        return cached_store(source, tokenizer, cache=data.cache, field=data.field, name=name)
+
+    parts = tuple(store(component.source, name) for name, component in components(data).items())
+    train = Stores(parts) if isinstance(data.train, Blend) else parts[0]
+    return Prepared(tokenizer, train, store(data.validation, "data.validation") if data.validation else None)
 
 
 def prepare_tokenizer(data: Data) -> Tokenizer:
@@ -147,16 +185,21 @@ def prepare_tokenizer(data: Data) -> Tokenizer:
     if not trained:
         return load_tokenizer(data.tokenizer, name="data.tokenizer")
     algorithm, vocab = trained
-    version = importlib.metadata.version("sentencepiece")
-    parts = [source_hash(data.train, name="data.train"), data.field, algorithm, vocab, version]
-    path = Path(data.cache) / "tokenizers" / f"{algorithm}-{vocab}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}.model"
+    library = TRAINED[algorithm]
+    sources = {name: component.source for name, component in components(data).items()}
+    contents = [source_hash(source, name=name) for name, source in sources.items()]
+    parts = [*contents, data.field, algorithm, vocab, importlib.metadata.version(library)]
+    suffix = "model" if library == "sentencepiece" else "json"
+    path = Path(data.cache) / "tokenizers" / f"{algorithm}-{vocab}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}.{suffix}"
     if path.exists():
-        return SentencePiece(path)
-    texts = (document.text for document in documents(data.train, field=data.field, name="data.train"))
-    return train_sentencepiece(texts, path, vocab=vocab, algorithm=algorithm)
+        return load_tokenizer(path)
+    texts = (document.text for name, source in sources.items() for document in documents(source, field=data.field, name=name))
+    if library == "sentencepiece":
+        return train_sentencepiece(texts, path, vocab=vocab, algorithm=algorithm)
+    return train_huggingface(texts, path, vocab=vocab, algorithm=algorithm.removeprefix("byte_"))
 
 
-def _trained(tokenizer: str) -> tuple[Literal["bpe", "unigram"], int] | None:
+def _trained(tokenizer: str) -> tuple[str, int] | None:
     """`"bpe:2048"` -> `("bpe", 2048)`; None for a tokenizer that is loaded. Raises ValueError for half of one."""
     algorithm, colon, vocab = tokenizer.partition(":")
     if algorithm not in TRAINED:

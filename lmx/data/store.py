@@ -73,6 +73,10 @@ class TokenStore:
             raise ValueError(f"{self.directory} has no token to predict: every document is at most one token long")
         return self.index["bytes"] / self.targets
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Where it lies, so that processes share it: pickled, a mapped array would be copied."""
+        return _mapped, (self.directory.absolute(), self.index)
+
     def document(self, number: int) -> np.ndarray:
         """The tokens of one document. Raises IndexError outside 0..documents-1."""
         return self.tokens[slice(*self._span(self.offsets, number))]
@@ -189,13 +193,12 @@ def open_store(directory: str | Path) -> TokenStore:
             raise ValueError(
                 f"{directory} is a token store of format {index['format']}, expected {FORMAT}; remove the folder, it will be built again"
             )
-        dtypes = {name: np.dtype(dtype or index["dtype"]) for name, dtype in FILES.items()}
+        np.dtype(index["dtype"])
         expected = {name: (files[name]["bytes"], files[name]["sha256"]) for name in FILES}
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{directory} is no token store: it has no index.json; build one with build_store") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{directory}/index.json is damaged ({error}); remove the folder, it will be built again") from error
-    arrays = {}
     for name, (size, digest) in expected.items():
         path = directory / f"{name}.bin"
         found = path.stat().st_size if path.exists() else 0
@@ -204,8 +207,16 @@ def open_store(directory: str | Path) -> TokenStore:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                 raise ValueError(f"{path} does not have the contents it was written with: remove the folder, it will be built again")
+    return _mapped(directory, index)
+
+
+def _mapped(directory: Path, index: dict[str, Any]) -> TokenStore:
+    """A store whose files have been checked."""
+    arrays = {}
+    for name, dtype in FILES.items():
+        dtype = np.dtype(dtype or index["dtype"])
         # An empty file cannot be mapped.
-        arrays[name] = np.memmap(path, dtypes[name], mode="r") if size else np.zeros(0, dtypes[name])
+        arrays[name] = np.memmap(directory / f"{name}.bin", dtype, mode="r") if index["files"][name]["bytes"] else np.zeros(0, dtype)
     return TokenStore(directory, index, **arrays)
 
 

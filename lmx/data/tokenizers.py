@@ -1,15 +1,10 @@
-"""Tokenizers: bytes, SentencePiece (which lmx can train) and Hugging Face's `tokenizer.json`, behind one small protocol."""
+"""Tokenizers: bytes, SentencePiece and Hugging Face's `tokenizer.json`, behind one small protocol."""
 
 import hashlib
 import json
-import math
-import os
-import random
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
-from uuid import uuid4
+from typing import Protocol, runtime_checkable
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 USUAL = {
@@ -17,7 +12,6 @@ USUAL = {
     "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]"),
     "pad": ("<pad>", "[PAD]", "<|pad|>"),
 }
-SENTENCE_BYTES = 4000  # SentencePiece leaves out longer sentences (its limit is 4192)
 
 
 @runtime_checkable
@@ -75,7 +69,7 @@ class ByteTokenizer:
 class SentencePiece:
     """A SentencePiece model file. Raises ValueError when the file is none.
 
-    Models that `train_sentencepiece` makes are lossless. SentencePiece itself reads U+2581 as a space; where a model is otherwise lossless
+    Models that `lmx.data.train_sentencepiece` makes are lossless. SentencePiece itself reads U+2581 as a space; where a model is otherwise lossless
     and has byte pieces, that character is encoded by its three bytes instead. Other models (T5's, Llama's) are encoded exactly as the
     library does.
     """
@@ -195,99 +189,6 @@ def load_tokenizer(name_or_path: str | Path, *, name: str = "tokenizer") -> Toke
     if not path.exists():
         raise FileNotFoundError(f"{name}={str(path)!r} does not exist; {expected}")
     return SentencePiece(path) if path.suffix == ".model" else HuggingFace(path)
-
-
-def train_sentencepiece(
-    texts: Iterable[str],
-    path: str | Path,
-    *,
-    vocab: int,
-    algorithm: Literal["bpe", "unigram"] = "bpe",
-    seed: int = 0,
-    sentences: int = 500_000,
-) -> SentencePiece:
-    """Train a lossless SentencePiece model of `vocab` pieces on texts and write it to `path` (whole, or not at all).
-
-    Lossless: no normalisation, no dummy space in front, bytes for characters that get no piece, `\\n` and `\\n\\n` pieces of their own (so
-    that no piece spans lines). Ids: 0 unknown (never used), 1 beginning, 2 end of text. BPE: Sennrich et al. 2016; unigram: Kudo 2018.
-    The same texts, seed and version of the library give the same file, in any process; the seed decides which lines are learned from when
-    there are more than `sentences` of them. Raises ValueError when the vocabulary does not fit the texts, with the range that would.
-    """
-    import sentencepiece
-
-    if algorithm not in ("bpe", "unigram"):
-        raise ValueError(f"algorithm={algorithm!r} is not known; use 'bpe' or 'unigram'")
-    model = _Buffer()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(_sample(_sentences(texts), sentences, seed)),
-            model_writer=model,
-            vocab_size=vocab,
-            model_type=algorithm,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            user_defined_symbols=["\n", "\n\n"],
-            character_coverage=0.9999,
-            max_sentence_length=SENTENCE_BYTES + 192,
-            # Candidates for unigram: the default of a million takes twice the time and finds no fewer tokens.
-            seed_sentencepiece_size=max(20_000, 10 * vocab),
-            num_threads=1,  # several threads sum in an order of their own
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        reason = str(error).rsplit("] ", 1)[-1].strip(" .")
-        raise ValueError(
-            f"tokenizer '{algorithm}:{vocab}' cannot be trained on this text ({reason}); choose another vocabulary size"
-        ) from error
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-    temporary.write_bytes(model.data)
-    os.replace(temporary, path)
-    return SentencePiece(path)
-
-
-class _Buffer:
-    """What SentencePiece asks of a model writer."""
-
-    data = b""
-
-    def write(self, data: bytes) -> None:
-        self.data += data
-
-
-def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Lines, cut where SentencePiece would leave them out for their length; a tab, which it reserves while training, ends a sentence."""
-    for text in texts:
-        for line in text.replace("\t", "\n").replace("\0", "\n").split("\n"):
-            while len(line.encode()) > SENTENCE_BYTES:
-                cut = line.rfind(" ", 1, SENTENCE_BYTES // 4)  # no character has more than four bytes
-                cut = cut if cut > 0 else SENTENCE_BYTES // 4
-                yield line[:cut]
-                line = line[cut:]
-            if line:
-                yield line
-
-
-def _sample(sentences: Iterator[str], count: int, seed: int) -> list[str]:
-    """A uniform sample of at most `count`, in one pass (Li 1994, algorithm L).
-
-    SentencePiece can sample too, but draws another sample in each process.
-    """
-    kept = list(islice(sentences, count))
-    draw = random.Random(seed).random
-    largest = 1.0
-    while True:
-        largest *= math.exp(math.log(1 - draw()) / count)
-        skip = int(math.log(1 - draw()) / math.log1p(-largest)) if largest < 1 else 0
-        sentence = next(islice(sentences, skip, None), None)
-        if sentence is None:
-            return kept
-        kept[int(draw() * count)] = sentence
 
 
 def _read(path: str | Path, what: str) -> bytes:

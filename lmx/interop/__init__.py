@@ -15,7 +15,7 @@ from lmx.interop.new_adapter import new_adapter
 from lmx.interop.peft import Adapter, adapt, adapter_tensors, load_adapter, save_adapter, unmerge
 from lmx.interop.runs import export_run, import_run, load_run
 from lmx.interop.tokenizers import CheckpointTokenizer, load_tokenizer
-from lmx.interop.vocabulary import resize_vocabulary, untie
+from lmx.interop.vocabulary import expand_vocabulary, resize_vocabulary, untie
 from lmx.models.adapters import merge
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "adapt",
     "adapter_tensors",
     "call",
+    "expand_vocabulary",
     "export_run",
     "import_run",
     "load",

@@ -1,7 +1,7 @@
 """The tokenizer of a Hugging Face checkpoint: its vocabulary, its special tokens and its chat templates, as its files say."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -151,6 +151,14 @@ class CheckpointTokenizer:
             if role not in ROLES or grown.id(token) is None:
                 raise ValueError(f"{role}={token!r}: roles are {', '.join(ROLES)}, for a token of the vocabulary or one of the new tokens")
         return replace(self, vocabulary=grown, roles={**self.roles, **roles})
+
+    def with_pieces(self, texts: Iterable[str], count: int) -> tuple["CheckpointTokenizer", dict[int, tuple[int, ...]]]:
+        """With so many pieces more after the last id, learned from texts (`lmx.data.expansion`), and the old tokens each is made of.
+
+        Raises ValueError where the vocabulary cannot have more pieces, or the texts have not so many.
+        """
+        vocabulary, parts = self.vocabulary.expanded(texts, count)
+        return replace(self, vocabulary=vocabulary), parts
 
     def save(self, path: str | Path) -> None:
         """Write the files that `load_tokenizer` and transformers read into a folder (which may hold a model already)."""

@@ -8,10 +8,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
+from lmx.data.expansion import expanded_json, expanded_pieces
 from lmx.data.tokenizers import SPACE
 from lmx.interop.tokenizer_files import Added
 
 Span = tuple[int, int]
+Parts = dict[int, tuple[int, ...]]
 
 
 class Vocabulary(Protocol):
@@ -40,6 +42,10 @@ class Vocabulary(Protocol):
 
     def grown(self, tokens: Sequence[str]) -> "Vocabulary":
         """With these special tokens after the last id."""
+        ...
+
+    def expanded(self, texts: Iterable[str], count: int) -> "tuple[Vocabulary, Parts]":
+        """With so many pieces after the last id, learned from texts; and what each is made of."""
         ...
 
     def save(self, folder: Path) -> dict:
@@ -89,6 +95,10 @@ class Json:
         other = Json(self._tokenizer.to_str().encode())
         other.add([Added(token, special=True) for token in tokens])
         return other
+
+    def expanded(self, texts: Iterable[str], count: int) -> "tuple[Json, Parts]":
+        data, parts = expanded_json(self._tokenizer.to_str().encode(), texts, count)
+        return Json(data), parts
 
     def add(self, tokens: Iterable[Added]) -> None:
         """Tokens of the vocabulary become added ones, others get the next ids. While loading only: a vocabulary in use does not change."""
@@ -284,6 +294,16 @@ class Pieces:
     def grown(self, tokens: Sequence[str]) -> "Pieces":
         more = {self.size + i: Added(token, special=True) for i, token in enumerate(tokens)}
         return Pieces(self._data, self._file, self._kind, self._added | more, self._frames)
+
+    def expanded(self, texts: Iterable[str], count: int) -> "tuple[Pieces, Parts]":
+        behind = sorted(id for id in self._added if id not in self._pieces)
+        if self._kind.shifted or behind or not self._kind.accents:
+            what = f"has tokens of its own behind its pieces ({self.token(behind[0])!r})" if behind else "changes ids or letters"
+            raise ValueError(
+                f"{self._file}: its tokenizer {what}, so more pieces have no place; save it as a tokenizer.json and expand that"
+            )
+        data, parts = expanded_pieces(self._data, texts, count)
+        return Pieces(data, self._file, self._kind, self._added, self._frames), parts
 
     def save(self, folder: Path) -> dict:
         (folder / self._file).write_bytes(self._data)

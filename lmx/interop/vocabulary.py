@@ -1,22 +1,33 @@
 """The vocabulary of a model: more rows, fewer, or a head of its own."""
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from lmx.core.params import is_spec
 from lmx.core.tree import Tree, map_named, named_leaves
 from lmx.core.weights import Adapted, Twofold, Weight, whole
 from lmx.interop.checkpoint import Model
+from lmx.interop.tokenizers import CheckpointTokenizer
 from lmx.kernels.wide import wide
 from lmx.models.families import functions
 from lmx.train.experiment import with_vocab
 
 
 def resize_vocabulary(
-    model: Model, params: Tree, size: int, *, pad_to_multiple_of: int = 1, mean: bool = True, discard: bool = False
+    model: Model,
+    params: Tree,
+    size: int,
+    *,
+    pad_to_multiple_of: int = 1,
+    mean: bool = True,
+    discard: bool = False,
+    parts: Mapping[int, Sequence[int]] | None = None,
 ) -> tuple[Model, Tree]:
     """The model with `size` rows of embeddings, and as many outputs of its head with their biases, as transformers'
     `resize_token_embeddings` makes it.
@@ -26,6 +37,7 @@ def resize_vocabulary(
       mean: whether new rows are the mean of the old ones (Hewitt, 2021: then they hardly take from the old ones' probabilities), which is
         what transformers does but for noise of 1e-9 of their variance; else zeros, which a tied head's new biases are in any case.
       discard: whether rows may be dropped.
+      parts: of some rows, new ones or such as no token had, the rows whose mean they are instead.
 
     Raises:
       ValueError: fewer rows than there are without `discard`, or than a special token of config.json needs; parameters under an adapter.
@@ -45,10 +57,26 @@ def resize_vocabulary(
     if named_leaves(params).keys() != specs.keys():
         raise ValueError("the parameters are not the model's own with layers stacked; merge an adapter first (lmx.interop.merge)")
 
+    if wrong := [id for id, ids in (parts or {}).items() if not (0 <= id < size and ids and min(ids) >= 0 and max(ids) < min(size, old))]:
+        raise ValueError(f"parts of row {wrong[0]}, {tuple(parts[wrong[0]])}, are not rows of the {old} there are, or it is none of {size}")
+
+    def composed(leaf: Array, axis: int) -> Array:
+        """With the mean of their parts in the rows that have some."""
+        counts = np.array([len(ids) for ids in parts.values()])
+        taken = jnp.take(leaf, np.concatenate([np.asarray(ids) for ids in parts.values()]), axis).astype(wide(leaf.dtype))
+        sums = jax.ops.segment_sum(jnp.moveaxis(taken, axis, 0), np.repeat(np.arange(len(counts)), counts), len(counts))
+        means = (sums / counts.reshape(-1, *(1,) * (leaf.ndim - 1))).astype(leaf.dtype)
+        rows = jnp.moveaxis(leaf, axis, 0).at[np.array(list(parts))].set(means)
+        return jnp.moveaxis(rows, 0, axis)
+
     def resized(name: str, leaf: Array) -> Array:
         if "vocab" not in specs[name].axes:
             return leaf
         axis = specs[name].axes.index("vocab")
+        leaf = lengthened(name, leaf, axis)
+        return composed(leaf, axis) if parts else leaf
+
+    def lengthened(name: str, leaf: Array, axis: int) -> Array:
         if size <= old:
             return jnp.take(leaf, jnp.arange(size), axis)
         shape = tuple(size - old if i == axis else length for i, length in enumerate(leaf.shape))
@@ -57,6 +85,23 @@ def resize_vocabulary(
         return jnp.concatenate([leaf, jnp.broadcast_to(rows, shape).astype(leaf.dtype)], axis)
 
     return replace(model, config=with_vocab(model.config, size)), map_named(resized, params)
+
+
+def expand_vocabulary(
+    model: Model, params: Tree, tokenizer: CheckpointTokenizer, texts: Iterable[str], *, pieces: int, pad_to_multiple_of: int = 1
+) -> tuple[Model, Tree, CheckpointTokenizer]:
+    """A model and its tokenizer with so many pieces more, learned from texts (`lmx.data.expansion`).
+
+    A new piece begins as the mean of the tokens that it is made of, in the embeddings and in the head (Sachidananda et al. 2021; Gee et al.
+    2022). Special tokens keep their ids.
+
+    Raises:
+      ValueError: as `CheckpointTokenizer.with_pieces` and `resize_vocabulary` do.
+    """
+    grown, parts = tokenizer.with_pieces(texts, pieces)
+    size = max(model.config.vocab, grown.vocab)
+    model, params = resize_vocabulary(model, params, size, pad_to_multiple_of=pad_to_multiple_of, parts=parts)
+    return model, params, grown
 
 
 def untie(model: Model, params: Tree) -> tuple[Model, Tree]:

@@ -12,6 +12,7 @@ import jax
 from lmx.core.config import ConfigError
 from lmx.core.precision import PrecisionName, policy
 from lmx.data.denoising import MaskedLM as MaskedText
+from lmx.data.lengths import schedule
 from lmx.data.recipe import Data, Prepared, decoder_columns, has_two_sides
 from lmx.data.recipe import check as check_data
 from lmx.models import config as model_config
@@ -143,6 +144,7 @@ def check(experiment: Experiment, devices: int | None = None) -> None:
     _check_collective_matmul(experiment)
     _check_pipeline(experiment)
     check_data(experiment.data)
+    schedule(experiment.data.lengths, rows=experiment.batch, length=experiment.data.length, keep=experiment.data.keep)
 
 
 def columns(experiment: Experiment) -> tuple[int, int]:
@@ -202,6 +204,9 @@ def _check_objective(experiment: Experiment) -> None:
 
 
 def _check_sequence(experiment: Experiment) -> None:
+    for stage in experiment.data.lengths:
+        shorter = dataclasses.replace(experiment.data, length=stage.length, lengths=())
+        _check_sequence(dataclasses.replace(experiment, data=shorter))
     layout, model, length = experiment.layout, experiment.model, experiment.data.length
     between = layout.context * (layout.tensor if layout.sequence else 1)
     if has_two_sides(experiment.data) and (short := columns(experiment)[1]) % between:

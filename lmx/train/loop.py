@@ -8,14 +8,16 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from lmx.core.config import ConfigError, command_line, diff, exits_with_one_line, from_json, refuse_changes, to_json
 from lmx.core.tree import Tree
-from lmx.data.pipeline import iterate, require_supervised
+from lmx.data.pipeline import Numbered, iterate, require_supervised
 from lmx.data.recipe import Prepared, has_two_sides, make_batches, prepare
 from lmx.parallel import hosts
 from lmx.parallel.chips import peak_flops
@@ -36,6 +38,7 @@ class Start:
     """A run about to start: all that could be wrong with it beforehand has been looked at.
 
     Attributes:
+      batches: what it trains on.
       state: what is gone on from, or None for a new run.
       example: the global example that the next batch begins with.
       sources: who set each field of the experiment.
@@ -44,6 +47,7 @@ class Start:
     experiment: Experiment
     prepared: Prepared
     program: Program
+    batches: Numbered
     state: TrainState | None = None
     example: int = 0
     sources: dict[str, str] = field(default_factory=dict)
@@ -115,7 +119,15 @@ def prepare_run(experiment: Experiment, sources: dict[str, str] | None = None) -
     if experiment.samples.prompt and has_two_sides(experiment.data):
         corrupted(experiment, prepared.tokenizer)
     program = build(experiment)
-    folder, start = experiment.path, Start(experiment, prepared, program, sources=sources or {})
+    batches = make_batches(
+        experiment.data, prepared.train, prepared.tokenizer, vocab=experiment.model.vocab, rows=experiment.batch, seed=experiment.seed
+    )
+    if len(batches) < experiment.steps:
+        raise ConfigError(
+            f"steps={experiment.steps}: data.train is used up at step {len(batches)} (its components' epochs, or 2**32 examples); lower steps or "
+            "raise epochs"
+        )
+    folder, start = experiment.path, Start(experiment, prepared, program, batches, sources=sources or {})
     if experiment.start != "resume":
         if experiment.start == "overwrite":
             hosts.first(lambda: shutil.rmtree(folder, ignore_errors=True))
@@ -218,12 +230,15 @@ def _run(start: Start) -> Result:
 
 def _train(start: Start, state: TrainState, manager: Manager, logger: Logger | Silence, caught: list[int]) -> Result:
     experiment, program = start.experiment, start.program
-    shape = (experiment.microbatches, experiment.batch // experiment.microbatches)
     sharding = batch_sharding(program.mesh, microbatches=True)
-    rows = local_rows(sharding, shape)
-    data = experiment.data
-    prepared, vocab = start.prepared, experiment.model.vocab
-    source = make_batches(data, prepared.train, prepared.tokenizer, vocab=vocab, rows=experiment.batch, seed=experiment.seed)
+
+    def shape(size: int) -> tuple[int, int]:
+        return experiment.microbatches, size // experiment.microbatches
+
+    @cache
+    def rows(size: int) -> np.ndarray:
+        return local_rows(sharding, shape(size))
+
     step, metrics, validation, sample = int(state.step), {}, {}, ""
     meter = _Meter(experiment, program)
     pending, several, stopped = None, jax.process_count() > 1, 0
@@ -232,26 +247,27 @@ def _train(start: Start, state: TrainState, manager: Manager, logger: Logger | S
         """Looks at the metrics of the last step: after the next one was issued where possible, so that the device does not wait."""
         nonlocal metrics, pending, stopped
         if pending is not None:
-            (at, arrays, called), pending = pending, None
+            (at, arrays, called, length), pending = pending, None
             stopped = stopped or int(called)
             metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}
             _require_finite(at, metrics)
-            meter.count(metrics["tokens"])
+            meter.count(metrics["tokens"], length)
             if at % experiment.log_every == 0 or at == experiment.steps:
                 metrics |= meter.speeds()
                 logger.log(at, metrics)
             else:
                 logger.progress(at)
 
-    with iterate(source, start_example=start.example, rows=rows) as batches:
+    with iterate(start.batches, start_example=start.example, rows=rows) as batches:
         while step < experiment.steps and not stopped:
             batch = next(batches)
             require_supervised(batch, f"the batch of step {step + 1}")
-            state, arrays = program.step(state, place(batch, rows, shape, sharding))
+            size, length = batches.size, batch["weights"].shape[1]
+            state, arrays = program.step(state, place(batch, rows(size), shape(size), sharding))
             # A signal may reach only some processes: like the metrics, that they are called is known to all one step later.
             called = hosts.largest(program.mesh, caught[0] if caught else 0) if several else 0
             settle()
-            step, pending = step + 1, (step + 1, arrays, called)
+            step, pending = step + 1, (step + 1, arrays, called, length)
             last, loss = step == experiment.steps, None
             if start.prepared.validation is not None and _due(step, experiment.evaluation.every, last):
                 settle()
@@ -325,30 +341,36 @@ class _Meter:
 
     def __init__(self, experiment: Experiment, program: Program):
         devices = program.mesh.devices.flat
-        source, length = columns(experiment)
+        source, _ = columns(experiment)
         peak = peak_flops(devices[0].device_kind, program.precision.multiplies)
-        self._mfu = None if peak is None else flops_per_token(experiment.model, length, source) / (peak * len(list(devices)))
-        self._since: float | None = None
-        self._tokens = 0.0
+        self._peak = None if peak is None else peak * len(list(devices))
+        self._cost = cache(lambda length: flops_per_token(experiment.model, length, source))
+        self._length: int | None = None
+        self.restart()
 
     def restart(self) -> None:
-        self._since, self._tokens = None, 0.0
+        self._since: float | None = None
+        self._tokens = self._flops = 0.0
 
-    def count(self, tokens: float) -> None:
-        """A step ended. The first after a restart only starts the clock: it may have compiled."""
+    def count(self, tokens: float, length: int) -> None:
+        """A step with rows of a length ended. The first after a restart, or of a length, only starts the clock: it may have compiled."""
+        if length != self._length:
+            self.restart()
+            self._length = length
         if self._since is None:
             self._since = time.perf_counter()
         else:
             self._tokens += tokens
+            self._flops += tokens * self._cost(length)
 
     def speeds(self) -> dict[str, float]:
         """Supervised tokens per second since the last call, and the share of the chips' peak that is where it is known."""
         if not self._tokens:
             return {}
         now = time.perf_counter()
-        speed = self._tokens / (now - self._since)
-        self._since, self._tokens = now, 0.0
-        return {"tokens_per_second": speed} | ({} if self._mfu is None else {"mfu": speed * self._mfu})
+        seconds, tokens, flops = now - self._since, self._tokens, self._flops
+        self._since, self._tokens, self._flops = now, 0.0, 0.0
+        return {"tokens_per_second": tokens / seconds} | ({} if self._peak is None else {"mfu": flops / seconds / self._peak})
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import lmx.data.recipe
-from lmx.data import ByteTokenizer, Data, SentencePiece, check, prepare, prepare_tokenizer
+from lmx.data import ByteTokenizer, Data, HuggingFace, SentencePiece, check, prepare, prepare_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -33,21 +33,22 @@ def test_bytes(data):
     assert prepare(dataclasses.replace(data, validation="")).validation is None
 
 
-@pytest.mark.parametrize("tokenizer", ["bpe:310", "unigram:310"])
+@pytest.mark.parametrize("tokenizer", ["bpe:310", "unigram:310", "byte_bpe:310", "byte_unigram:270"])
 def test_trained_tokenizer_is_cached_by_content(data, tokenizer, monkeypatch):
     data = dataclasses.replace(data, tokenizer=tokenizer)
     first = prepare(data)
-    assert isinstance(first.tokenizer, SentencePiece)
-    assert first.tokenizer.vocab == first.train.vocab == first.validation.vocab == 310
+    assert isinstance(first.tokenizer, HuggingFace if "byte" in tokenizer else SentencePiece)
+    assert first.tokenizer.vocab == first.train.vocab == first.validation.vocab == int(tokenizer.split(":")[1])
     text = json.loads(Path(data.train).read_text().splitlines()[0])["text"]
     assert first.tokenizer.decode(first.train.document(0).tolist()) == text
     with monkeypatch.context() as patch:
-        patch.setattr(lmx.data.recipe, "train_sentencepiece", None)  # not trained again
+        for name in ("train_sentencepiece", "train_huggingface"):
+            patch.setattr(lmx.data.recipe, name, None)  # not trained again
         assert prepare(data).train.directory == first.train.directory
     Path(data.train).write_text(Path(data.train).read_text().replace("king", "queen"))
     assert prepare_tokenizer(data).fingerprint != first.tokenizer.fingerprint
-    model = next(Path(data.cache).glob("tokenizers/*.model"))
-    assert prepare(dataclasses.replace(data, tokenizer=str(model))).tokenizer.vocab == 310
+    model = next(Path(data.cache).glob("tokenizers/*"))
+    assert prepare(dataclasses.replace(data, tokenizer=str(model))).tokenizer.vocab == first.tokenizer.vocab
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmx.data import ByteTokenizer, HuggingFace, SentencePiece, Tokenizer, documents, load_tokenizer, train_sentencepiece
-from lmx.data.tokenizers import _sample
+from lmx.data import (
+    ByteTokenizer,
+    HuggingFace,
+    SentencePiece,
+    Tokenizer,
+    documents,
+    load_tokenizer,
+    train_huggingface,
+    train_sentencepiece,
+)
+from lmx.data.learned import _sample
 
 REPOSITORY = Path(__file__).parents[2]
 GOLDENS = REPOSITORY / "../shared/goldens/tokenizers"
@@ -209,3 +218,31 @@ def test_agrees_with_recorded_results(case):
         assert [tokenizer.token(id) for id in entry["ids"]] == entry["tokens"]
     texts = [entry["text"] for entry in recorded]
     assert [list(ids) for ids in tokenizer.encode_batch(texts)] == [tokenizer.encode(text) for text in texts]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_byte_level_tokenizers_are_lossless_and_come_out_the_same(text, tmp_path, kind):
+    tokenizer = train_huggingface([text[:60_000]], tmp_path / "a.json", vocab=400, algorithm=kind, lines=500)
+    assert (tokenizer.vocab, tokenizer.eos_id, tokenizer.token(0)) == (400, 0, "<|endoftext|>")
+
+    @given(TEXT)
+    @settings(deadline=None, max_examples=100)
+    def check(text):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+    check()
+    program = """
+import sys
+from lmx.data import train_huggingface
+print(train_huggingface([sys.stdin.read()], sys.argv[1], vocab=400, algorithm=sys.argv[2], lines=500).fingerprint)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "b.json"), kind]
+    there = subprocess.run(command, input=text[:60_000], capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout.strip()
+    assert there == tokenizer.fingerprint
+    other = train_huggingface([text[:60_000]], tmp_path / "c.json", vocab=400, algorithm=kind, lines=500, seed=1)
+    assert other.fingerprint != tokenizer.fingerprint
+    with pytest.raises(ValueError, match=f"tokenizer 'byte_{kind}:90000' cannot be trained on this text.*; choose another vocabulary size"):
+        train_huggingface([text[:60_000]], tmp_path / "d.json", vocab=90_000, algorithm=kind)
+    with pytest.raises(ValueError, match="algorithm='word' is not known"):
+        train_huggingface(["a"], tmp_path / "d.json", vocab=300, algorithm="word")
+    assert not (tmp_path / "d.json").exists()
