@@ -14,7 +14,7 @@ from tyro.conf import Positional
 
 from lmx.core.config import ConfigError, diff, exits_with_one_line, flatten, from_json, subcommand
 from lmx.data.lineage import seen, trace
-from lmx.data.pipeline import Batches
+from lmx.data.pipeline import Numbered
 from lmx.data.recipe import make_batches, prepare
 from lmx.data.tokenizers import Tokenizer
 from lmx.train.experiment import Experiment, resolve
@@ -170,7 +170,7 @@ def show_run(run: str) -> None:
     _print([*lines, [("written", "dim"), ("", ""), (record["written"], "")]])
 
 
-def batches_of(run: str) -> tuple[Batches, Tokenizer, int]:
+def batches_of(run: str) -> tuple[Numbered, Tokenizer, int]:
     """The batches that a run trained on, their tokenizer, and the steps that it has logged.
 
     Raises:

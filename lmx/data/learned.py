@@ -15,6 +15,8 @@ from lmx.data.tokenizers import HuggingFace, SentencePiece
 
 SENTENCE_BYTES = 4000  # SentencePiece leaves out longer sentences (its limit is 4192)
 END = "<|endoftext|>"
+TRAINED = {"bpe": "sentencepiece", "unigram": "sentencepiece", "byte_bpe": "tokenizers", "byte_unigram": "tokenizers"}
+"""Tokenizers that are trained on a run's text, and the library that does."""
 
 
 def train_sentencepiece(
@@ -196,3 +198,27 @@ def _sample(sentences: Iterator[str], count: int, seed: int) -> list[str]:
         if sentence is None:
             return kept
         kept[int(draw() * count)] = sentence
+
+
+def trained(tokenizer: str, *, name: str = "tokenizer") -> tuple[str, int] | None:
+    """`"bpe:2048"` -> `("bpe", 2048)`; None for a tokenizer that is loaded. Raises ValueError for half of one."""
+    algorithm, colon, vocab = tokenizer.partition(":")
+    if algorithm not in TRAINED:
+        return None
+    # 256 bytes, three special tokens, two kinds of line end and at least one character
+    if not colon or not vocab.isdecimal() or not 262 <= int(vocab) <= 1 << 20:
+        raise ValueError(f"{name}={tokenizer!r} is not understood; give the vocabulary, 262 to 1048576, as in '{algorithm}:2048'")
+    return algorithm, int(vocab)
+
+
+def train_tokenizer(texts: Iterable[str], path: Path, tokenizer: str) -> Path:
+    """Train what a name says (`byte_bpe:32000`) into a file, `path` with the suffix of its kind, unless it is there; returns it."""
+    algorithm, vocab = trained(tokenizer)
+    sentencepiece = TRAINED[algorithm] == "sentencepiece"
+    path = path.with_name(f"{path.name}.{'model' if sentencepiece else 'json'}")
+    if not path.exists():
+        if sentencepiece:
+            train_sentencepiece(texts, path, vocab=vocab, algorithm=algorithm)
+        else:
+            train_huggingface(texts, path, vocab=vocab, algorithm=algorithm.removeprefix("byte_"))
+    return path

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from lmx.data.pipeline import EXAMPLES, Batch, Numbered
+from lmx.data.store import TokenStore
 
 Keep = Literal["tokens", "rows"]
 
@@ -139,6 +140,31 @@ class ScheduledBatches(Numbered):
         s = np.searchsorted(self.schedule.first, ids, side="right") - 1
         full, part = np.divmod(ids - self.schedule.first[s], self.schedule.parts[s])
         return full + self.schedule.full[s], part * self.schedule.lengths[s]
+
+    @property
+    def stores(self) -> list[TokenStore]:
+        return self.batches.stores
+
+    def place(self, example: int) -> tuple[int, int]:
+        s = Schedule._at(self.schedule.first, example)
+        step, row = divmod(example - int(self.schedule.first[s]), int(self.schedule.rows[s]))
+        return int(self.schedule.steps[s]) + step, row
+
+    def spans(self, example: int) -> list[tuple[TokenStore, int, int]]:
+        full, column = (int(a[0]) for a in self.origin(np.array([example])))
+        end = column + int(self.schedule.lengths[Schedule._at(self.schedule.first, example)])
+        found, at = [], 0
+        for store, start, stop in self.batches.spans(full):
+            low, high = max(column - at, 0), min(end - at, stop - start - 1)  # pairs of a token and its target
+            if low < high:
+                found.append((store, start + low, start + high + 1))
+            at += stop - start - 1
+        return found
+
+    def holding(self, store: TokenStore, start: int, stop: int, until: int) -> list[int]:
+        full = self.batches.holding(store, start, stop, int(self.origin(np.array([until]))[0][0]) + 1)
+        rows = [row for f in full for row in range(self.schedule.counted(f), self.schedule.counted(f + 1)) if row < until]
+        return [row for row in rows if any(s is store and a < stop and b > start for s, a, b in self.spans(row))]
 
     def examples(self, ids: np.ndarray) -> Batch:
         """Rows by number, all of one length, as a batch. Those past the end of a finite run are padding, and so may the last of a full row

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lmx.data.pipeline import Batches
+from lmx.data.pipeline import Numbered
 from lmx.data.store import TokenStore
 from lmx.data.tokenizers import Tokenizer
 
@@ -48,14 +48,15 @@ class Sight:
     """Whether the row holds all of it; else it was cut between examples."""
 
 
-def trace(batches: Batches, tokenizer: Tokenizer, step: int, row: int) -> list[Piece]:
+def trace(batches: Numbered, tokenizer: Tokenizer, step: int, row: int) -> list[Piece]:
     """What a row of a training step's batch was made of. Raises IndexError for a step (from 1) or row that is not there."""
-    if step < 1 or not 0 <= row < batches.rows_per_batch:
-        raise IndexError(f"step {step}, row {row}: steps count from 1, rows from 0 to {batches.rows_per_batch - 1}")
+    first, end = (batches.begin(0, k) for k in (step - 1, step)) if step > 0 else (0, 0)
+    if not 0 <= row < end - first:
+        raise IndexError(f"step {step}, row {row}: steps count from 1, rows from 0 to {max(end - first, 1) - 1}")
     pieces = []
-    for store, start, stop in batches.spans((step - 1) * batches.rows_per_batch + row):
-        first, last = np.searchsorted(store.offsets, [start, stop - 1], side="right") - 1
-        for document in range(int(first), int(last) + 1):
+    for store, start, stop in batches.spans(first + row):
+        low, high = np.searchsorted(store.offsets, [start, stop - 1], side="right") - 1
+        for document in range(int(low), int(high) + 1):
             begin = int(store.offsets[document])
             a, b = max(start, begin) - begin, min(stop, int(store.offsets[document + 1])) - begin
             if a < b:
@@ -71,20 +72,21 @@ def _piece(store: TokenStore, tokenizer: Tokenizer, document: int, start: int, s
     return Piece(text, document, start, stop, (before, before + len(text)), about)
 
 
-def seen(batches: Batches, tokenizer: Tokenizer, text: str, *, steps: int) -> list[Sight]:
+def seen(batches: Numbered, tokenizer: Tokenizer, text: str, *, steps: int) -> list[Sight]:
     """Each time that a text was in a batch of the first `steps` steps, in the order of training.
 
     All documents are searched, so it takes as long as decoding them does. Raises ValueError for an empty text.
     """
     if not text:
         raise ValueError("text='' is in every document; give the words to look for")
-    rows, sights = batches.rows_per_batch, []
+    sights = []
     for store in batches.stores:
         for document, start, stop in _found(store, tokenizer, text):
             at = int(store.offsets[document])
-            for example in batches.holding(store, at + start, at + stop, steps * rows):
+            for example in batches.holding(store, at + start, at + stop, batches.begin(0, steps)):
                 whole = any(a <= at + start and at + stop <= b for s, a, b in batches.spans(example) if s is store)
-                sights.append(Sight(example // rows + 1, example % rows, document, store.document_id(document), whole))
+                step, row = batches.place(example)
+                sights.append(Sight(step + 1, row, document, store.document_id(document), whole))
     return sorted(sights, key=lambda sight: (sight.step, sight.row, sight.document))
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from lmx.data.interleaving import interleave
+from lmx.data.interleaving import BLOCK, interleave
 from lmx.data.pipeline import EXAMPLES, Batch, Batches, Numbered
 from lmx.data.store import TokenStore
 
@@ -188,6 +188,22 @@ class MixedBatches(Numbered):
     def find(self, component: int, nth: np.ndarray) -> np.ndarray:
         """The global examples that a component's examples are; the inverse of `origin`. Raises IndexError for one that never comes."""
         return self.order.find(component, nth)
+
+    @property
+    def stores(self) -> list[TokenStore]:
+        return [batches.store for batches in self.batches]
+
+    def spans(self, example: int) -> list[tuple[TokenStore, int, int]]:
+        component, nth = self.origin(np.array([example]))
+        return self.batches[component[0]].spans(int(nth[0]))
+
+    def holding(self, store: TokenStore, start: int, stop: int, until: int) -> list[int]:
+        found: list[int] = []
+        for component, batches in enumerate(self.batches):
+            # As many of its examples as can be below `until`: those of the last block may be permuted.
+            reach = min(int(self.order.used(until)[component]) + BLOCK, int(self.order.counts[-1, component]))
+            found += self.find(component, np.array(batches.holding(store, start, stop, reach), np.int64)).tolist()
+        return sorted(example for example in found if example < until)
 
     def examples(self, ids: np.ndarray) -> Batch:
         ids = np.asarray(ids, np.int64)

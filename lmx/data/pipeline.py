@@ -48,6 +48,23 @@ class Numbered(ABC):
         Raises ValueError, with its number, for an example with nothing to predict.
         """
 
+    @property
+    @abstractmethod
+    def stores(self) -> list[TokenStore]:
+        """What the batches are made from."""
+
+    @abstractmethod
+    def spans(self, example: int) -> list[tuple[TokenStore, int, int]]:
+        """What a global example is made of, in its order: a store and `tokens[start:stop]` of it. Raises IndexError outside the run."""
+
+    @abstractmethod
+    def holding(self, store: TokenStore, start: int, stop: int, until: int) -> list[int]:
+        """The global examples below `until`, in order, that hold any of `tokens[start:stop]` of a store."""
+
+    def place(self, example: int) -> tuple[int, int]:
+        """The batch of a global example, and its row there."""
+        return divmod(example, self.rows_per_batch)
+
     def begin(self, cursor: int, j: int) -> int:
         """The global example that the j-th batch after a cursor begins with: the cursor itself for 0."""
         return cursor + j * self.rows_per_batch
@@ -147,11 +164,9 @@ class Batches(Numbered):
 
     @property
     def stores(self) -> list[TokenStore]:
-        """What the batches are made from."""
         return [self.store]
 
     def spans(self, example: int) -> list[tuple[TokenStore, int, int]]:
-        """What a global example is made of, in its order: a store and `tokens[start:stop]` of it. Raises IndexError outside the run."""
         if not 0 <= example < self.total:
             raise IndexError(f"example {example} of {self.total}")
         epoch, within = divmod(example, self.examples_per_epoch)
@@ -165,7 +180,6 @@ class Batches(Numbered):
         ]
 
     def holding(self, store: TokenStore, start: int, stop: int, until: int) -> list[int]:
-        """The global examples below `until`, in order, that hold any of `tokens[start:stop]` of a store."""
         if store is not self.store:
             return []
         found: list[int] = []

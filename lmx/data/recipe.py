@@ -1,8 +1,10 @@
 """What a run reads, as a config, and how that becomes a tokenizer and token stores."""
 
 import hashlib
+import importlib
 import importlib.metadata
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +14,17 @@ import numpy as np
 from lmx.data.corruption import word_starts
 from lmx.data.denoised import DenoisedBatches, denoise
 from lmx.data.denoising import Objective, fit, has_decoder
-from lmx.data.learned import train_huggingface, train_sentencepiece
+from lmx.data.learned import TRAINED, train_tokenizer, trained
 from lmx.data.lengths import Keep, ScheduledBatches, Shorter, check_lengths, schedule
 from lmx.data.mixture import Blend, Component, MixedBatches, Stores, check_blend, component_seed
 from lmx.data.packing import PACKINGS, Packing
 from lmx.data.pipeline import Batches, Numbered
+from lmx.data.shards import corpus_tokenizer, is_shards, open_shards
 from lmx.data.sources import documents, source_files, source_hash
 from lmx.data.store import TokenStore, cached_store
 from lmx.data.tokenizers import Tokenizer, load_tokenizer
 
-TRAINED = {"bpe": "sentencepiece", "unigram": "sentencepiece", "byte_bpe": "tokenizers", "byte_unigram": "tokenizers"}
-"""Tokenizers that are trained on a run's text, and the library that does."""
+RECIPE = "recipe:"
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Data:
 
     train: str | Blend
     """Text to train on: a file (.txt, .md, .jsonl, .json, also .gz/.xz/.bz2/.zst, .array_record), a folder or glob of them,
-    tfds:NAME[:split] or tfds:DIRECTORY[:split]. In an experiment's module also a Blend of several."""
+    tfds:NAME[:split] or tfds:DIRECTORY[:split]; a folder of shards (corpora/web/train); recipe:MODULE, the corpus of a recipe, made first.
+    In an experiment's module also a Blend of several."""
 
     validation: str = ""
     """Held-out text, given like train. Empty: nothing is held out and nothing evaluated."""
@@ -41,7 +44,8 @@ class Data:
 
     tokenizer: str = "bytes"
     """bytes; bpe:VOCAB or unigram:VOCAB (a SentencePiece model trained on the training text and cached), byte_bpe:VOCAB or
-    byte_unigram:VOCAB (the same of bytes, a tokenizer.json); or a path: a SentencePiece .model, a tokenizer.json or a folder with one."""
+    byte_unigram:VOCAB (the same of bytes, a tokenizer.json); corpus: the one that the shards of data.train were made with; or a path: a
+    SentencePiece .model, a tokenizer.json or a folder with one."""
 
     length: int = 256
     """Tokens that a packed example predicts: the context a model is trained at."""
@@ -157,9 +161,16 @@ def check(data: Data) -> None:
         check_blend(data.train)
     sources = {name: component.source for name, component in components(data).items()}
     for name, source in [*sources.items(), *([("data.validation", data.validation)] if data.validation else [])]:
-        if not source.startswith("tfds:"):
+        if source.startswith(RECIPE):
+            _recipe(source, name)
+        elif not source.startswith("tfds:") and not is_shards(source):
             source_files(source, name=name)
-    if not _trained(data.tokenizer):
+    made = [source for source in sources.values() if source.startswith(RECIPE) or is_shards(source)]
+    if data.tokenizer == "corpus" and not made:
+        raise ValueError("data.tokenizer='corpus' is that of a corpus's shards, and data.train names none; give a recipe or its folder")
+    if made and trained(data.tokenizer, name="data.tokenizer"):
+        raise ValueError(f"data.tokenizer={data.tokenizer!r} cannot be trained on {made[0]}, which is tokens already; use 'corpus'")
+    if data.tokenizer != "corpus" and not trained(data.tokenizer, name="data.tokenizer"):
         load_tokenizer(data.tokenizer, name="data.tokenizer")
 
 
@@ -172,6 +183,11 @@ def prepare(data: Data) -> Prepared:
     tokenizer = prepare_tokenizer(data)
 
     def store(source: str, name: str) -> TokenStore:
+        if folder := corpus(source, data.cache, name):
+            shards = open_shards(folder)
+            if shards.index["tokenizer"] != tokenizer.fingerprint:
+                raise ValueError(f"{name}={source!r} was not made with data.tokenizer={data.tokenizer!r}; use data.tokenizer='corpus'")
+            return shards
         return cached_store(source, tokenizer, cache=data.cache, field=data.field, name=name)
 
     parts = tuple(store(component.source, name) for name, component in components(data).items())
@@ -181,30 +197,44 @@ def prepare(data: Data) -> Prepared:
 
 def prepare_tokenizer(data: Data) -> Tokenizer:
     """The tokenizer that a config names, trained on its training text (or found in its cache) if it says so. Raises as `prepare` does."""
-    trained = _trained(data.tokenizer)
-    if not trained:
-        return load_tokenizer(data.tokenizer, name="data.tokenizer")
-    algorithm, vocab = trained
-    library = TRAINED[algorithm]
     sources = {name: component.source for name, component in components(data).items()}
+    if data.tokenizer == "corpus":
+        folders = [folder for name, source in sources.items() if (folder := corpus(source, data.cache, name))]
+        return corpus_tokenizer(folders[0])
+    kind = trained(data.tokenizer, name="data.tokenizer")
+    if not kind:
+        return load_tokenizer(data.tokenizer, name="data.tokenizer")
+    algorithm, vocab = kind
     contents = [source_hash(source, name=name) for name, source in sources.items()]
-    parts = [*contents, data.field, algorithm, vocab, importlib.metadata.version(library)]
-    suffix = "model" if library == "sentencepiece" else "json"
-    path = Path(data.cache) / "tokenizers" / f"{algorithm}-{vocab}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}.{suffix}"
-    if path.exists():
-        return load_tokenizer(path)
+    parts = [*contents, data.field, algorithm, vocab, importlib.metadata.version(TRAINED[algorithm])]
+    path = Path(data.cache) / "tokenizers" / f"{algorithm}-{vocab}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
     texts = (document.text for name, source in sources.items() for document in documents(source, field=data.field, name=name))
-    if library == "sentencepiece":
-        return train_sentencepiece(texts, path, vocab=vocab, algorithm=algorithm)
-    return train_huggingface(texts, path, vocab=vocab, algorithm=algorithm.removeprefix("byte_"))
+    return load_tokenizer(train_tokenizer(texts, path, data.tokenizer))
 
 
-def _trained(tokenizer: str) -> tuple[str, int] | None:
-    """`"bpe:2048"` -> `("bpe", 2048)`; None for a tokenizer that is loaded. Raises ValueError for half of one."""
-    algorithm, colon, vocab = tokenizer.partition(":")
-    if algorithm not in TRAINED:
-        return None
-    # 256 bytes, three special tokens, two kinds of line end and at least one character
-    if not colon or not vocab.isdecimal() or not 262 <= int(vocab) <= 1 << 20:
-        raise ValueError(f"data.tokenizer={tokenizer!r} is not understood; give the vocabulary, 262 to 1048576, as in '{algorithm}:2048'")
-    return algorithm, int(vocab)
+def _recipe(source: str, name: str) -> tuple[Any, str]:
+    """`recipe:MODULE` or `recipe:MODULE:validation`: the recipe that a module holds, and the split. Raises ValueError where it holds none."""
+    module, _, split = source.removeprefix(RECIPE).partition(":")
+    try:
+        recipe = importlib.import_module(module).recipe
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{name}={source!r}: no recipe there ({error}); name a module that has one, recipe:experiments.data.plays"
+        ) from error
+    split = split or "train"
+    if split != "train" and not (split == "validation" and recipe.held_out):
+        raise ValueError(f"{name}={source!r}: the recipe makes no {split}; it makes train, and validation where held_out is above 0")
+    return recipe, split
+
+
+def corpus(source: str, cache: str | Path, name: str) -> Path | None:
+    """The folder of shards that a source names, made first where it is a recipe's; None for other sources."""
+    if not source.startswith(RECIPE):
+        return Path(source) if is_shards(source) else None
+    from lmx.data.curate import Local, curate
+    from lmx.data.curate.recipe import fingerprint
+
+    recipe, split = _recipe(source, name)
+    folder = Path(cache) / "corpora" / f"{recipe.name}-{fingerprint(recipe)[:16]}"
+    curate(recipe, folder, workers=Local(os.cpu_count() or 1))
+    return folder / split

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lmx.data.store import TokenStore
-from lmx.data.tokenizers import Tokenizer
+from lmx.data.tokenizers import Tokenizer, load_tokenizer
 
 FORMAT = 1
 BLOCK = 4096  # tokens in a record: about as long as an example, so that one needs few of them
@@ -140,6 +140,15 @@ def open_shards(folder: str | Path, *, hashes: bool = False) -> TokenStore:
     return ShardStore(folder, manifest, blocks, np.append(0, np.cumsum(lengths)), sizes, about)
 
 
+def corpus_tokenizer(split: Path) -> Tokenizer:
+    """The tokenizer that the shards of a split were made with. Raises FileNotFoundError or ValueError where the corpus is not whole."""
+    path = split.parent / "manifest.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{split} is not a split of a whole corpus: there is no {path}; run its recipe to the end")
+    name = json.loads(path.read_bytes())["tokenizer"]["name"]
+    return load_tokenizer(name if name == "bytes" else split.parent / name)
+
+
 class ShardStore(TokenStore):
     """A store whose tokens lie in shards. Made by `open_shards`."""
 
@@ -151,6 +160,9 @@ class ShardStore(TokenStore):
         nothing = np.zeros(0, np.int64)
         super().__init__(directory, index, tokens, offsets, sizes, nothing, nothing)
         object.__setattr__(self, "about", about)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_shards, (self.directory.absolute(),)
 
     def document_id(self, number: int) -> str:
         return self.about[number]["id"]

@@ -1,10 +1,11 @@
 """The command line of a recipe: `python -m experiments.data.NAME [--folder F] [--workers N] [--dry-run true]`."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmx.core.config import command_line, exits_with_one_line
+from lmx.core.config import ConfigError, command_line, exits_with_one_line
 from lmx.data.curate.beam import Beam
 from lmx.data.curate.dryrun import Forecast, dry_run
 from lmx.data.curate.recipe import Recipe
@@ -18,6 +19,8 @@ class Options:
 
     folder: Path = Path("corpora")
     """Where the corpus goes: into a folder of the recipe's name below it."""
+    path: str = ""
+    """What the recipe's source reads, in place of its own path; for recipes of one source."""
     workers: int = 1
     """Processes of this machine. What they make does not depend on it."""
     beam: str = ""
@@ -32,6 +35,11 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None, *, description: str 
     """Run a recipe as the command line says, and print what came of it. What is wrong is one line on stderr and exit code 2."""
     options, _ = command_line(Options(), argv, description=description or f"Makes the corpus {recipe.name}.")
     with exits_with_one_line():
+        if options.path:
+            (source, *others) = recipe.sources
+            if others:
+                raise ConfigError(f"path={options.path!r}: {recipe.name} has {len(recipe.sources)} sources; change them in its module")
+            recipe = dataclasses.replace(recipe, sources=(dataclasses.replace(source, path=options.path),))
         if options.dry_run:
             show_forecast(recipe, dry_run(recipe, documents=options.documents), options.workers)
             return

@@ -77,7 +77,9 @@ def passes(recipe: Recipe) -> list[tuple[CorpusStep | None, tuple[Step, ...], Co
 def described(value: Any) -> Any:
     """A recipe, or any value in it, as JSON: dataclasses by class and fields, functions by name. Raises ValueError for what has no such form."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: described(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {
+            f.name: described(getattr(value, f.name)) if f.repr else _hidden(getattr(value, f.name)) for f in dataclasses.fields(value)
+        }
         return {"class": f"{type(value).__module__}.{type(value).__qualname__}", **fields}
     if isinstance(value, Mapping):
         return {str(key): described(item) for key, item in value.items()}
@@ -94,6 +96,11 @@ def described(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ValueError(f"a recipe holds {value!r}, which cannot be written down; use dataclasses, numbers, texts and functions of a module")
+
+
+def _hidden(secret: Any) -> str:
+    """What is written of a field that is kept out of `repr`: enough to see that it has changed."""
+    return f"sha256:{hashlib.sha256(repr(secret).encode()).hexdigest()[:16]}"
 
 
 def fingerprint(recipe: Recipe) -> str:

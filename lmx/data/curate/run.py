@@ -1,6 +1,7 @@
 """Run a recipe: pass after pass over its units, then tokens into shards, then a manifest. Killed, it goes on where it was."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,10 +16,10 @@ from lmx.data.curate.report import write_report
 from lmx.data.curate.tally import Tally, from_json
 from lmx.data.curate.work import Clean, Place, Tokenise
 from lmx.data.curate.workers import Local
-from lmx.data.recipe import _trained
+from lmx.data.learned import train_tokenizer, trained
 from lmx.data.shards import file_hash, index_of, is_shards, write_manifest
 from lmx.data.sources.source import Unit
-from lmx.data.tokenizers import load_tokenizer, train_sentencepiece
+from lmx.data.tokenizers import load_tokenizer
 
 
 class Workers(Protocol):
@@ -41,7 +42,7 @@ def curate(recipe: Recipe, folder: str | Path, *, workers: Workers | None = None
     units = tuple((number, unit) for number, source in enumerate(recipe.sources) for unit in source.units(recipe.unit))
     if not units:
         raise ValueError(f"recipe {recipe.name!r}: its sources hold no files")
-    if not _trained(recipe.tokenizer):
+    if not trained(recipe.tokenizer):
         load_tokenizer(recipe.tokenizer, name="tokenizer")  # better refused now than after the passes
     _claim(recipe, folder, units)
     if (folder / "manifest.json").exists():
@@ -125,15 +126,21 @@ def _join(place: Place, number: int, units: int, kind: str) -> None:
 
 
 def _tokenizer(recipe: Recipe, folder: Path, last: int, units: int) -> str:
-    """The recipe's tokenizer, trained on what is kept if it says so: something that `load_tokenizer` takes."""
-    if not (trained := _trained(recipe.tokenizer)):
-        return recipe.tokenizer
-    path = folder / "tokenizer.model"
-    if not path.exists():
+    """The recipe's tokenizer, trained on what is kept if it says so, and put into the corpus's folder: what `load_tokenizer` takes."""
+    if trained(recipe.tokenizer):
         place = Place(folder)
         texts = (r.document.text for unit in range(units) for r in read_records(place.of(last, unit, "kept.jsonl")))
-        train_sentencepiece(texts, path, algorithm=trained[0], vocab=trained[1])
-    return str(path)
+        return str(train_tokenizer(texts, folder / "tokenizer", recipe.tokenizer))
+    source = Path(recipe.tokenizer)
+    if recipe.tokenizer == "bytes":
+        return recipe.tokenizer
+    if source.is_file():
+        return str(shutil.copyfile(source, folder / f"tokenizer{source.suffix}"))
+    files = [path for path in source.iterdir() if path.is_file() and path.suffix in (".json", ".model", ".txt")]
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    for path in files:
+        shutil.copyfile(path, folder / "tokenizer" / path.name)
+    return str(folder / "tokenizer")
 
 
 def _finish(recipe: Recipe, folder: Path, units: Sequence[tuple[int, Unit]], splits: Sequence[str], tokenizer: str) -> dict[str, Any]:

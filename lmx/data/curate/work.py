@@ -164,7 +164,7 @@ def through(record: Record, steps: tuple, source: str, tally: Tally, dropped: An
         event = Event(step.name, "passed", "", source, language)
         tally.count(event, 1, size)
         tally.show(event, rank, document.text, id=document.id)
-        if verdict is not None:
+        if verdict is not None and (verdict.text is not None or verdict.metadata):
             text = document.text if verdict.text is None else verdict.text
             if verdict.text is not None:
                 shorter = size - len(text.encode())

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -261,3 +261,14 @@ def test_nothing_kept(corpus, tmp_path):
 def test_what_cannot_be_written_down_is_refused():
     with pytest.raises(ValueError, match="cannot be written down"):
         described((lambda text: text,))
+
+
+@dataclass(frozen=True)
+class Keyed:
+    key: str = field(repr=False)
+
+
+def test_secrets_are_not_written_down():
+    a, b = (json.dumps(described(Keyed(key))) for key in ("opensesame", "sesame"))
+    assert "sesame" not in a
+    assert a != b

@@ -6,7 +6,9 @@ import pytest
 from corpora import WORDS, recipe, write_corpus
 from lmx.data.curate import curate
 from lmx.data.documents import Document
+from lmx.data.lengths import ScheduledBatches, Shorter, schedule
 from lmx.data.lineage import seen, trace
+from lmx.data.mixture import Blend, Component, MixedBatches, Stage
 from lmx.data.pipeline import Batches
 from lmx.data.shards import open_shards
 from lmx.data.store import build_store
@@ -70,6 +72,51 @@ def test_all_that_was_planted_is_found(corpus, packing):
         assert rows <= {(s.step, s.row) for s in sights}
         assert {(s.step, s.row) for s in sights if s.whole} >= rows
         assert len(sights) >= 2
+
+
+@pytest.fixture(scope="module")
+def mixed(corpus, tmp_path_factory):
+    """Two texts, one of a corpus, mixed along a curriculum in rows that are short at first."""
+    store, tokenizer, _, _ = corpus
+    texts = [Document(f"other {i}", f"another text, number {i}, of slings and arrows", "there") for i in range(40)]
+    other = build_store(texts, tokenizer, tmp_path_factory.mktemp("mixed") / "store")
+    parts = [Batches(s, rows=ROWS, length=LENGTH, seed=i) for i, s in enumerate((store, other))]
+    stages = schedule((Shorter(12, 12), Shorter(20, 24)), rows=ROWS, length=LENGTH, keep="tokens")
+    blend = Blend((Component("a"), Component("b")), curriculum=(Stage(0, (3, 1)), Stage(15, (1, 1))))
+    return ScheduledBatches(MixedBatches(parts, blend, seed=5, steps=stages.examples), stages), tokenizer, other
+
+
+def test_rows_of_mixtures_and_schedules_are_explained(mixed):
+    batches, tokenizer, _ = mixed
+    for step in (1, 5, 12, 13, 16, 20, 21, 60):
+        batch = batches[step - 1]
+        for row in range(len(batch["tokens"])):
+            count = int(batch["weights"][row].sum())
+            spans = batches.spans(batches.begin(0, step - 1) + row)
+            parts = [store.tokens[a:b] for store, a, b in spans]
+            assert [t for part in parts for t in part[:-1].tolist()] == batch["tokens"][row][:count].tolist()
+            assert [t for part in parts for t in part[1:].tolist()] == batch["targets"][row][:count].tolist()
+            pieces = trace(batches, tokenizer, step, row)
+            assert "".join(p.text for p in pieces) == "".join(tokenizer.decode(part.tolist()) for part in parts)
+
+
+def test_texts_are_found_in_mixtures_and_schedules(corpus, mixed):
+    _, _, planted, _ = corpus
+    batches, tokenizer, _ = mixed
+    for text in ["another text, number 7,", *(p.capitalize() for p in planted[:10])]:
+        sights = seen(batches, tokenizer, text, steps=STEPS)
+        places = {(s.step, s.row) for s in sights}
+        held = set()
+        for k in range(STEPS):
+            for row, tokens in enumerate(batches[k]["tokens"]):
+                if text in tokenizer.decode(tokens.tolist()):
+                    held.add((k + 1, row))
+        assert held
+        assert held <= places
+        assert all(any(text in p.text for p in trace(batches, tokenizer, s.step, s.row)) for s in sights if s.whole)
+    assert {s.id for s in seen(batches, tokenizer, "another text, number 7,", steps=STEPS)} == {"other 7"}
+    with pytest.raises(IndexError, match="rows from 0 to 15"):
+        trace(batches, tokenizer, 1, 16)  # of a quarter of the length there are four times as many
 
 
 def test_what_was_not_trained_on_is_not_found(corpus):
