@@ -1,0 +1,193 @@
+"""E-mail addresses, phone numbers and IP addresses in text. Each finder yields `(start, stop)`, in no order, and may overlap itself."""
+
+import ipaddress
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+
+# --- e-mail
+
+_LOCAL = re.compile(r"\w(?:[\w+%'~!#$^*-]|\.(?!\.)){0,63}\Z")
+_DOMAIN = re.compile(
+    r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+(?:xn--[a-z0-9-]{2,59}|[^\W\d_]{2,24})(?![\w(\[]|-\w)"
+    r"|\[(?:IPv6:)?[0-9a-fA-F.:]{7,45}\]",
+)
+# `icon@2x.png` is a file.
+_FILES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".css", ".html", ".pdf")
+# Accounts of version control and the names of ours that stand for nobody.
+_NOBODY = ("git",)
+
+
+def emails(text: str) -> Iterator[tuple[int, int]]:
+    """Addresses `local@domain`: RFC 5322's dot-atoms as people use them, also in other scripts, and domains in brackets."""
+    at = text.find("@")
+    while at >= 0:
+        if (domain := _DOMAIN.match(text, at + 1)) and (local := _LOCAL.search(text[max(0, at - 64) : at])):
+            name = local[0]
+            if name[-1] != "." and name.lower() not in _NOBODY and not domain[0].lower().endswith(_FILES):
+                yield at - len(name), domain.end()
+        at = text.find("@", at + 1)
+
+
+_DOT = r"(?:\s?[\[({<]\s?(?:dot|punkt|punto|point)\s?[\])}>]\s?|\s(?:dot|DOT)\s|\.)"
+_SPELT = re.compile(
+    rf"(?<![\w.@-])(?P<local>[\w+-]+(?:{_DOT}[\w+-]+){{0,3}}?)"
+    r"(?P<at>\s?[\[({<]\s?(?:at|AT|@|arroba|ät)\s?[\])}>]\s?|\s(?:at|AT)\s|\s@\s)"
+    rf"(?P<domain>[\w-]+(?:{_DOT}[\w-]+){{0,2}}?(?P<dot>{_DOT})(?P<top>[A-Za-z]{{2,12}}))(?![\w-])"
+)
+_HINT = re.compile(r"(?i)[\[({<]\s?(?:at|@|arroba|ät)\s?[\])}>]|\sdot\s|[\[(]dot[\])]|\s@\s")
+# Between plain words only these make an address: "look at the dot on the map" is a sentence.
+_TOPS = frozenset("com org net edu gov info biz io ai co uk de fr es it nl eu ch at be se no dk fi pl ru in jp cn br au ca us nz ie pt".split())
+
+
+def spelt_emails(text: str) -> Iterator[tuple[int, int]]:
+    """Addresses hidden from simple programs: `jane dot doe at example dot com`, `jane [at] example.com`."""
+    for hint in _HINT.finditer(text):
+        start = max(0, hint.start() - 80)
+        for match in _SPELT.finditer(text, start, min(len(text), hint.end() + 80)):
+            bracketed = match["at"].strip()[0] in "[({<@"
+            spelt = match["dot"].strip() != "."
+            if (bracketed or spelt) and (bracketed or match["top"].lower() in _TOPS):
+                yield match.span()
+
+
+# --- IP addresses
+
+# Three dots close together are rare, and a search that begins with a literal is fast: the first number is looked for afterwards.
+_IPV4_REST = re.compile(r"\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}(?![\w+]|\.[0-9]|-[0-9]+(?![0-9.]))")
+_IPV4_FIRST = re.compile(r"(?<![\w.+~^])(?<![A-Za-z_)]-)[0-9]{1,3}\Z")
+# What is numbered like an address.
+_NUMBERED = re.compile(
+    r"(?i)(?:\b(?:v|ver|version|versions|versión|releases?|released|rev|revision|build|firmware|sections?|sec|chapter|clause|paragraph|figure"
+    r"|fig|table|theorem|lemma|equation|oid|appendix|article|patch|driver|kernel|sdk|bios|item|step)\b[\s:.(#=\"']*|§\s*|[A-Za-z]/|[=~<>!]=\s?)"
+    r"(?:[0-9][0-9.]*(?:\s*(?:,|and|or|to|&|–|-)\s*))*\Z"
+)
+_IPV6_HINT = re.compile(r":[0-9A-Fa-f]{0,4}:")
+_IPV6_LEFT = re.compile(r"[0-9A-Fa-f:]*\Z")
+_IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f:]{2,39}(?:(?<=:)[0-9]{1,3}(?:\.[0-9]{1,3}){3})?(?![\w:]|\.[0-9])")
+
+
+def ips(text: str, private: bool = False) -> Iterator[tuple[int, int]]:
+    """IPv4 and IPv6 addresses that lead to somebody: public ones; `private`: those of local networks too (never loopback or documentation)."""
+    for rest in _IPV4_REST.finditer(text):
+        if first := _IPV4_FIRST.search(text[max(0, rest.start() - 6) : rest.start()]):
+            start, stop = rest.start() - len(first[0]), rest.end()
+            if _leads(text[start:stop], private) and not _NUMBERED.search(text[max(0, start - 60) : start]):
+                yield start, stop
+    stop = 0
+    for hint in _IPV6_HINT.finditer(text):
+        if hint.start() < stop:
+            continue
+        start = hint.start() - len(_IPV6_LEFT.search(text[max(0, hint.start() - 40) : hint.start()])[0])
+        if match := _IPV6.match(text, start):
+            stop = match.end()
+            address = match[0] if not match[0].endswith(":") or match[0].endswith("::") else match[0][:-1]
+            if _leads(address, private):
+                yield start, start + len(address)
+
+
+@lru_cache(1 << 12)
+def _leads(address: str, private: bool) -> bool:
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if ip.is_loopback or ip.is_multicast or ip.is_unspecified:
+        return False
+    if ip.version == 6:
+        # Only 2000::/3 is given out; and `a[2000::5]` is a slice.
+        public = ip.is_global and int(ip) >> 125 == 1 and len([part for part in address.split(":") if part]) >= 3
+        return public or (private and (ip.is_link_local or int(ip) >> 121 == 0b1111110))
+    return ip.is_global or (private and ip.is_private and address.split(".")[0] in ("10", "172", "192"))
+
+
+# --- phone numbers
+
+# Which words, just before a number, say that one can call it.
+_CALLED = re.compile(
+    r"(?i)(?<![<\w])(?:tele?|fax|te?le?phone|phone|telefon|telefoon|teléfono|telefono|telefone|téléphone|tél|fon|ph|mob|mobile?|móvil|movil|mobiel|handy"
+    r"|mobil|cell|cellular|celular|cellulare|portable|call|calls|calling|dial|dialing|ring|text|sms|whatsapp|signal|telegram|viber|hotline"
+    r"|helpline|contact|reach|anruf|rufen?|erreichbar|appele[zr]|llam[ae]r?|ligue|chiam[ai]re|contatto|bel|bellen|電話|电话|手机|携帯)(?![\w])"
+    r"|(?:電話|电话|手机|携帯)"
+)
+_NEAR = 40  # characters before a number in which a word is about it
+_GROUPS = re.compile(r"[0-9]+")
+_DATE = re.compile(r"(?:19|20)[0-9]{2}[-./ ][0-9]{1,2}[-./ ][0-9]{1,2}|[0-9]{1,2}[-./][0-9]{1,2}[-./](?:19|20)?[0-9]{2}\b")
+_SPACE = re.compile("[ \u00a0]+")
+
+
+def phones(text: str, start: int, stop: int, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
+    """Phone numbers in a run of digits and what may stand between them, `text[start:stop]`.
+
+    International ones must be valid; national ones valid in a region, and either announced by a word such as `tel.` or written as only
+    phone numbers are: with the trunk prefix 0 or brackets and a gap after the area code, or as `415-555-2671` where +1 is dialled.
+    """
+    while start and text[start - 1] in "+(":
+        start -= 1
+    if start and (text[start - 1].isalnum() or text[start - 1] in "_$€£#%/-." or (text[start - 1] == "," and text[start - 2 : start - 1].isdecimal())):
+        first_is_free = False
+    else:
+        first_is_free = True
+    after = text[stop : stop + 2]
+    last_is_free = not (after[:1].isalnum() or after[:1] in ("_", "%", "@") or (after[:1] in (",", ":", "-", ".") and after[1:].isdecimal()))
+    last_is_free = last_is_free or (after[:1] == "x" and after[1:].isdecimal())
+    pieces, at = [], start
+    for gap in _SPACE.finditer(text, start, stop):
+        pieces.append((at, gap.start()))
+        at = gap.end()
+    pieces.append((at, stop))
+    if len(pieces) > 12:
+        return  # a table of numbers
+    called = bool(_CALLED.search(text, max(0, start - _NEAR), start))
+    first = 0 if first_is_free else 1
+    while first < len(pieces):
+        for last in range(len(pieces) - (not last_is_free), first, -1):
+            begin, end = pieces[first][0], pieces[last - 1][1]
+            while not text[end - 1].isdecimal():
+                end -= 1
+            if _is_phone(text[begin:end], called, regions):
+                yield begin, end
+                first = last - 1
+                break
+        first += 1
+
+
+@lru_cache(1 << 12)
+def _is_phone(number: str, called: bool, regions: tuple[str, ...]) -> bool:
+    import phonenumbers
+
+    groups = _GROUPS.findall(number)
+    digits = "".join(groups)
+    if not 7 <= len(digits) <= 15 or number.count("(") != number.count(")") or _DATE.match(number):
+        return False
+    international = number.lstrip("(").startswith("+") or (digits.startswith("00") and (called or len(groups) > 1))
+    for region in ((None,) if international else regions):
+        try:
+            parsed = phonenumbers.parse("+" + digits[2:] if international and "+" not in number else number, region)
+        except phonenumbers.NumberParseException:
+            continue
+        if international:
+            return phonenumbers.is_valid_number(parsed)
+        if phonenumbers.is_valid_number_for_region(parsed, region) and (called or _written_as_phone(number, groups, parsed)):
+            return True
+    return False
+
+
+def _written_as_phone(number: str, groups: list[str], parsed) -> bool:
+    import phonenumbers
+
+    digits = sum(map(len, groups))
+    if parsed.country_code == 1:
+        return bool(re.fullmatch(r"(?:1[-. ])?(?:\([0-9]{3}\)[-. ]{0,2}|[0-9]{3}([-.]))[0-9]{3}[-. ][0-9]{4}", number))
+    bracketed = number.startswith("(")
+    if digits < 9 or len(groups) < 2 or not (bracketed or (number.startswith("0") and len(groups[0]) > 1)):
+        return False
+    area = phonenumbers.length_of_national_destination_code(parsed)
+    if not area:
+        return bracketed
+    trunk = digits - len(phonenumbers.national_significant_number(parsed))
+    gaps, at = set(), 0
+    for group in groups:
+        at += len(group)
+        gaps.add(at)
+    return area + trunk in gaps

@@ -1,0 +1,144 @@
+"""Numbers that name a person or an account, told by their checks: credit cards, IBANs, national ids.
+
+A check digit alone lets one of ten through (two: one of a hundred). So a number whose form anything could have counts only where a word
+just before it says what it is; one that is written as nothing else is, by itself.
+"""
+
+import importlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+NEAR = 60  # characters before a number in which a word is about it
+AFTER = 16  # and after it: `123456782 (BSN)`
+
+
+@dataclass(frozen=True, slots=True)
+class Identifier:
+    """How a country's number for a person is written and checked."""
+
+    check: str
+    """The module of python-stdnum whose `is_valid` decides; empty: the pattern says all."""
+    pattern: str
+    """It as people write it."""
+    words: str
+    """What announces it, as a regex."""
+    alone: str = ""
+    """Those forms of it that are nothing else, and need no word; empty: none."""
+
+
+_SOLID_DATE = r"[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])"
+
+NATIONAL_IDS: dict[str, tuple[Identifier, ...]] = {
+    "AU": (Identifier("au.tfn", r"[0-9]{3} ?[0-9]{3} ?[0-9]{2,3}", r"tfn|tax file"),),
+    "BE": (Identifier("be.nn", r"[0-9]{2}[. ]?[0-9]{2}[. ]?[0-9]{2}[- ]?[0-9]{3}[. -]?[0-9]{2}", r"rijksregister|registre national|national register|insz|niss|nrn?", r"[0-9]{2}\.[0-9]{2}\.[0-9]{2}-[0-9]{3}[. ][0-9]{2}"),),
+    "BR": (Identifier("br.cpf", r"[0-9]{3}\.?[0-9]{3}\.?[0-9]{3}-?[0-9]{2}", r"cpf|contribuinte|cadastro", r"[0-9]{3}\.[0-9]{3}\.[0-9]{3}-[0-9]{2}"),),
+    "CA": (Identifier("ca.sin", r"[0-9]{3}[- ]?[0-9]{3}[- ]?[0-9]{3}", r"sin|nas|social insurance|assurance sociale"),),
+    "CH": (Identifier("ch.ssn", r"756[. ]?[0-9]{4}[. ]?[0-9]{4}[. ]?[0-9]{2}", r"ahv|avs|oasi|sozialversicherung\w*", r"756\.[0-9]{4}\.[0-9]{4}\.[0-9]{2}"),),
+    "CL": (Identifier("cl.rut", r"[0-9]{1,2}\.?[0-9]{3}\.?[0-9]{3}-?[0-9Kk]", r"rut|run|cédula", r"[0-9]{1,2}\.[0-9]{3}\.[0-9]{3}-[0-9Kk]"),),
+    "CN": (Identifier("cn.ric", r"[1-9][0-9]{5}(?:19|20)[0-9]{9}[0-9Xx]", r"id|identity|resident|身份证\w*", r".*"),),
+    "CZ": (Identifier("cz.rc", r"[0-9]{6}/?[0-9]{3,4}", r"rodné číslo|rodné|r\.?č|rč|birth number", r"[0-9]{6}/[0-9]{4}"),),
+    "DE": (Identifier("de.idnr", r"[1-9][0-9] ?[0-9]{3} ?[0-9]{3} ?[0-9]{3}", r"steuer\w*|idnr|tax id|tin|identifikationsnummer"),),
+    "DK": (Identifier("dk.cpr", r"[0-3][0-9][01][0-9]{3}[- ]?[0-9]{4}", r"cpr\w*|personnummer", r"[0-9]{6}-[0-9]{4}"),),
+    "ES": (
+        Identifier("es.dni", r"[0-9]{2}\.?[0-9]{3}\.?[0-9]{3}[- ]?[A-Za-z]", r"dni|nif|documento|identidad", r"[0-9.]{8,10}-?[A-Z]"),
+        Identifier("es.nie", r"[XYZxyz][- ]?[0-9]{7}[- ]?[A-Za-z]", r"nie|extranjero|identidad", r".*"),
+    ),
+    "FI": (Identifier("fi.hetu", r"[0-3][0-9][01][0-9]{3}[-+A-FU-Y][0-9]{3}[0-9A-Ya-y]", r"hetu|henkilötunnus|personbeteckning", r".*"),),
+    "FR": (Identifier("fr.nir", r"[12378] ?[0-9]{2} ?[0-9]{2} ?[0-9][0-9AB] ?[0-9]{3} ?[0-9]{3} ?[0-9]{2}", r"nir|insee|sécu\w*|sécurité sociale|social security", r".*"),),
+    "GB": (
+        Identifier("", r"(?!BG|GB|NK|KN|TN|NT|ZZ)[A-CEGHJ-PR-TW-Za-ceghj-pr-tw-z][A-CEGHJ-NPR-TW-Za-ceghj-npr-tw-z] ?[0-9]{2} ?[0-9]{2} ?[0-9]{2} ?[A-Da-d]", r"nino|national insurance|ni", r"[A-Z]{2}(?: [0-9]{2}){3} [A-D]|[A-Z]{2} ?[0-9]{6} ?[A-D]"),
+        Identifier("gb.nhs", r"[0-9]{3}[- ]?[0-9]{3}[- ]?[0-9]{4}", r"nhs|health service"),
+    ),
+    "IN": (
+        Identifier("in_.aadhaar", r"[2-9][0-9]{3}[ -]?[0-9]{4}[ -]?[0-9]{4}", r"aadhaar|aadhar|uidai|uid|आधार"),
+        Identifier("in_.pan", r"[A-Z]{3}[ABCFGHJLPT][A-Z][0-9]{4}[A-Z]", r"pan|permanent account", r".*"),
+    ),
+    "IT": (Identifier("it.codicefiscale", r"[A-Za-z]{6}[0-9LMNP-V]{2}[A-Za-z][0-9LMNP-V]{2}[A-Za-z][0-9LMNP-V]{3}[A-Za-z]", r"codice fiscale|c\.?f", r".*"),),
+    "KR": (Identifier("kr.rrn", _SOLID_DATE + r"-?[1-8][0-9]{6}", r"rrn|resident|주민등록번호|주민", r"[0-9]{6}-[0-9]{7}"),),
+    "MX": (Identifier("mx.curp", r"[A-Z]{4}" + _SOLID_DATE + r"[HMX][A-Z]{5}[0-9A-Z][0-9]", r"curp", r".*"),),
+    "NL": (Identifier("nl.bsn", r"[0-9]{4}[. ]?[0-9]{2}[. ]?[0-9]{3}|[0-9]{3}[. ]?[0-9]{3}[. ]?[0-9]{3}", r"bsn|burgerservice\w*|sofi\w*|citizen service"),),
+    "NO": (Identifier("no.fodselsnummer", r"[0-7][0-9][0-9]{4} ?[0-9]{5}", r"fødselsnummer|fodselsnummer|fnr|personnummer|d-nummer", r"[0-9]{6} [0-9]{5}"),),
+    "PL": (Identifier("pl.pesel", r"[0-9]{11}", r"pesel"),),
+    "SE": (Identifier("se.personnummer", r"(?:19|20)?[0-9]{2}[01][0-9][0-9]{2}[-+ ]?[0-9]{4}", r"personnummer|pnr|personal identity|samordningsnummer", r"(?:19|20)?[0-9]{6}[-+][0-9]{4}"),),
+    "TR": (Identifier("tr.tckimlik", r"[1-9][0-9]{10}", r"t\.?c\.?|kimlik\w*|tckn"),),
+    "US": (
+        Identifier("us.ssn", r"[0-9]{3}[- ]?[0-9]{2}[- ]?[0-9]{4}", r"ssn|social security|social|ss", r"[0-9]{3}-[0-9]{2}-[0-9]{4}"),
+        Identifier("us.itin", r"9[0-9]{2}[- ]?[0-9]{2}[- ]?[0-9]{4}", r"itin|taxpayer|tin|tax id", r"[0-9]{3}-[0-9]{2}-[0-9]{4}"),
+    ),
+    "ZA": (Identifier("za.idnr", _SOLID_DATE + r" ?[0-9]{4} ?[0-9]{3}", r"id|identity|south african"),),
+}
+
+
+@cache
+def _compiled(country: str) -> tuple[tuple[re.Pattern, re.Pattern, re.Pattern | None, str], ...]:
+    return tuple(
+        (
+            re.compile(rf"(?<![\w.,/-])(?:{one.pattern})(?![\w]|[-./][0-9]|,[0-9])"),
+            # A placeholder, `<NATIONAL_ID>`, announces nothing.
+            re.compile(rf"(?i)(?<![\w<])(?:{one.words})(?![\w>])"),
+            re.compile(one.alone) if one.alone else None,
+            one.check,
+        )
+        for one in NATIONAL_IDS[country]
+    )
+
+
+@cache
+def _check(module: str):
+    return importlib.import_module(f"stdnum.{module}").is_valid
+
+
+def national_ids(text: str, start: int, stop: int, countries: tuple[str, ...]) -> Iterator[tuple[int, int]]:
+    """National ids in `text[start:stop]`, which holds a run of digits and what may belong to it on both sides."""
+    for country in countries:
+        for pattern, words, alone, check in _compiled(country):
+            for match in pattern.finditer(text, start, stop):
+                number = match[0]
+                if check and not _check(check)(number):
+                    continue
+                if (alone and alone.fullmatch(number)) or (
+                    words.search(text, max(0, match.start() - NEAR), match.start()) or words.search(text, match.end(), match.end() + AFTER)
+                ):
+                    yield match.span()
+
+
+_CARD = re.compile(
+    r"(?<![\w.-])(?<![0-9],)(?:[0-9]{4}([ -]?)[0-9]{4}\1[0-9]{4}\1[0-9]{1,4}(?:\1[0-9]{1,3})?|3[0-9]{3}([ -]?)[0-9]{6}\2[0-9]{4,5})(?![\w]|[-.,][0-9])"
+)
+# What issuers' numbers begin with, and how long they are.
+_ISSUER = re.compile(
+    r"4[0-9]{15}(?:[0-9]{3})?|(?:5[1-5]|222[1-9]|22[3-9][0-9]|2[3-6][0-9]{2}|27[01][0-9]|2720|220[0-4])[0-9]+(?<=^[0-9]{16})"
+    r"|3[47][0-9]{13}|3(?:0[0-5]|[689][0-9])[0-9]{11}"
+    r"|(?:6011|64[4-9]|65|62|35(?:2[89]|[3-8][0-9]))[0-9]+(?<=^[0-9]{16})|62[0-9]{15,17}"
+    r"|(?:5018|5020|5038|5893|6304|6759|676[1-3])[0-9]+(?<=^[0-9]{16})"
+)
+_BARCODE = re.compile(r"(?i)\b(?:ean|gtin|upc|isbn|imei|barcode|tracking|sku|order|invoice|serial|shipment|parcel|ticket)\b[^.;]{0,20}\Z")
+
+
+def cards(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Credit and debit card numbers in `text[start:stop]`: grouped as on cards, with an issuer's prefix and length and Luhn's check."""
+    from stdnum import luhn
+
+    for match in _CARD.finditer(text, start, stop):
+        digits = re.sub("[ -]", "", match[0])
+        if _ISSUER.fullmatch(digits) and luhn.is_valid(digits) and not _BARCODE.search(text, max(0, match.start() - 40), match.start()):
+            yield match.span()
+
+
+_IBAN = re.compile(r"(?<![\w-])[A-Za-z]{2}[0-9]{2}(?:[ -]?[A-Za-z0-9]){11,30}(?![A-Za-z0-9])")
+
+
+def ibans(text: str, start: int) -> Iterator[tuple[int, int]]:
+    """An IBAN that begins at `start`: the longest reading of it, cut at gaps, whose check digits and country's structure are right."""
+    from stdnum import iban
+
+    match = _IBAN.match(text, start)
+    number = match[0] if match else ""
+    while len(number) >= 15:
+        if iban.is_valid(number):
+            yield start, start + len(number)
+            return
+        gap = max(number.rfind(" "), number.rfind("-"))
+        number = number[:gap] if gap > 0 else ""
