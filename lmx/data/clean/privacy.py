@@ -116,7 +116,7 @@ class Private:
         found = sorted((TYPES.index(type), start - stop, start, type) for start, stop, type in self._found(text))
         spans: list[Span] = []
         for _, negative, start, type in found:
-            span = Span(start, start - negative, TYPES[type])
+            span = Span(start, start - negative, type)
             place = bisect(spans, span)
             if (not place or spans[place - 1].stop <= start) and (place == len(spans) or span.stop <= spans[place].start):
                 spans.insert(place, span)
