@@ -150,7 +150,7 @@ def credit_card(rng: random.Random) -> str:
     body = prefix + chars(rng, string.digits, length - 1 - len(prefix))
     digits = body + luhn.calc_check_digit(body)
     gap = rng.choice((" ", "-", "", " "))
-    return grouped(digits, (4, 6) if length in (14, 15) else (4, 4, 4), gap) if gap else digits if length != 14 else grouped(digits, (4, 6), " ")
+    return grouped(digits, (4, 6) if length in (14, 15) else (4, 4, 4, 4), gap) if gap else digits if length != 14 else grouped(digits, (4, 6), " ")
 
 
 BBAN = {"n": string.digits, "a": string.ascii_uppercase, "c": string.ascii_uppercase + string.digits}

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 
+from lmx.data.clean.identifiers import OTHER
+
 # --- e-mail
 
 _LOCAL = re.compile(r"\w(?:[\w+%'~!#$^*-]|\.(?!\.)){0,63}\Z")
@@ -16,6 +18,7 @@ _DOMAIN = re.compile(
 _FILES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".css", ".html", ".pdf")
 # Accounts of version control and the names of ours that stand for nobody.
 _NOBODY = ("git",)
+_USER = re.compile(r"://[^\s/@:]*:[^\s/@]*\Z")  # a password in a URL
 
 
 def emails(text: str) -> Iterator[tuple[int, int]]:
@@ -24,7 +27,7 @@ def emails(text: str) -> Iterator[tuple[int, int]]:
     while at >= 0:
         if (domain := _DOMAIN.match(text, at + 1)) and (local := _LOCAL.search(text[max(0, at - 64) : at])):
             name = local[0]
-            if name[-1] != "." and name.lower() not in _NOBODY and not domain[0].lower().endswith(_FILES):
+            if name[-1] != "." and not _USER.search(text[max(0, at - 80) : at]) and name.lower() not in _NOBODY and not domain[0].lower().endswith(_FILES):
                 yield at - len(name), domain.end()
         at = text.find("@", at + 1)
 
@@ -110,9 +113,10 @@ _CALLED = re.compile(
     r"|helpline|contact|reach|anruf|rufen?|erreichbar|appele[zr]|llam[ae]r?|ligue|chiam[ai]re|contatto|bel|bellen|電話|电话|手机|携帯)(?![\w])"
     r"|(?:電話|电话|手机|携帯)"
 )
-_NEAR = 40  # characters before a number in which a word is about it
+_NEAR = 40  # characters before a number, in its line, in which a word is about it
 _GROUPS = re.compile(r"[0-9]+")
-_DATE = re.compile(r"(?:19|20)[0-9]{2}[-./ ][0-9]{1,2}[-./ ][0-9]{1,2}|[0-9]{1,2}[-./][0-9]{1,2}[-./](?:19|20)?[0-9]{2}\b")
+_DATE = re.compile(r"(?:(?:19|20)[0-9]{2}[-./ ][0-9]{1,2}[-./ ][0-9]{1,2}|[0-9]{1,2}[-./][0-9]{1,2}[-./](?:19|20)?[0-9]{2})(?![-./]?[0-9])")
+_SENTENCE = re.compile(r"[0-9][.;] ")
 _SPACE = re.compile("[ \u00a0]+")
 
 
@@ -129,7 +133,12 @@ def phones(text: str, start: int, stop: int, regions: tuple[str, ...]) -> Iterat
     else:
         first_is_free = True
     after = text[stop : stop + 2]
-    last_is_free = not (after[:1].isalnum() or after[:1] in ("_", "%", "@") or (after[:1] in (",", ":", "-", ".") and after[1:].isdecimal()))
+    last_is_free = not (
+        after[:1].isalnum()
+        or after[:1] in ("_", "%", "@")
+        or (after[:1] in (",", ":", ".") and after[1:].isdecimal())
+        or (after[:1] == "-" and after[1:].isalnum())
+    )
     last_is_free = last_is_free or (after[:1] == "x" and after[1:].isdecimal())
     pieces, at = [], start
     for gap in _SPACE.finditer(text, start, stop):
@@ -138,7 +147,10 @@ def phones(text: str, start: int, stop: int, regions: tuple[str, ...]) -> Iterat
     pieces.append((at, stop))
     if len(pieces) > 12:
         return  # a table of numbers
-    called = bool(_CALLED.search(text, max(0, start - _NEAR), start))
+    line = text[max(0, start - _NEAR) : start].rpartition("\n")[2]
+    called = any(not _SENTENCE.search(line, word.end()) for word in _CALLED.finditer(line))
+    if OTHER.search(line):
+        return
     first = 0 if first_is_free else 1
     while first < len(pieces):
         for last in range(len(pieces) - (not last_is_free), first, -1):

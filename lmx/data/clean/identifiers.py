@@ -105,7 +105,7 @@ def national_ids(text: str, start: int, stop: int, countries: tuple[str, ...]) -
 
 
 _CARD = re.compile(
-    r"(?<![\w.-])(?<![0-9],)(?:[0-9]{4}([ -]?)[0-9]{4}\1[0-9]{4}\1[0-9]{1,4}(?:\1[0-9]{1,3})?|3[0-9]{3}([ -]?)[0-9]{6}\2[0-9]{4,5})(?![\w]|[-.,][0-9])"
+    r"(?<![\w.-])(?<![0-9],)(?<![A-Z]{2}[0-9]{2} )(?:[0-9]{4}([ -]?)[0-9]{4}\1[0-9]{4}\1[0-9]{1,4}(?:\1[0-9]{1,3})?|3[0-9]{3}([ -]?)[0-9]{6}\2[0-9]{4,5})(?![\w]|[-.,][0-9])"
 )
 # What issuers' numbers begin with, and how long they are.
 _ISSUER = re.compile(
@@ -114,7 +114,11 @@ _ISSUER = re.compile(
     r"|(?:6011|64[4-9]|65|62|35(?:2[89]|[3-8][0-9]))[0-9]+(?<=^[0-9]{16})|62[0-9]{15,17}"
     r"|(?:5018|5020|5038|5893|6304|6759|676[1-3])[0-9]+(?<=^[0-9]{16})"
 )
-_BARCODE = re.compile(r"(?i)\b(?:ean|gtin|upc|isbn|imei|barcode|tracking|sku|order|invoice|serial|shipment|parcel|ticket)\b[^.;]{0,20}\Z")
+# What says that a number is something else.
+OTHER = re.compile(
+    r"(?i)(?<!\w)(?:isbn|issn|ean|gtin|upc|imei|sku|doi|barcode|tracking|order|invoice|serial|shipment|parcel|ticket|part|usd|eur|gbp|isin)"
+    r"(?:\s?(?:no|nr|number|code|id))?[\s.:#(]{0,4}\Z"
+)
 
 
 def cards(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -123,7 +127,7 @@ def cards(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
 
     for match in _CARD.finditer(text, start, stop):
         digits = re.sub("[ -]", "", match[0])
-        if _ISSUER.fullmatch(digits) and luhn.is_valid(digits) and not _BARCODE.search(text, max(0, match.start() - 40), match.start()):
+        if _ISSUER.fullmatch(digits) and luhn.is_valid(digits) and not OTHER.search(text, max(0, match.start() - 30), match.start()):
             yield match.span()
 
 

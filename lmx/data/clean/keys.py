@@ -49,7 +49,7 @@ _FILLED_IN = re.compile(r"[$%{<*[]|(?i:pass(?:word)?\b|secret\b|x{3,}|\.{3})")  
 
 # What a variable that holds a secret is called.
 WORDS = ("key", "token", "secret", "passw", "pwd", "credential", "auth", "bearer")
-_VALUE = re.compile(r"[\w.-]{0,40}[\"'\]]{0,2}\s{0,4}(?:[:=]>?|:=|\s)\s{0,4}(?:Bearer |Basic )?(?P<quote>[\"'`]?)(?P<value>[A-Za-z0-9+/_=.~-]{16,512})")
+_VALUE = re.compile(r"[\w.-]{0,40}[\"'\]]{0,2}[ \t]{0,4}(?:[:=]>?|:=|[ \t])[ \t]{0,4}(?:Bearer |Basic )?(?P<quote>[\"'`]?)(?P<value>[A-Za-z0-9+/_=.~-]{16,512})")
 _PUBLIC = re.compile(r"(?:public|integrity|checksum|digest|commit)[\w-]{0,10}$")  # `public_key` is no secret
 _WORDLIKE = re.compile(r"[A-Z]?[a-z]{2,}|[A-Z]{2,}")
 
