@@ -61,10 +61,11 @@ _IPV4_REST = re.compile(r"\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}(?![\w+]|\.[0-9]|-
 _IPV4_FIRST = re.compile(r"(?<![\w.+~^])(?<![A-Za-z_)]-)[0-9]{1,3}\Z")
 # What is numbered like an address.
 _NUMBERED = re.compile(
-    r"(?i)(?:\b(?:v|ver|version|versions|versión|releases?|released|rev|revision|build|firmware|sections?|sec|chapter|clause|paragraph|figure"
-    r"|fig|table|theorem|lemma|equation|oid|appendix|article|patch|driver|kernel|sdk|bios|item|step)\b[\s:.(#=\"']*|§\s*|[A-Za-z]/|[=~<>!]=\s?)"
+    r"(?i)(?:(?<![A-Za-z])(?:v|ver|version|versions|versión|releases?|released|rev|revision|build|firmware|sections?|sec|chapter|clause|paragraph|figure"
+    r"|fig|table|theorem|lemma|equation|oid|appendix|article|patch|driver|kernel|sdk|bios|item|step|ec)(?![A-Za-z])[\s:.(#=_\"']*|§\s*|[=~<>!]=\s?)"
     r"(?:[0-9][0-9.]*(?:\s*(?:,|and|or|to|&|–|-)\s*))*\Z"
 )
+_PRODUCT = re.compile(r"[A-Za-z]/1?[0-9]\.")  # `Firefox/3.6.2.8`; of a page about an address, `Special:Contributions/75.111.240.218`
 _IPV6_HINT = re.compile(r":[0-9A-Fa-f]{0,4}:")
 _IPV6_LEFT = re.compile(r"[0-9A-Fa-f:]*\Z")
 _IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f:]{2,39}(?:(?<=:)[0-9]{1,3}(?:\.[0-9]{1,3}){3})?(?![\w:]|\.[0-9])")
@@ -75,7 +76,8 @@ def ips(text: str, private: bool = False) -> Iterator[tuple[int, int]]:
     for rest in _IPV4_REST.finditer(text):
         if first := _IPV4_FIRST.search(text[max(0, rest.start() - 6) : rest.start()]):
             start, stop = rest.start() - len(first[0]), rest.end()
-            if _leads(text[start:stop], private) and not _NUMBERED.search(text[max(0, start - 60) : start]):
+            numbered = _NUMBERED.search(text[max(0, start - 60) : start]) or (start > 1 and _PRODUCT.match(text, start - 2))
+            if not numbered and _leads(text[start:stop], private):
                 yield start, stop
     stop = 0
     for hint in _IPV6_HINT.finditer(text):
@@ -109,13 +111,15 @@ def _leads(address: str, private: bool) -> bool:
 # Which words, just before a number, say that one can call it.
 _CALLED = re.compile(
     r"(?i)(?<![<\w])(?:tele?|fax|te?le?phone|phone|telefon|telefoon|teléfono|telefono|telefone|téléphone|tél|fon|ph|mob|mobile?|móvil|movil|mobiel|handy"
-    r"|mobil|cell|cellular|celular|cellulare|portable|call|calls|calling|dial|dialing|ring|text|sms|whatsapp|signal|telegram|viber|hotline"
-    r"|helpline|contact|reach|anruf|rufen?|erreichbar|appele[zr]|llam[ae]r?|ligue|chiam[ai]re|contatto|bel|bellen|電話|电话|手机|携帯)(?![\w])"
-    r"|(?:電話|电话|手机|携帯)"
+    r"|mobil|cell|cellular|celular|cellulare|portable|sms|whatsapp|telegram|viber|hotline|helpline|anruf|rufen?|erreichbar|appele[zr]|llam[ae]r?"
+    r"|ligue|chiam[ai]re|bellen)(?![\w])|電話|电话|手机|携帯"
+    # Words of many meanings, only where the number follows at once: `call me at`.
+    r"|(?<![<\w.])(?:call|ring|text|dial|reach|contact|signal|bel)(?: (?:me|us|him|her|them|the|our|my|now|today|back|office|at|on|is|under|line)){0,4}[ :]{1,2}\Z"
 )
 _NEAR = 40  # characters before a number, in its line, in which a word is about it
 _GROUPS = re.compile(r"[0-9]+")
 _DATE = re.compile(r"(?:(?:19|20)[0-9]{2}[-./ ][0-9]{1,2}[-./ ][0-9]{1,2}|[0-9]{1,2}[-./][0-9]{1,2}[-./](?:19|20)?[0-9]{2})(?![-./]?[0-9])")
+_DECIMAL = re.compile(r"[0-9]+\.[0-9]+|\+?[0-9]+\.[0-9]{1,3}")
 _SENTENCE = re.compile(r"[0-9][.;] ")
 _SPACE = re.compile("[ \u00a0]+")
 
@@ -170,7 +174,7 @@ def _is_phone(number: str, called: bool, regions: tuple[str, ...]) -> bool:
 
     groups = _GROUPS.findall(number)
     digits = "".join(groups)
-    if not 7 <= len(digits) <= 15 or number.count("(") != number.count(")") or _DATE.match(number):
+    if not 7 <= len(digits) <= 15 or number.count("(") != number.count(")") or _DATE.match(number) or _DECIMAL.fullmatch(number):
         return False
     international = number.lstrip("(").startswith("+") or (digits.startswith("00") and (called or len(groups) > 1))
     for region in ((None,) if international else regions):

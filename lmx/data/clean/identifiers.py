@@ -131,7 +131,7 @@ def cards(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
             yield match.span()
 
 
-_IBAN = re.compile(r"(?<![\w-])[A-Za-z]{2}[0-9]{2}(?:[ -]?[A-Za-z0-9]){11,30}(?![A-Za-z0-9])")
+_IBAN = re.compile(r"(?<![\w-])[A-Z]{2}[0-9]{2}(?:[ -]?[A-Z0-9]){11,30}(?![A-Za-z0-9])")
 
 
 def ibans(text: str, start: int) -> Iterator[tuple[int, int]]:

@@ -36,8 +36,8 @@ class Span(NamedTuple):
 
 # Seven digits or more with what stands between the digits of cards, phones and ids. Begins with a digit, so that it is searched for fast.
 _DIGITS = re.compile(r"[0-9](?:[0-9]|[ .()/\-\u00a0\u2011]{1,3}[0-9]){6,}")
-# Capitals and digits, as IBANs and half of the national ids begin; and six digits with a letter behind.
-_MIXED = re.compile(r"[A-Z][A-Z]{0,5}[ -]?[0-9]{2}|[a-z](?<![a-z]{3})[a-z][0-9]{2} ?[0-9a-z]{4} ?[0-9]{4}")
+# Capitals and digits, as IBANs and half of the national ids begin.
+_CAPITALS = re.compile(r"[A-Z][A-Z]{0,5}[ -]?[0-9]{2}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ class Private:
                 yield from ((*span, "phone") for span in phones(text, start, stop, regions))
             if self.national_id != "keep":
                 yield from ((*span, "national_id") for span in national_ids(text, max(0, start - 3), stop + 6, countries))
-        for match in _MIXED.finditer(text):
+        for match in _CAPITALS.finditer(text):
             start = match.start()
             if start and text[start - 1].isalnum():
                 continue
