@@ -4,6 +4,7 @@ import ipaddress
 import re
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import accumulate
 
 from lmx.data.clean.identifiers import OTHER
 
@@ -62,10 +63,11 @@ _IPV4_FIRST = re.compile(r"(?<![\w.+~^])(?<![A-Za-z_)]-)[0-9]{1,3}\Z")
 # What is numbered like an address.
 _NUMBERED = re.compile(
     r"(?i)(?:(?<![A-Za-z])(?:v|ver|version|versions|versión|releases?|released|rev|revision|build|firmware|sections?|sec|chapter|clause|paragraph|figure"
-    r"|fig|table|theorem|lemma|equation|oid|appendix|article|patch|driver|kernel|sdk|bios|item|step|ec)(?![A-Za-z])[\s:.(#=_\"']*|§\s*|[=~<>!]=\s?)"
+    r"|fig|table|theorem|lemma|equation|oid|appendix|article|patch|driver|kernel|sdk|bios|item|step|ec)(?![A-Za-z])[\s:.(#=_\"']*|§\s*|[=~<>!]=\s?"
+    r"|(?<![\w:./|])(?-i:[A-Z])[\w-]*/)"  # `Firefox/3.6.2.8`, but `Special:Contributions/75.111.240.218`
+
     r"(?:[0-9][0-9.]*(?:\s*(?:,|and|or|to|&|–|-)\s*))*\Z"
 )
-_PRODUCT = re.compile(r"[A-Za-z]/1?[0-9]\.")  # `Firefox/3.6.2.8`; of a page about an address, `Special:Contributions/75.111.240.218`
 _IPV6_HINT = re.compile(r":[0-9A-Fa-f]{0,4}:")
 _IPV6_LEFT = re.compile(r"[0-9A-Fa-f:]*\Z")
 _IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f:]{2,39}(?:(?<=:)[0-9]{1,3}(?:\.[0-9]{1,3}){3})?(?![\w:]|\.[0-9])")
@@ -76,7 +78,7 @@ def ips(text: str, private: bool = False) -> Iterator[tuple[int, int]]:
     for rest in _IPV4_REST.finditer(text):
         if first := _IPV4_FIRST.search(text[max(0, rest.start() - 6) : rest.start()]):
             start, stop = rest.start() - len(first[0]), rest.end()
-            numbered = _NUMBERED.search(text[max(0, start - 60) : start]) or (start > 1 and _PRODUCT.match(text, start - 2))
+            numbered = _NUMBERED.search(text[max(0, start - 60) : start])
             if not numbered and _leads(text[start:stop], private):
                 yield start, stop
     stop = 0
@@ -114,13 +116,14 @@ _CALLED = re.compile(
     r"|mobil|cell|cellular|celular|cellulare|portable|sms|whatsapp|telegram|viber|hotline|helpline|anruf|rufen?|erreichbar|appele[zr]|llam[ae]r?"
     r"|ligue|chiam[ai]re|bellen)(?![\w])|電話|电话|手机|携帯"
     # Words of many meanings, only where the number follows at once: `call me at`.
-    r"|(?<![<\w.])(?:call|ring|text|dial|reach|contact|signal|bel)(?: (?:me|us|him|her|them|the|our|my|now|today|back|office|at|on|is|under|line)){0,4}[ :]{1,2}\Z"
+    r"|(?<![<\w.])(?:call|ring|text|dial|reach|contact|bel)(?: (?:me|us|him|her|them|the|our|my|now|today|back|office|at|on|is|under|line)){0,4}:? \Z"
 )
 _NEAR = 40  # characters before a number, in its line, in which a word is about it
+_AMERICAN = re.compile(r"(?:1[-. ])?(?:\([0-9]{3}\)[-. ]{0,2}|[0-9]{3}[-.])[0-9]{3}[-. ][0-9]{4}")
 _GROUPS = re.compile(r"[0-9]+")
 _DATE = re.compile(r"(?:(?:19|20)[0-9]{2}[-./ ][0-9]{1,2}[-./ ][0-9]{1,2}|[0-9]{1,2}[-./][0-9]{1,2}[-./](?:19|20)?[0-9]{2})(?![-./]?[0-9])")
-_DECIMAL = re.compile(r"[0-9]+\.[0-9]+|\+?[0-9]+\.[0-9]{1,3}")
-_SENTENCE = re.compile(r"[0-9][.;] ")
+_DECIMAL = re.compile(r"[0-9]+\.[0-9]+|\+?[0-9]+\.[0-9]{1,3}|[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?:/[0-9]{1,2})?")
+_SENTENCE = re.compile(r"(?:[0-9]|[a-z]{5})[.;] ")
 _SPACE = re.compile("[ \u00a0]+")
 
 
@@ -152,7 +155,7 @@ def phones(text: str, start: int, stop: int, regions: tuple[str, ...]) -> Iterat
     if len(pieces) > 12:
         return  # a table of numbers
     line = text[max(0, start - _NEAR) : start].rpartition("\n")[2]
-    called = any(not _SENTENCE.search(line, word.end()) for word in _CALLED.finditer(line))
+    called = any(not _SENTENCE.search(line, word.start()) for word in _CALLED.finditer(line))
     if OTHER.search(line):
         return
     first = 0 if first_is_free else 1
@@ -177,6 +180,10 @@ def _is_phone(number: str, called: bool, regions: tuple[str, ...]) -> bool:
     if not 7 <= len(digits) <= 15 or number.count("(") != number.count(")") or _DATE.match(number) or _DECIMAL.fullmatch(number):
         return False
     international = number.lstrip("(").startswith("+") or (digits.startswith("00") and (called or len(groups) > 1))
+    american = bool(_AMERICAN.fullmatch(number))
+    trunk = len(digits) >= 9 and len(groups) > 1 and (number.startswith("(") or (number.startswith("0") and len(groups[0]) > 1))
+    if not (international or called or american or trunk):
+        return False
     for region in ((None,) if international else regions):
         try:
             parsed = phonenumbers.parse("+" + digits[2:] if international and "+" not in number else number, region)
@@ -184,26 +191,17 @@ def _is_phone(number: str, called: bool, regions: tuple[str, ...]) -> bool:
             continue
         if international:
             return phonenumbers.is_valid_number(parsed)
-        if phonenumbers.is_valid_number_for_region(parsed, region) and (called or _written_as_phone(number, groups, parsed)):
+        if phonenumbers.is_valid_number_for_region(parsed, region) and (
+            called or (american if parsed.country_code == 1 else trunk and _gap_after_area(groups, parsed))
+        ):
             return True
     return False
 
 
-def _written_as_phone(number: str, groups: list[str], parsed) -> bool:
+def _gap_after_area(groups: list[str], parsed) -> bool:
+    """Whether the digits of an area code, with the trunk prefix, stand apart from the rest. (Where there is no area code: always.)"""
     import phonenumbers
 
-    digits = sum(map(len, groups))
-    if parsed.country_code == 1:
-        return bool(re.fullmatch(r"(?:1[-. ])?(?:\([0-9]{3}\)[-. ]{0,2}|[0-9]{3}([-.]))[0-9]{3}[-. ][0-9]{4}", number))
-    bracketed = number.startswith("(")
-    if digits < 9 or len(groups) < 2 or not (bracketed or (number.startswith("0") and len(groups[0]) > 1)):
-        return False
     area = phonenumbers.length_of_national_destination_code(parsed)
-    if not area:
-        return bracketed
-    trunk = digits - len(phonenumbers.national_significant_number(parsed))
-    gaps, at = set(), 0
-    for group in groups:
-        at += len(group)
-        gaps.add(at)
-    return area + trunk in gaps
+    prefix = sum(map(len, groups)) - len(phonenumbers.national_significant_number(parsed))
+    return not area or area + prefix in accumulate(map(len, groups))

@@ -71,11 +71,20 @@ NATIONAL_IDS: dict[str, tuple[Identifier, ...]] = {
 }
 
 
+_BEFORE, _BEHIND = r"(?<![\w.,/-])(?:", r")(?!\w|[-./,][0-9])"
+
+
+@cache
+def _any(countries: tuple[str, ...]) -> re.Pattern:
+    """What is an id of none of the countries is not tried with each."""
+    return re.compile(_BEFORE + "|".join(one.pattern for country in countries for one in NATIONAL_IDS[country]) + _BEHIND)
+
+
 @cache
 def _compiled(country: str) -> tuple[tuple[re.Pattern, re.Pattern, re.Pattern | None, str], ...]:
     return tuple(
         (
-            re.compile(rf"(?<![\w.,/-])(?:{one.pattern})(?![\w]|[-./][0-9]|,[0-9])"),
+            re.compile(_BEFORE + one.pattern + _BEHIND),
             # A placeholder, `<NATIONAL_ID>`, announces nothing.
             re.compile(rf"(?i)(?<![\w<])(?:{one.words})(?![\w>])"),
             re.compile(one.alone) if one.alone else None,
@@ -92,6 +101,8 @@ def _check(module: str):
 
 def national_ids(text: str, start: int, stop: int, countries: tuple[str, ...]) -> Iterator[tuple[int, int]]:
     """National ids in `text[start:stop]`, which holds a run of digits and what may belong to it on both sides."""
+    if not _any(countries).search(text, start, stop):
+        return
     for country in countries:
         for pattern, words, alone, check in _compiled(country):
             for match in pattern.finditer(text, start, stop):
@@ -131,7 +142,7 @@ def cards(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
             yield match.span()
 
 
-_IBAN = re.compile(r"(?<![\w-])[A-Z]{2}[0-9]{2}(?:[ -]?[A-Z0-9]){11,30}(?![A-Za-z0-9])")
+_IBAN = re.compile(r"(?<![\w-])[A-Za-z]{2}[0-9]{2}(?:[ -]?[A-Za-z0-9]){11,30}(?![A-Za-z0-9])")
 
 
 def ibans(text: str, start: int) -> Iterator[tuple[int, int]]:

@@ -76,7 +76,7 @@ def secrets(text: str) -> Iterator[tuple[int, int]]:
         if match := _BLOCK.match(text, at):
             yield match.span()
         at = text.find("-----BEGIN ", at + 1)
-    for start, stop in _runs(text):
+    for start, stop in runs(text):
         begin = max(0, start - _MARGIN)
         for hit in _BEGINS.finditer(text, begin, stop):
             if match := _ISSUED.match(text, hit.start()):
@@ -85,7 +85,7 @@ def secrets(text: str) -> Iterator[tuple[int, int]]:
             yield from _assigned(text, max(0, start - 64), stop)
 
 
-def _runs(text: str) -> Iterator[tuple[int, int]]:
+def runs(text: str) -> Iterator[tuple[int, int]]:
     """Unbroken runs of 16 or more letters, digits and signs of base64. (A search for a fixed string of bytes is several times a regex's speed.)"""
     shape = text.encode("latin-1", "replace").translate(_RUN)
     start = shape.find(b"1111111111111111")

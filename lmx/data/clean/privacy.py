@@ -14,7 +14,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 from lmx.data.clean.contacts import emails, ips, phones, spelt_emails
 from lmx.data.clean.identifiers import NATIONAL_IDS, cards, ibans, national_ids
-from lmx.data.clean.keys import secrets
+from lmx.data.clean.keys import runs, secrets
 from lmx.data.clean.step import Change, Drop, Verdict
 from lmx.data.documents import Document
 
@@ -38,6 +38,8 @@ class Span(NamedTuple):
 _DIGITS = re.compile(r"[0-9](?:[0-9]|[ .()/\-\u00a0\u2011]{1,3}[0-9]){6,}")
 # Capitals and digits, as IBANs and half of the national ids begin.
 _CAPITALS = re.compile(r"[A-Z][A-Z]{0,5}[ -]?[0-9]{2}")
+
+_LOWER = re.compile(r"(?<![A-Za-z0-9])[a-z]{2}[0-9]{2}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +157,11 @@ class Private:
                 yield from ((*span, "iban") for span in ibans(text, start))
             if self.national_id != "keep":
                 yield from ((*span, "national_id") for span in national_ids(text, start, start + 26, countries))
+
+        if self.iban != "keep":
+            for start, stop in runs(text):
+                for match in _LOWER.finditer(text, start, stop):
+                    yield from ((*span, "iban") for span in ibans(text, match.start()))
 
     def _instead(self, value: str, type: str) -> str:
         if getattr(self, type) == "placeholder":
