@@ -13,11 +13,11 @@ CONTEXTS = {
     "email": (
         "Contact: {}", "From: Anna Weiss <{}>\nTo: list", "<a href=\"mailto:{}\">write to us</a>", "please mail {}.", "({})", "author_email=\"{}\",",
         "{{\"user\": \"{}\", \"active\": true}}", "* Maintainer -- {}", "you can reach her at {}, or by post", "Email:{}", "42;{};active", "E-Mail: {}\nWeb: www.beispiel.de",
-        "[{}](mailto:x)", "git commit --author='A <{}>'", "Mein neues Postfach: {}!", "invited {} and two others", "cc: {}; bob", "?email={}&lang=fr", "\t{}\n",
+        "[{}](mailto:x)", "git commit --author='A <{}>'", "Mein neues Postfach: {}!", "invited {} and two others", "cc: {}; bob", "?email={}&lang=fr", "\t{}\n", "'{}'", "Reply-To: <{}>,", "{}?subject=Hello", "user:{}|role:admin", "http://list.test/{}/archive", "E-mail : {}",
     ),
     "phone": (
         "{}", "Opening hours 9-17. {}.", "Best regards,\nMaria Silva\nSales\n{}\n", "<td>{}</td>", "Questions? {} (Mo-Fr)", "12 High Street, 2nd floor\n{}", "* {}, ask for Jo", "{} or come by in person",
-        "Booking: {} / www.hotel.test", "Our new office: {}\nWe moved in 2021.",
+        "Booking: {} / www.hotel.test", "Our new office: {}\nWe moved in 2021.", "{} ext. 204", "\"phone\": \"{}\",", "{}\nNumber 12, 3rd row", "[{}]", "{}; from 18.00",
     ),
     "ip": (
         "{} - - [10/Oct/2023:13:55:36 +0000] \"GET /index.html HTTP/1.1\" 200 2326", "ssh root@{}", "Failed password for invalid user admin from {} port 52344 ssh2", "ping {}", "host = \"{}\"",

@@ -87,6 +87,12 @@ def _phone_number(rng: random.Random, region: str) -> phonenumbers.PhoneNumber:
 
 def phone(rng: random.Random) -> tuple[str, str]:
     """A number and what stands before it."""
+    if rng.random() < 0.08:
+        number = f"{rng.randint(201, 989)}", f"{rng.randint(200, 999)}", chars(rng, string.digits, 4)
+        while not phonenumbers.is_valid_number(phonenumbers.parse("+1" + "".join(number), None)):
+            number = f"{rng.randint(201, 989)}", f"{rng.randint(200, 999)}", chars(rng, string.digits, 4)
+        form = rng.choice(("({}) {}-{}", "({}){}-{}", "{}-{}-{}", "{}.{}.{}", "1-{}-{}-{}", "+1 ({}) {}-{}", "+1-{}-{}-{}", "+1.{}{}{}", "+1 {} {} {}"))
+        return rng.choice(("", "Dr. Lee ", "reception: ", "contact me on ")), form.format(*number)
     if rng.random() < 0.5:
         region = rng.choice(INTERNATIONAL)
         number = _phone_number(rng, region)

@@ -6,18 +6,21 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import accumulate
 
-from lmx.data.clean.identifiers import OTHER
+from lmx.data.clean.identifiers import OTHER, announced
 
 # --- e-mail
 
-_LOCAL = re.compile(r"\w(?:[\w+%'~!#$^*-]|\.(?!\.)){0,63}\Z")
+# \w lacks the vowel signs of Indic scripts.
+_LOCAL = re.compile(r"\w(?:[\w\u0300-\u036f\u0900-\u0dff+%'~!#$^*-]|\.(?!\.)){0,63}\Z")
 _DOMAIN = re.compile(
-    r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+(?:xn--[a-z0-9-]{2,59}|[^\W\d_]{2,24})(?![\w(\[]|-\w)"
+    r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+(?:xn--[a-z0-9-]{2,59}|[^\W\d_]{2,24})(?!\w|-\w)"
     r"|\[(?:IPv6:)?[0-9a-fA-F.:]{7,45}\]",
 )
 # `icon@2x.png` is a file.
 _FILES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".css", ".html", ".pdf")
-# Accounts of version control and the names of ours that stand for nobody.
+# Where a name may be code or a sentence only these make it an address: `look at the dot on the map`.
+_TOPS = frozenset("com org net edu gov info biz io ai co uk de fr es it nl eu ch at be se no dk fi pl ru in jp cn br au ca us nz ie pt".split())
+# The account of version control.
 _NOBODY = ("git",)
 _USER = re.compile(r"://[^\s/@:]*:[^\s/@]*\Z")  # a password in a URL
 
@@ -27,8 +30,10 @@ def emails(text: str) -> Iterator[tuple[int, int]]:
     at = text.find("@")
     while at >= 0:
         if (domain := _DOMAIN.match(text, at + 1)) and (local := _LOCAL.search(text[max(0, at - 64) : at])):
-            name = local[0]
-            if name[-1] != "." and not _USER.search(text[max(0, at - 80) : at]) and name.lower() not in _NOBODY and not domain[0].lower().endswith(_FILES):
+            name, top = local[0], domain[0].rpartition(".")[2].lower()
+            if text[domain.end() : domain.end() + 1] in ("(", "[") and top not in _TOPS:
+                pass  # `x@self.weight(3)` multiplies
+            elif name[-1] != "." and not _USER.search(text[max(0, at - 80) : at]) and name.lower() not in _NOBODY and not domain[0].lower().endswith(_FILES):
                 yield at - len(name), domain.end()
         at = text.find("@", at + 1)
 
@@ -40,9 +45,6 @@ _SPELT = re.compile(
     rf"(?P<domain>[\w-]+(?:{_DOT}[\w-]+){{0,2}}?(?P<dot>{_DOT})(?P<top>[A-Za-z]{{2,12}}))(?![\w-])"
 )
 _HINT = re.compile(r"(?i)[\[({<]\s?(?:at|@|arroba|ät)\s?[\])}>]|\sdot\s|[\[(]dot[\])]|\s@\s")
-# Between plain words only these make an address: "look at the dot on the map" is a sentence.
-_TOPS = frozenset("com org net edu gov info biz io ai co uk de fr es it nl eu ch at be se no dk fi pl ru in jp cn br au ca us nz ie pt".split())
-
 
 def spelt_emails(text: str) -> Iterator[tuple[int, int]]:
     """Addresses hidden from simple programs: `jane dot doe at example dot com`, `jane [at] example.com`."""
@@ -123,7 +125,7 @@ _AMERICAN = re.compile(r"(?:1[-. ])?(?:\([0-9]{3}\)[-. ]{0,2}|[0-9]{3}[-.])[0-9]
 _GROUPS = re.compile(r"[0-9]+")
 _DATE = re.compile(r"(?:(?:19|20)[0-9]{2}[-./ ][0-9]{1,2}[-./ ][0-9]{1,2}|[0-9]{1,2}[-./][0-9]{1,2}[-./](?:19|20)?[0-9]{2})(?![-./]?[0-9])")
 _DECIMAL = re.compile(r"[0-9]+\.[0-9]+|\+?[0-9]+\.[0-9]{1,3}|[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?:/[0-9]{1,2})?")
-_SENTENCE = re.compile(r"(?:[0-9]|[a-z]{5})[.;] ")
+
 _SPACE = re.compile("[ \u00a0]+")
 
 
@@ -154,10 +156,9 @@ def phones(text: str, start: int, stop: int, regions: tuple[str, ...]) -> Iterat
     pieces.append((at, stop))
     if len(pieces) > 12:
         return  # a table of numbers
-    line = text[max(0, start - _NEAR) : start].rpartition("\n")[2]
-    called = any(not _SENTENCE.search(line, word.start()) for word in _CALLED.finditer(line))
-    if OTHER.search(line):
+    if OTHER.search(text[max(0, start - 30) : start]):
         return
+    called = announced(_CALLED, text, start, _NEAR)
     first = 0 if first_is_free else 1
     while first < len(pieces):
         for last in range(len(pieces) - (not last_is_free), first, -1):
@@ -177,7 +178,7 @@ def _is_phone(number: str, called: bool, regions: tuple[str, ...]) -> bool:
 
     groups = _GROUPS.findall(number)
     digits = "".join(groups)
-    if not 7 <= len(digits) <= 15 or number.count("(") != number.count(")") or _DATE.match(number) or _DECIMAL.fullmatch(number):
+    if not 7 <= len(digits) <= 15 or ". " in number or number.count("(") != number.count(")") or _DATE.match(number) or _DECIMAL.fullmatch(number):
         return False
     international = number.lstrip("(").startswith("+") or (digits.startswith("00") and (called or len(groups) > 1))
     american = bool(_AMERICAN.fullmatch(number))
@@ -191,7 +192,7 @@ def _is_phone(number: str, called: bool, regions: tuple[str, ...]) -> bool:
             continue
         if international:
             return phonenumbers.is_valid_number(parsed)
-        if phonenumbers.is_valid_number_for_region(parsed, region) and (
+        if phonenumbers.is_valid_number(parsed) and (
             called or (american if parsed.country_code == 1 else trunk and _gap_after_area(groups, parsed))
         ):
             return True

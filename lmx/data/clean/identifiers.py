@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-NEAR = 60  # characters before a number in which a word is about it
+NEAR = 60  # characters before a number, in its line, in which a word is about it
 AFTER = 16  # and after it: `123456782 (BSN)`
 
 
@@ -71,7 +71,7 @@ NATIONAL_IDS: dict[str, tuple[Identifier, ...]] = {
 }
 
 
-_BEFORE, _BEHIND = r"(?<![\w.,/-])(?:", r")(?!\w|[-./,][0-9])"
+_BEFORE, _BEHIND = r"(?<![\w.,/$€£#-])(?:", r")(?!\w|[-./,][0-9])"
 
 
 @cache
@@ -94,6 +94,15 @@ def _compiled(country: str) -> tuple[tuple[re.Pattern, re.Pattern, re.Pattern | 
     )
 
 
+_SENTENCE = re.compile(r"(?:[0-9)>\]]|[a-z]{4})[.;] ")
+
+
+def announced(words: re.Pattern, text: str, start: int, near: int) -> bool:
+    """Whether one of the words stands in the `near` characters before `start`, in its line and sentence."""
+    line = text[max(0, start - near) : start].rpartition("\n")[2]
+    return any(not _SENTENCE.search(line, word.end()) for word in words.finditer(line))
+
+
 @cache
 def _check(module: str):
     return importlib.import_module(f"stdnum.{module}").is_valid
@@ -110,7 +119,8 @@ def national_ids(text: str, start: int, stop: int, countries: tuple[str, ...]) -
                 if check and not _check(check)(number):
                     continue
                 if (alone and alone.fullmatch(number)) or (
-                    words.search(text, max(0, match.start() - NEAR), match.start()) or words.search(text, match.end(), match.end() + AFTER)
+                    announced(words, text, match.start(), NEAR)
+                    or words.search(text[match.end() : match.end() + AFTER].partition("\n")[0])
                 ):
                     yield match.span()
 
