@@ -128,7 +128,7 @@ def exposure(rank: float, space: str | int) -> float:
 class Planted:
     """Plants canaries in a corpus: a corpus step, to come after filters and deduplication (which would take repeats out again).
 
-    Each copy is a paragraph of its own in a document drawn by the seed: those with the smallest hashes of seed, source and id. So the
+    Each copy is a paragraph of its own in a document drawn by the seed: those with the smallest hashes of seed, id and first words. So the
     places do not depend on who reads what, and each canary is in exactly `inserted` times.
     """
 
@@ -163,7 +163,7 @@ class Planted:
         return Change(text, {"canary": len(resolved)}, {"canaries": [self.canaries[number].canary_id for number in resolved]})
 
     def _hash(self, document: Document) -> int:
-        named = json.dumps([self.seed, document.source, document.id]).encode()
+        named = json.dumps([self.seed, document.id, document.text[:200]]).encode()
         return int.from_bytes(hashlib.blake2b(named, digest_size=8).digest(), "little")
 
 

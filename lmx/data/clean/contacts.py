@@ -165,7 +165,8 @@ def phones(text: str, start: int, stop: int, regions: tuple[str, ...]) -> Iterat
             begin, end = pieces[first][0], pieces[last - 1][1]
             while not text[end - 1].isdecimal():
                 end -= 1
-            if _is_phone(text[begin:end], called, regions):
+            whole = first == 0 and first_is_free and last == len(pieces)
+            if _is_phone(text[begin:end], called, whole, regions):
                 yield begin, end
                 first = last - 1
                 break
@@ -173,7 +174,7 @@ def phones(text: str, start: int, stop: int, regions: tuple[str, ...]) -> Iterat
 
 
 @lru_cache(1 << 12)
-def _is_phone(number: str, called: bool, regions: tuple[str, ...]) -> bool:
+def _is_phone(number: str, called: bool, whole: bool, regions: tuple[str, ...]) -> bool:
     import phonenumbers
 
     groups = _GROUPS.findall(number)
@@ -182,7 +183,8 @@ def _is_phone(number: str, called: bool, regions: tuple[str, ...]) -> bool:
         return False
     international = number.lstrip("(").startswith("+") or (digits.startswith("00") and (called or len(groups) > 1))
     american = bool(_AMERICAN.fullmatch(number))
-    trunk = len(digits) >= 9 and len(groups) > 1 and (number.startswith("(") or (number.startswith("0") and len(groups[0]) > 1))
+    # Part of a longer row of groups could be part of any number.
+    trunk = whole and len(digits) >= 9 and len(groups) > 1 and (number.startswith("(") or (number.startswith("0") and len(groups[0]) > 1))
     if not (international or called or american or trunk):
         return False
     for region in ((None,) if international else regions):

@@ -94,6 +94,13 @@ def _compiled(country: str) -> tuple[tuple[re.Pattern, re.Pattern, re.Pattern | 
     )
 
 
+def overlapping(pattern: re.Pattern, text: str, start: int, stop: int) -> Iterator[re.Match]:
+    """All matches, also those that begin inside another: a number that is none must not hide the next."""
+    while match := pattern.search(text, start, stop):
+        yield match
+        start = match.start() + 1
+
+
 _SENTENCE = re.compile(r"(?:[0-9)>\]]|[a-z]{4})[.;] ")
 
 
@@ -114,7 +121,7 @@ def national_ids(text: str, start: int, stop: int, countries: tuple[str, ...]) -
         return
     for country in countries:
         for pattern, words, alone, check in _compiled(country):
-            for match in pattern.finditer(text, start, stop):
+            for match in overlapping(pattern, text, start, stop):
                 number = match[0]
                 if check and not _check(check)(number):
                     continue
@@ -146,7 +153,7 @@ def cards(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """Credit and debit card numbers in `text[start:stop]`: grouped as on cards, with an issuer's prefix and length and Luhn's check."""
     from stdnum import luhn
 
-    for match in _CARD.finditer(text, start, stop):
+    for match in overlapping(_CARD, text, start, stop):
         digits = re.sub("[ -]", "", match[0])
         if _ISSUER.fullmatch(digits) and luhn.is_valid(digits) and not OTHER.search(text, max(0, match.start() - 30), match.start()):
             yield match.span()

@@ -46,10 +46,10 @@ _TEMPLATE = re.compile(r"[$%{<*[]|(?i:pass(?:word)?\b|secret\b|x{3,}|\.{3})")  #
 
 _NAMED = re.compile(r"(?i)(?<!<)(?:key|token|secret|passw|pwd|credential|auth|bearer)")
 _VALUE = re.compile(
-    r"[\w.-]{0,40}[\"'\]]{0,2}[ \t]{0,4}(?P<sign>[:=]>?|:=|[ \t])[ \t]{0,4}(?:Bearer |Basic )?(?P<quote>[\"'`]?)(?P<value>[A-Za-z0-9+/_-]{16,512}={0,2})(?!=)"
+    r"[\w.-]{0,40}[\"'\]]{0,2}[ \t]{0,4}(?P<sign>[:=]>?|:=|[ \t])[ \t]{0,4}(?:Bearer |Basic )?(?P<quote>[\"'`]?)(?P<value>[A-Za-z0-9+/_-]{16,512}={0,2})(?![=(])"
 )
 _PUBLIC = re.compile(r"(?i)(?:public|integrity|checksum|digest|commit)[\w-]{0,10}\Z")  # `public_key` is no secret
-_PIECE = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+|[^A-Za-z0-9]+")
+_PIECE = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
 _HEX = re.compile("[0-9a-f]{32,}|[0-9A-F]{32,}")
 _DIGIT, _LETTER = re.compile("[0-9]"), re.compile("[A-Za-z]")
 
@@ -58,10 +58,10 @@ _RUN = bytes(ord("1") if chr(byte).isascii() and (chr(byte).isalnum() or chr(byt
 
 def random_looking(value: str, bits: float = 3.0) -> bool:
     """Whether a value is too random for a name, a path or a date: at least `bits` of Shannon entropy a character, and either 32 hexadecimal
-    digits or letters and digits in pieces of fewer than 2.8 characters on average (`keyboard_handler_2` has five of 3.6)."""
+    digits or words and numbers shorter than 3.4 characters on average (`keyboard_handler_2` has three of 5.3; base64 comes to 2)."""
     if not _DIGIT.search(value) or not _LETTER.search(value):
         return False
-    if not _HEX.fullmatch(value) and len(value) >= 2.8 * len(_PIECE.findall(value)):
+    if not _HEX.fullmatch(value) and sum(map(len, pieces := _PIECE.findall(value))) >= 3.4 * len(pieces):
         return False
     return -sum(n / len(value) * math.log2(n / len(value)) for n in Counter(value).values()) >= bits
 
