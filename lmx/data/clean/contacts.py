@@ -121,9 +121,12 @@ _CALLED = re.compile(
     r"|(?<![<\w.])(?:call|ring|text|dial|reach|contact|bel)(?: (?:me|us|him|her|them|the|our|my|now|today|back|office|at|on|is|under|line)){0,4}:? \Z"
 )
 _NEAR = 40  # characters before a number, in its line, in which a word is about it
+# What makes the first or last digits of a run part of something else. (An extension, `x12`, does not.)
+_GLUED_BEFORE = re.compile(r"[\w$€£#%/.-]\Z|[0-9],\Z")
+_GLUED_BEHIND = re.compile(r"(?!x[0-9])[\w%@]|[,:.][0-9]|-\w")
 _AMERICAN = re.compile(r"(?:1[-. ])?(?:\([0-9]{3}\)[-. ]{0,2}|[0-9]{3}[-.])[0-9]{3}[-. ][0-9]{4}")
 _GROUPS = re.compile(r"[0-9]+")
-_DATE = re.compile(r"(?:(?:19|20)[0-9]{2}[-./ ][0-9]{1,2}[-./ ][0-9]{1,2}|[0-9]{1,2}[-./][0-9]{1,2}[-./](?:19|20)?[0-9]{2})(?![-./]?[0-9])")
+_DATE = re.compile(r"(?:(?:19|20)[0-9]{2}[-./ ][0-9]{1,2}[-./ ][0-9]{1,2}|[0-9]{1,2}[-./][0-9]{1,2}[-./](?:19|20)?[0-9]{2}|[0-9]{2} [01][0-9] (?:19|20)[0-9]{2})(?![-./]?[0-9])")
 _DECIMAL = re.compile(r"[0-9]+\.[0-9]+|\+?[0-9]+\.[0-9]{1,3}|[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?:/[0-9]{1,2})?")
 
 _SPACE = re.compile("[ \u00a0]+")
@@ -135,20 +138,19 @@ def phones(text: str, start: int, stop: int, regions: tuple[str, ...]) -> Iterat
     International ones must be valid; national ones valid in a region, and either announced by a word such as `tel.` or written as only
     phone numbers are: with the trunk prefix 0 or brackets and a gap after the area code, or as `415-555-2671` where +1 is dialled.
     """
+    while start < stop:
+        end = text.find(". ", start, stop)
+        end = stop if end < 0 else end
+        yield from _phones(text, start, end, regions)
+        start = end + 2
+
+
+def _phones(text: str, start: int, stop: int, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
+    """Phone numbers in a run without the end of a sentence."""
     while start and text[start - 1] in "+(":
         start -= 1
-    if start and (text[start - 1].isalnum() or text[start - 1] in "_$€£#%/-." or (text[start - 1] == "," and text[start - 2 : start - 1].isdecimal())):
-        first_is_free = False
-    else:
-        first_is_free = True
-    after = text[stop : stop + 2]
-    last_is_free = not (
-        after[:1].isalnum()
-        or after[:1] in ("_", "%", "@")
-        or (after[:1] in (",", ":", ".") and after[1:].isdecimal())
-        or (after[:1] == "-" and after[1:].isalnum())
-    )
-    last_is_free = last_is_free or (after[:1] == "x" and after[1:].isdecimal())
+    first_is_free = not _GLUED_BEFORE.search(text[max(0, start - 2) : start])
+    last_is_free = not _GLUED_BEHIND.match(text, stop)
     pieces, at = [], start
     for gap in _SPACE.finditer(text, start, stop):
         pieces.append((at, gap.start()))
@@ -179,7 +181,7 @@ def _is_phone(number: str, called: bool, whole: bool, regions: tuple[str, ...]) 
 
     groups = _GROUPS.findall(number)
     digits = "".join(groups)
-    if not 7 <= len(digits) <= 15 or ". " in number or number.count("(") != number.count(")") or _DATE.match(number) or _DECIMAL.fullmatch(number):
+    if not 7 <= len(digits) <= 15 or number.count("(") != number.count(")") or _DATE.match(number) or _DECIMAL.fullmatch(number):
         return False
     international = number.lstrip("(").startswith("+") or (digits.startswith("00") and (called or len(groups) > 1))
     american = bool(_AMERICAN.fullmatch(number))

@@ -46,7 +46,7 @@ NATIONAL_IDS: dict[str, tuple[Identifier, ...]] = {
         Identifier("es.nie", r"[XYZxyz][- ]?[0-9]{7}[- ]?[A-Za-z]", r"nie|extranjero|identidad", r".*"),
     ),
     "FI": (Identifier("fi.hetu", r"[0-3][0-9][01][0-9]{3}[-+A-FU-Y][0-9]{3}[0-9A-Ya-y]", r"hetu|henkilötunnus|personbeteckning", r".*"),),
-    "FR": (Identifier("fr.nir", r"[12378] ?[0-9]{2} ?[0-9]{2} ?[0-9][0-9AB] ?[0-9]{3} ?[0-9]{3} ?[0-9]{2}", r"nir|insee|sécu\w*|sécurité sociale|social security", r".*"),),
+    "FR": (Identifier("fr.nir", r"[12378] ?[0-9]{2} ?[0-9]{2} ?[0-9][0-9AB] ?[0-9]{3} ?[0-9]{3} ?[0-9]{2}", r"nir|insee|sécu\w*|sécurité sociale|social security", r"[12] ?[0-9]{2} ?(?:0[1-9]|1[0-2]).*"),),
     "GB": (
         Identifier("", r"(?!BG|GB|NK|KN|TN|NT|ZZ)[A-CEGHJ-PR-TW-Za-ceghj-pr-tw-z][A-CEGHJ-NPR-TW-Za-ceghj-npr-tw-z] ?[0-9]{2} ?[0-9]{2} ?[0-9]{2} ?[A-Da-d]", r"nino|national insurance|ni", r"[A-Z]{2}(?: [0-9]{2}){3} [A-D]|[A-Z]{2} ?[0-9]{6} ?[A-D]"),
         Identifier("gb.nhs", r"[0-9]{3}[- ]?[0-9]{3}[- ]?[0-9]{4}", r"nhs|health service"),
@@ -101,7 +101,7 @@ def overlapping(pattern: re.Pattern, text: str, start: int, stop: int) -> Iterat
         start = match.start() + 1
 
 
-_SENTENCE = re.compile(r"(?:[0-9)>\]]|[a-z]{4})[.;] ")
+_SENTENCE = re.compile(r"(?<=[0-9.)>\]])[.;] |(?<=[a-z]{5})[.;] ")
 
 
 def announced(words: re.Pattern, text: str, start: int, near: int) -> bool:

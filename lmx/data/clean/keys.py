@@ -42,7 +42,7 @@ _BLOCK = re.compile(
     r"(?:[^-]{0,20000}-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----|(?:(?:\\n|\s)+[A-Za-z0-9+/=]{16,})*)"
 )
 _PASSWORD = re.compile(r"://[^\s:/@\"'<>]{1,64}:([^\s/@\"'<>]{3,64})@[\w.-]")
-_TEMPLATE = re.compile(r"[$%{<*[]|(?i:pass(?:word)?\b|secret\b|x{3,}|\.{3})")  # a hole to fill, not a password
+_TEMPLATE = re.compile(r"[$%{<*[]|(?i:(?:pass(?:word|wd)?|secret|x+|\.+)\Z)")  # a hole to fill, not a password
 
 _NAMED = re.compile(r"(?i)(?<!<)(?:key|token|secret|passw|pwd|credential|auth|bearer)")
 _VALUE = re.compile(

@@ -10,6 +10,7 @@ from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 from typing import ClassVar, Literal, NamedTuple
 
 from lmx.data.clean.contacts import emails, ips, phones, spelt_emails
@@ -115,17 +116,27 @@ class Private:
 
     def find(self, text: str) -> list[Span]:
         """Personal data of the types that are not kept, in the order of the text; no two overlap."""
-        found = sorted((TYPES.index(type), start - stop, start, type) for start, stop, type in self._found(text))
         spans: list[Span] = []
-        for _, negative, start, type in found:
-            span = Span(start, start - negative, type)
-            place = bisect(spans, span)
-            if (not place or spans[place - 1].stop <= start) and (place == len(spans) or span.stop <= spans[place].start):
-                spans.insert(place, span)
-        return spans
+        people = [] if self.people is None else [(start, stop, "person") for start, stop in self.people(text) if 0 <= start < stop <= len(text)]
+        while True:
+            before = len(spans)
+            found = sorted((TYPES.index(type), start - stop, start, type) for start, stop, type in chain(self._found(text), people))
+            for _, negative, start, type in found:
+                span = Span(start, start - negative, type)
+                place = bisect(spans, span)
+                if (not place or spans[place - 1].stop <= start) and (place == len(spans) or span.stop <= spans[place].start):
+                    spans.insert(place, span)
+            if len(spans) == before:
+                return spans
+            # What stood beside these is looked at again as it will stand beside their placeholders.
+            pieces, at = [], 0
+            for start, stop, _ in spans:
+                pieces += text[at:start], "<" * (stop - start - 1) + ">"
+                at = stop
+            text = "".join([*pieces, text[at:]])
 
     def _found(self, text: str) -> Iterator[tuple[int, int, str]]:
-        """All findings, which may overlap."""
+        """What the rules find, which may overlap."""
         if self.email != "keep":
             yield from ((*span, "email") for span in emails(text))
             if self.spelt:
@@ -134,8 +145,6 @@ class Private:
             yield from ((*span, "ip") for span in ips(text, self.private_ips))
         if self.secret != "keep":
             yield from ((*span, "secret") for span in secrets(text))
-        if self.people is not None:
-            yield from ((start, stop, "person") for start, stop in self.people(text) if start < stop)
         if (self.phone, self.credit_card, self.national_id, self.iban).count("keep") < 4:
             yield from self._numbers(text)
 
