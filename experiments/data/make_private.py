@@ -91,7 +91,9 @@ def _join(rng: random.Random, pieces: list[str]) -> tuple[str, list[int]]:
     return text, starts
 
 
-def measure(find: Callable[[str], Iterable[tuple[int, int, str]]], texts: Iterable[Labelled]) -> tuple[list[Score], list[tuple[str, str, str]]]:
+def measure(
+    find: Callable[[str], Iterable[tuple[int, int, str]]], texts: Iterable[Labelled]
+) -> tuple[list[Score], list[tuple[str, str, str]]]:
     """Scores by type, and every error: `(missed or wrong, type, the text around)`."""
     items, found, right, errors = Counter(), Counter(), Counter(), []
     for one in texts:

@@ -15,12 +15,22 @@ from stdnum import iban as stdnum_iban
 from stdnum import luhn
 
 HEX, ALNUM = "0123456789abcdef", string.ascii_letters + string.digits
-FIRST = "anna ben chloé david emma félix grace henrik iris josé kim liam maría noor olga pablo quinn rosa søren tom ulla viktor wei yara zoë".split()
-LAST = "smith müller garcía rossi dubois jansen nowak o'brien kowalska silva tanaka patel kim hansen virtanen novák ivanova yilmaz li brown".split()
-HOSTS = (
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+FIRST = _words(
+    "anna ben chloé david emma félix grace henrik iris josé kim liam maría noor olga pablo quinn rosa søren tom ulla viktor wei yara zoë"
+)
+LAST = _words(
+    "smith müller garcía rossi dubois jansen nowak o'brien kowalska silva tanaka patel kim hansen virtanen novák ivanova yilmaz li brown"
+)
+HOSTS = _words(
     "gmail.com yahoo.co.uk hotmail.fr web.de orange.fr outlook.com proton.me mail.ru qq.com uol.com.br example.com cs.stanford.edu ox.ac.uk "
     "uni-heidelberg.de nhs.uk bigpond.net.au acme-corp.io studio.photography museum.paris stadt.koeln müller-bau.de list.apache.org a1b2.info"
-).split()
+)
 
 
 def chars(rng: random.Random, alphabet: str, length: int) -> str:
@@ -44,13 +54,26 @@ def email(rng: random.Random) -> str:
     if rng.random() < 0.8:
         first, last = (word.encode("ascii", "ignore").decode() for word in (first, last))
     local = rng.choice(
-        (f"{first}.{last}", f"{first[0]}.{last}", f"{first}_{last}", f"{first}{rng.randint(1, 1999)}", f"{last}-{first}", f"{first}+news", f"{first.upper()}.{last.title()}", f"info.{last}", f"{last}", f"x{rng.randint(100, 99999)}")
+        (
+            f"{first}.{last}",
+            f"{first[0]}.{last}",
+            f"{first}_{last}",
+            f"{first}{rng.randint(1, 1999)}",
+            f"{last}-{first}",
+            f"{first}+news",
+            f"{first.upper()}.{last.title()}",
+            f"info.{last}",
+            f"{last}",
+            f"x{rng.randint(100, 99999)}",
+        )
     )
     return f"{local}@{rng.choice(HOSTS)}"
 
 
-INTERNATIONAL = "US GB DE FR ES IT NL IN AU BR JP CN KR SE NO DK FI PL CZ AT CH BE PT IE GR TR RU UA ZA NG KE EG IL AE SG HK NZ MX AR CL CO".split()
-NATIONAL = "US GB DE FR ES IT NL IN AU BR JP".split()
+INTERNATIONAL = _words(
+    "US GB DE FR ES IT NL IN AU BR JP CN KR SE NO DK FI PL CZ AT CH BE PT IE GR TR RU UA ZA NG KE EG IL AE SG HK NZ MX AR CL CO"
+)
+NATIONAL = _words("US GB DE FR ES IT NL IN AU BR JP")
 LABELS = {
     "US": ("Phone: ", "call ", "tel. ", "cell ", "Fax: ", "(office phone) ", "text me at "),
     "GB": ("Tel: ", "phone ", "mob: ", "ring ", "Telephone "),
@@ -91,8 +114,12 @@ def phone(rng: random.Random) -> tuple[str, str]:
         number = f"{rng.randint(201, 989)}", f"{rng.randint(200, 999)}", chars(rng, string.digits, 4)
         while not phonenumbers.is_valid_number(phonenumbers.parse("+1" + "".join(number), None)):
             number = f"{rng.randint(201, 989)}", f"{rng.randint(200, 999)}", chars(rng, string.digits, 4)
-        form = rng.choice(("({}) {}-{}", "({}){}-{}", "{}-{}-{}", "{}.{}.{}", "1-{}-{}-{}", "+1 ({}) {}-{}", "+1-{}-{}-{}", "+1.{}{}{}", "+1 {} {} {}"))
-        return rng.choice(("", "Dr. Lee ", "reception: ", "contact me on ")), form.format(*number)
+        form = rng.choice(
+            ("({}) {}-{}", "({}){}-{}", "{}-{}-{}", "{}.{}.{}", "1-{}-{}-{}", "+1 ({}) {}-{}", "+1-{}-{}-{}", "+1.{}{}{}", "+1 {} {} {}")
+        )
+        return rng.choice(("", "Dr. Lee ", "reception: ", "contact me on ")), form.format(*number) + rng.choice(
+            ("", "", f"x{rng.randint(1, 999)}", f" ext. {rng.randint(10, 9999)}")
+        )
     if rng.random() < 0.5:
         region = rng.choice(INTERNATIONAL)
         number = _phone_number(rng, region)
@@ -145,10 +172,10 @@ def ip(rng: random.Random) -> str:
             return rng.choice((written, written, address.exploded.upper() if address.version == 6 else written))
 
 
-CARDS = (
-    [(p, 16) for p in ("4", "4", "4", "51", "52", "53", "54", "55", "2221", "2500", "2720", "6011", "65", "644", "3528", "3566", "6221", "2200")]
-    + [("34", 15), ("37", 15), ("300", 14), ("36", 14), ("38", 14), ("62", 19), ("4", 19)]
-)
+CARDS = [
+    (p, 16)
+    for p in ("4", "4", "4", "51", "52", "53", "54", "55", "2221", "2500", "2720", "6011", "65", "644", "3528", "3566", "6221", "2200")
+] + [("34", 15), ("37", 15), ("300", 14), ("36", 14), ("38", 14), ("62", 19), ("4", 19)]
 
 
 def credit_card(rng: random.Random) -> str:
@@ -156,11 +183,17 @@ def credit_card(rng: random.Random) -> str:
     body = prefix + chars(rng, string.digits, length - 1 - len(prefix))
     digits = body + luhn.calc_check_digit(body)
     gap = rng.choice((" ", "-", "", " "))
-    return grouped(digits, (4, 6) if length in (14, 15) else (4, 4, 4, 4), gap) if gap else digits if length != 14 else grouped(digits, (4, 6), " ")
+    return (
+        grouped(digits, (4, 6) if length in (14, 15) else (4, 4, 4, 4), gap)
+        if gap
+        else digits
+        if length != 14
+        else grouped(digits, (4, 6), " ")
+    )
 
 
 BBAN = {"n": string.digits, "a": string.ascii_uppercase, "c": string.ascii_uppercase + string.digits}
-IBAN_COUNTRIES = "DE FR GB IT NL CH AT PL PT SE DK FI IE LU CZ GR TR SA AE BR MT LV RO HU IL MC UA GE".split()
+IBAN_COUNTRIES = _words("DE FR GB IT NL CH AT PL PT SE DK FI IE LU CZ GR TR SA AE BR MT LV RO HU IL MC UA GE")
 
 
 def iban(rng: random.Random) -> str:
@@ -170,7 +203,9 @@ def iban(rng: random.Random) -> str:
         bban = "".join(chars(rng, BBAN[kind], int(size)) for size, kind in re.findall(r"(\d+)!?([nac])", structure))
         number = country + stdnum_iban.calc_check_digits(country + "00" + bban) + bban
         if stdnum_iban.is_valid(number):
-            return rng.choice((number, grouped(number, (4,) * 8, " "), grouped(number, (4,) * 8, " "), grouped(number, (4,) * 8, "-"), number.lower()))
+            return rng.choice(
+                (number, grouped(number, (4,) * 8, " "), grouped(number, (4,) * 8, " "), grouped(number, (4,) * 8, "-"), number.lower())
+            )
 
 
 def _valid(rng: random.Random, module: str, pattern: str) -> str:
@@ -228,7 +263,9 @@ def national_id(rng: random.Random) -> tuple[str, str]:
         gap = rng.choice((" ", ""))
         letters = rng.choice("ABCEGHJKLMNPRSTWXYZ") + rng.choice("ABCEGHJKLMPRSTWXYZ")
         if letters not in ("BG", "GB", "KN", "NK", "NT", "TN", "ZZ"):
-            return rng.choice(("National Insurance number ", "NINO: ", "")), gap.join((letters, *(chars(rng, string.digits, 2) for _ in "123"), rng.choice("ABCD")))
+            return rng.choice(("National Insurance number ", "NINO: ", "")), gap.join(
+                (letters, *(chars(rng, string.digits, 2) for _ in "123"), rng.choice("ABCD"))
+            )
     module, pattern, written, before = rng.choice(IDS)
     number = _valid(rng, module, pattern)
     if written and isinstance(written[1], str):
@@ -251,33 +288,75 @@ def secret(rng: random.Random) -> tuple[str, str, str]:
     hexadecimal = chars(rng, HEX, rng.choice((32, 40, 64)))
     random_64 = base64.b64encode(rng.randbytes(rng.choice((24, 30, 48)))).decode()
     aws, token = "AKIA" + chars(rng, string.ascii_uppercase + "234567", 16), chars(rng, ALNUM, 36)
-    jwt = ".".join((_segment(b'{"alg":"HS256","typ":"JWT"}'), _segment(b'{"sub":"%d","admin":true}' % rng.getrandbits(40)), _segment(rng.randbytes(32))))
+    jwt = ".".join(
+        (
+            _segment(b'{"alg":"HS256","typ":"JWT"}'),
+            _segment(b'{"sub":"%d","admin":true}' % rng.getrandbits(40)),
+            _segment(rng.randbytes(32)),
+        )
+    )
     kind = rng.choice(("RSA ", "", "EC ", "OPENSSH "))
     body = "\n".join(textwrap.wrap(base64.b64encode(rng.randbytes(rng.randint(200, 800))).decode(), 64))
     pem = f"-----BEGIN {kind}PRIVATE KEY-----\n{body}\n-----END {kind}PRIVATE KEY-----"
-    issued = rng.choice((
-        aws,
-        "gh" + rng.choice("pousr") + "_" + token,
-        "github_pat_" + chars(rng, ALNUM, 22) + "_" + chars(rng, ALNUM, 59),
-        "glpat-" + chars(rng, ALNUM, 20),
-        f"xox{rng.choice('bp')}-{rng.getrandbits(38)}-{rng.getrandbits(38)}-{chars(rng, ALNUM, 24)}",
-        "AIza" + chars(rng, base, 34) + rng.choice(ALNUM),
-        rng.choice("sr") + "k_" + rng.choice(("live", "test")) + "_" + chars(rng, ALNUM, 24),
-        jwt,
-        "sk-proj-" + chars(rng, ALNUM, 48),
-        "npm_" + token,
-        "SG." + chars(rng, ALNUM, 22) + "." + chars(rng, ALNUM, 43),
-    ))  # fmt: skip
-    around = rng.choice((
-        (f"client = Client({quote}", f"{quote})"), ("export API_TOKEN=", "\n"), ("    - ", "\n"), ("I pasted ", " into the chat, is that bad?"),
-        ("Authorization: Bearer ", "\r\n"), (f"key = {quote}", quote), ("curl -u ", ": https://api.shop.test/v1/charges"), ('{"auth": "', '"}'),
-    ))  # fmt: skip
-    name = rng.choice(("SECRET_KEY", "aws_secret_access_key", "api_key", "apiKey", "DB_PASSWORD", "client_secret", "access_token", "auth_token", "password"))
+    issued = rng.choice(
+        (
+            aws,
+            "gh" + rng.choice("pousr") + "_" + token,
+            "github_pat_" + chars(rng, ALNUM, 22) + "_" + chars(rng, ALNUM, 59),
+            "glpat-" + chars(rng, ALNUM, 20),
+            f"xox{rng.choice('bp')}-{rng.getrandbits(38)}-{rng.getrandbits(38)}-{chars(rng, ALNUM, 24)}",
+            "AIza" + chars(rng, base, 34) + rng.choice(ALNUM),
+            rng.choice("sr") + "k_" + rng.choice(("live", "test")) + "_" + chars(rng, ALNUM, 24),
+            jwt,
+            "sk-proj-" + chars(rng, ALNUM, 48),
+            "npm_" + token,
+            "SG." + chars(rng, ALNUM, 22) + "." + chars(rng, ALNUM, 43),
+        )
+    )
+    around = rng.choice(
+        (
+            (f"client = Client({quote}", f"{quote})"),
+            ("export API_TOKEN=", "\n"),
+            ("    - ", "\n"),
+            ("I pasted ", " into the chat, is that bad?"),
+            ("Authorization: Bearer ", "\r\n"),
+            (f"key = {quote}", quote),
+            ("curl -u ", ": https://api.shop.test/v1/charges"),
+            ('{"auth": "', '"}'),
+        )
+    )
+    name = rng.choice(
+        (
+            "SECRET_KEY",
+            "aws_secret_access_key",
+            "api_key",
+            "apiKey",
+            "DB_PASSWORD",
+            "client_secret",
+            "access_token",
+            "auth_token",
+            "password",
+        )
+    )
     sign = rng.choice((f" = {quote}", f"={quote}", f": {quote}"))
-    assigned = rng.choice(((name + sign, hexadecimal, quote), (name + sign, random_64, quote), (f"{name}=", hexadecimal, "\n"), (f'  "{name}": "', random_64, '",')))
+    assigned = rng.choice(
+        (
+            (name + sign, hexadecimal, quote),
+            (name + sign, random_64, quote),
+            (f"{name}=", hexadecimal, "\n"),
+            (f'  "{name}": "', random_64, '",'),
+        )
+    )
     word = chars(rng, ALNUM, rng.randint(8, 16))
     url = rng.choice(("postgres://admin:", "https://deploy:", "mongodb+srv://root:", "redis://default:", "amqp://svc:"))
-    return rng.choice((
-        (around[0], issued, around[1]), (around[0], issued, around[1]), (around[0], issued, around[1]), assigned, assigned,
-        ("", pem, "\n"), (url, word, f"@{rng.choice(('db', 'cache'))}.internal.net:5432/main"),
-    ))  # fmt: skip
+    return rng.choice(
+        (
+            (around[0], issued, around[1]),
+            (around[0], issued, around[1]),
+            (around[0], issued, around[1]),
+            assigned,
+            assigned,
+            ("", pem, "\n"),
+            (url, word, f"@{rng.choice(('db', 'cache'))}.internal.net:5432/main"),
+        )
+    )

@@ -125,7 +125,12 @@ def test_exposure():
 def test_rank_is_the_place_in_sorted_order(scores, score):
     # The mean of the places it could take among its equals.
     ordered = sorted(scores)
-    places = [place for place in range(len(ordered) + 1) if ordered[:place] <= [score] * place and sorted([*ordered[:place], score, *ordered[place:]]) == [*ordered[:place], score, *ordered[place:]]]
+    places = [
+        place
+        for place in range(len(ordered) + 1)
+        if ordered[:place] <= [score] * place
+        and sorted([*ordered[:place], score, *ordered[place:]]) == [*ordered[:place], score, *ordered[place:]]
+    ]
     assert rank(np.array(scores, float), score) == 1 + sum(places) / len(places)
 
 

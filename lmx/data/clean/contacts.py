@@ -19,7 +19,7 @@ _DOMAIN = re.compile(
 # `icon@2x.png` is a file.
 _FILES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".css", ".html", ".pdf")
 # Where a name may be code or a sentence only these make it an address: `look at the dot on the map`.
-_TOPS = frozenset("com org net edu gov info biz io ai co uk de fr es it nl eu ch at be se no dk fi pl ru in jp cn br au ca us nz ie pt".split())
+_TOPS = re.compile(r"com|org|net|edu|gov|info|biz|io|ai|co|uk|de|fr|es|it|nl|eu|ch|at|be|se|no|dk|fi|pl|ru|in|jp|cn|br|au|ca|us|nz|ie|pt")
 # The account of version control.
 _NOBODY = ("git",)
 _USER = re.compile(r"://[^\s/@:]*:[^\s/@]*\Z")  # a password in a URL
@@ -31,9 +31,14 @@ def emails(text: str) -> Iterator[tuple[int, int]]:
     while at >= 0:
         if (domain := _DOMAIN.match(text, at + 1)) and (local := _LOCAL.search(text[max(0, at - 64) : at])):
             name, top = local[0], domain[0].rpartition(".")[2].lower()
-            if text[domain.end() : domain.end() + 1] in ("(", "[") and top not in _TOPS:
+            if text[domain.end() : domain.end() + 1] in ("(", "[") and not _TOPS.fullmatch(top):
                 pass  # `x@self.weight(3)` multiplies
-            elif name[-1] != "." and not _USER.search(text[max(0, at - 80) : at]) and name.lower() not in _NOBODY and not domain[0].lower().endswith(_FILES):
+            elif (
+                name[-1] != "."
+                and not _USER.search(text[max(0, at - 80) : at])
+                and name.lower() not in _NOBODY
+                and not domain[0].lower().endswith(_FILES)
+            ):
                 yield at - len(name), domain.end()
         at = text.find("@", at + 1)
 
@@ -46,6 +51,7 @@ _SPELT = re.compile(
 )
 _HINT = re.compile(r"(?i)[\[({<]\s?(?:at|@|arroba|ät)\s?[\])}>]|\sdot\s|[\[(]dot[\])]|\s@\s")
 
+
 def spelt_emails(text: str) -> Iterator[tuple[int, int]]:
     """Addresses hidden from simple programs: `jane dot doe at example dot com`, `jane [at] example.com`."""
     for hint in _HINT.finditer(text):
@@ -53,7 +59,7 @@ def spelt_emails(text: str) -> Iterator[tuple[int, int]]:
         for match in _SPELT.finditer(text, start, min(len(text), hint.end() + 80)):
             bracketed = match["at"].strip()[0] in "[({<@"
             spelt = match["dot"].strip() != "."
-            if (bracketed or spelt) and (bracketed or match["top"].lower() in _TOPS):
+            if (bracketed or spelt) and (bracketed or _TOPS.fullmatch(match["top"].lower())):
                 yield match.span()
 
 
@@ -65,9 +71,8 @@ _IPV4_FIRST = re.compile(r"(?<![\w.+~^])(?<![A-Za-z_)]-)[0-9]{1,3}\Z")
 # What is numbered like an address.
 _NUMBERED = re.compile(
     r"(?i)(?:(?<![A-Za-z])(?:v|ver|version|versions|versión|releases?|released|rev|revision|build|firmware|sections?|sec|chapter|clause|paragraph|figure"
-    r"|fig|table|theorem|lemma|equation|oid|appendix|article|patch|driver|kernel|sdk|bios|item|step|ec)(?![A-Za-z])[\s:.(#=_\"']*|§\s*|[=~<>!]=\s?"
+    r"|fig|table|theorem|lemma|equation|oid|appendix|article|patch|driver|kernel|sdk|bios|item|step|ec|rv)(?![A-Za-z])[\s:.(#=_\"']*|§\s*|[=~<>!]=\s?"
     r"|(?<![\w:./|])(?-i:[A-Z])[\w-]*/)"  # `Firefox/3.6.2.8`, but `Special:Contributions/75.111.240.218`
-
     r"(?:[0-9][0-9.]*(?:\s*(?:,|and|or|to|&|–|-)\s*))*\Z"
 )
 _IPV6_HINT = re.compile(r":[0-9A-Fa-f]{0,4}:")
@@ -104,8 +109,10 @@ def _leads(address: str, private: bool) -> bool:
     if ip.is_loopback or ip.is_multicast or ip.is_unspecified:
         return False
     if ip.version == 6:
-        # Only 2000::/3 is given out; and `a[2000::5]` is a slice.
-        public = ip.is_global and int(ip) >> 125 == 1 and len([part for part in address.split(":") if part]) >= 3
+        # Only 2000::/3 is given out, and `a[2000::5]` is a slice; but what is written in full is nothing else (pairs may be a hardware address).
+        parts = [part for part in address.split(":") if part]
+        written = len(parts) == 8 and max(map(len, parts)) > 2
+        public = ip.is_global and (written or (int(ip) >> 125 == 1 and len(parts) >= 3))
         return public or (private and (ip.is_link_local or int(ip) >> 121 == 0b1111110))
     return ip.is_global or (private and ip.is_private and address.split(".")[0] in ("10", "172", "192"))
 
@@ -115,18 +122,22 @@ def _leads(address: str, private: bool) -> bool:
 # Which words, just before a number, say that one can call it.
 _CALLED = re.compile(
     r"(?i)(?<![<\w])(?:tele?|fax|te?le?phone|phone|telefon|telefoon|teléfono|telefono|telefone|téléphone|tél|fon|ph|mob|mobile?|móvil|movil|mobiel|handy"
-    r"|mobil|cell|cellular|celular|cellulare|portable|sms|whatsapp|telegram|viber|hotline|helpline|anruf|rufen?|erreichbar|appele[zr]|llam[ae]r?"
+    r"|mobil|cell|cellular|celular|cellulare|portable|sms|whatsapp|telegram|viber|hotline|helpline|tlf|puh|puhelin|тел|anruf|rufen?|erreichbar|appele[zr]|llam[ae]r?"
     r"|ligue|chiam[ai]re|bellen)(?![\w])|電話|电话|手机|携帯"
     # Words of many meanings, only where the number follows at once: `call me at`.
     r"|(?<![<\w.])(?:call|ring|text|dial|reach|contact|bel)(?: (?:me|us|him|her|them|the|our|my|now|today|back|office|at|on|is|under|line)){0,4}:? \Z"
 )
 _NEAR = 40  # characters before a number, in its line, in which a word is about it
-# What makes the first or last digits of a run part of something else. (An extension, `x12`, does not.)
+# What makes the first or last digits of a run part of something else.
 _GLUED_BEFORE = re.compile(r"[\w$€£#%/.-]\Z|[0-9],\Z")
 _GLUED_BEHIND = re.compile(r"(?!x[0-9])[\w%@]|[,:.][0-9]|-\w")
+_EXTENSION = re.compile(r"(?i),? ?(?:x|ext\.?|extension|durchwahl|poste) ?[0-9]{1,5}(?![\w.-])")
 _AMERICAN = re.compile(r"(?:1[-. ])?(?:\([0-9]{3}\)[-. ]{0,2}|[0-9]{3}[-.])[0-9]{3}[-. ][0-9]{4}")
 _GROUPS = re.compile(r"[0-9]+")
-_DATE = re.compile(r"(?:(?:19|20)[0-9]{2}[-./ ][0-9]{1,2}[-./ ][0-9]{1,2}|[0-9]{1,2}[-./][0-9]{1,2}[-./](?:19|20)?[0-9]{2}|[0-9]{2} [01][0-9] (?:19|20)[0-9]{2})(?![-./]?[0-9])")
+_DATE = re.compile(
+    r"(?:(?:19|20)[0-9]{2}[-./ ][0-9]{1,2}[-./ ][0-9]{1,2}|[0-9]{1,2}[-./][0-9]{1,2}[-./](?:19|20)?[0-9]{2}"
+    r"|[0-9]{2} [01][0-9] (?:19|20)[0-9]{2})(?![-./]?[0-9])"
+)
 _DECIMAL = re.compile(r"[0-9]+\.[0-9]+|\+?[0-9]+\.[0-9]{1,3}|[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?:/[0-9]{1,2})?")
 
 _SPACE = re.compile("[ \u00a0]+")
@@ -141,7 +152,8 @@ def phones(text: str, start: int, stop: int, regions: tuple[str, ...]) -> Iterat
     while start < stop:
         end = text.find(". ", start, stop)
         end = stop if end < 0 else end
-        yield from _phones(text, start, end, regions)
+        if end - start >= 7:
+            yield from _phones(text, start, end, regions)
         start = end + 2
 
 
@@ -169,7 +181,8 @@ def _phones(text: str, start: int, stop: int, regions: tuple[str, ...]) -> Itera
                 end -= 1
             whole = first == 0 and first_is_free and last == len(pieces)
             if _is_phone(text[begin:end], called, whole, regions):
-                yield begin, end
+                extension = _EXTENSION.match(text, end)
+                yield begin, extension.end() if extension else end
                 first = last - 1
                 break
         first += 1
@@ -189,7 +202,7 @@ def _is_phone(number: str, called: bool, whole: bool, regions: tuple[str, ...]) 
     trunk = whole and len(digits) >= 9 and len(groups) > 1 and (number.startswith("(") or (number.startswith("0") and len(groups[0]) > 1))
     if not (international or called or american or trunk):
         return False
-    for region in ((None,) if international else regions):
+    for region in (None,) if international else regions:
         try:
             parsed = phonenumbers.parse("+" + digits[2:] if international and "+" not in number else number, region)
         except phonenumbers.NumberParseException:

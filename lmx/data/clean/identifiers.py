@@ -32,11 +32,31 @@ _SOLID_DATE = r"[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])"
 
 NATIONAL_IDS: dict[str, tuple[Identifier, ...]] = {
     "AU": (Identifier("au.tfn", r"[0-9]{3} ?[0-9]{3} ?[0-9]{2,3}", r"tfn|tax file"),),
-    "BE": (Identifier("be.nn", r"[0-9]{2}[. ]?[0-9]{2}[. ]?[0-9]{2}[- ]?[0-9]{3}[. -]?[0-9]{2}", r"rijksregister|registre national|national register|insz|niss|nrn?", r"[0-9]{2}\.[0-9]{2}\.[0-9]{2}-[0-9]{3}[. ][0-9]{2}"),),
-    "BR": (Identifier("br.cpf", r"[0-9]{3}\.?[0-9]{3}\.?[0-9]{3}-?[0-9]{2}", r"cpf|contribuinte|cadastro", r"[0-9]{3}\.[0-9]{3}\.[0-9]{3}-[0-9]{2}"),),
+    "BE": (
+        Identifier(
+            "be.nn",
+            r"[0-9]{2}[. ]?[0-9]{2}[. ]?[0-9]{2}[- ]?[0-9]{3}[. -]?[0-9]{2}",
+            r"rijksregister|registre national|national register|insz|niss|nrn?",
+            r"[0-9]{2}\.[0-9]{2}\.[0-9]{2}-[0-9]{3}[. ][0-9]{2}",
+        ),
+    ),
+    "BR": (
+        Identifier(
+            "br.cpf", r"[0-9]{3}\.?[0-9]{3}\.?[0-9]{3}-?[0-9]{2}", r"cpf|contribuinte|cadastro", r"[0-9]{3}\.[0-9]{3}\.[0-9]{3}-[0-9]{2}"
+        ),
+    ),
     "CA": (Identifier("ca.sin", r"[0-9]{3}[- ]?[0-9]{3}[- ]?[0-9]{3}", r"sin|nas|social insurance|assurance sociale"),),
-    "CH": (Identifier("ch.ssn", r"756[. ]?[0-9]{4}[. ]?[0-9]{4}[. ]?[0-9]{2}", r"ahv|avs|oasi|sozialversicherung\w*", r"756\.[0-9]{4}\.[0-9]{4}\.[0-9]{2}"),),
-    "CL": (Identifier("cl.rut", r"[0-9]{1,2}\.?[0-9]{3}\.?[0-9]{3}-?[0-9Kk]", r"rut|run|cédula", r"[0-9]{1,2}\.[0-9]{3}\.[0-9]{3}-[0-9Kk]"),),
+    "CH": (
+        Identifier(
+            "ch.ssn",
+            r"756[. ]?[0-9]{4}[. ]?[0-9]{4}[. ]?[0-9]{2}",
+            r"ahv|avs|oasi|sozialversicherung\w*",
+            r"756\.[0-9]{4}\.[0-9]{4}\.[0-9]{2}",
+        ),
+    ),
+    "CL": (
+        Identifier("cl.rut", r"[0-9]{1,2}\.?[0-9]{3}\.?[0-9]{3}-?[0-9Kk]", r"rut|run|cédula", r"[0-9]{1,2}\.[0-9]{3}\.[0-9]{3}-[0-9Kk]"),
+    ),
     "CN": (Identifier("cn.ric", r"[1-9][0-9]{5}(?:19|20)[0-9]{9}[0-9Xx]", r"id|identity|resident|身份证\w*", r".*"),),
     "CZ": (Identifier("cz.rc", r"[0-9]{6}/?[0-9]{3,4}", r"rodné číslo|rodné|r\.?č|rč|birth number", r"[0-9]{6}/[0-9]{4}"),),
     "DE": (Identifier("de.idnr", r"[1-9][0-9] ?[0-9]{3} ?[0-9]{3} ?[0-9]{3}", r"steuer\w*|idnr|tax id|tin|identifikationsnummer"),),
@@ -46,22 +66,61 @@ NATIONAL_IDS: dict[str, tuple[Identifier, ...]] = {
         Identifier("es.nie", r"[XYZxyz][- ]?[0-9]{7}[- ]?[A-Za-z]", r"nie|extranjero|identidad", r".*"),
     ),
     "FI": (Identifier("fi.hetu", r"[0-3][0-9][01][0-9]{3}[-+A-FU-Y][0-9]{3}[0-9A-Ya-y]", r"hetu|henkilötunnus|personbeteckning", r".*"),),
-    "FR": (Identifier("fr.nir", r"[12378] ?[0-9]{2} ?[0-9]{2} ?[0-9][0-9AB] ?[0-9]{3} ?[0-9]{3} ?[0-9]{2}", r"nir|insee|sécu\w*|sécurité sociale|social security", r"[12] ?[0-9]{2} ?(?:0[1-9]|1[0-2]).*"),),
+    "FR": (
+        Identifier(
+            "fr.nir",
+            r"[12378] ?[0-9]{2} ?[0-9]{2} ?[0-9][0-9AB] ?[0-9]{3} ?[0-9]{3} ?[0-9]{2}",
+            r"nir|insee|sécu\w*|sécurité sociale|social security",
+            r"[12] ?[0-9]{2} ?(?:0[1-9]|1[0-2]).*",
+        ),
+    ),
     "GB": (
-        Identifier("", r"(?!BG|GB|NK|KN|TN|NT|ZZ)[A-CEGHJ-PR-TW-Za-ceghj-pr-tw-z][A-CEGHJ-NPR-TW-Za-ceghj-npr-tw-z] ?[0-9]{2} ?[0-9]{2} ?[0-9]{2} ?[A-Da-d]", r"nino|national insurance|ni", r"[A-Z]{2}(?: [0-9]{2}){3} [A-D]|[A-Z]{2} ?[0-9]{6} ?[A-D]"),
+        Identifier(
+            "",
+            r"[A-Z]{2} ?[0-9]{2} ?[0-9]{2} ?[0-9]{2} ?[A-DT]",
+            r"nino|national insurance|ni",
+            r"(?!BG|GB|NK|KN|TN|NT|ZZ)[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z](?:(?: [0-9]{2}){3} [A-D]| ?[0-9]{6} ?[A-D])",
+        ),
         Identifier("gb.nhs", r"[0-9]{3}[- ]?[0-9]{3}[- ]?[0-9]{4}", r"nhs|health service"),
     ),
     "IN": (
         Identifier("in_.aadhaar", r"[2-9][0-9]{3}[ -]?[0-9]{4}[ -]?[0-9]{4}", r"aadhaar|aadhar|uidai|uid|आधार"),
         Identifier("in_.pan", r"[A-Z]{3}[ABCFGHJLPT][A-Z][0-9]{4}[A-Z]", r"pan|permanent account", r".*"),
     ),
-    "IT": (Identifier("it.codicefiscale", r"[A-Za-z]{6}[0-9LMNP-V]{2}[A-Za-z][0-9LMNP-V]{2}[A-Za-z][0-9LMNP-V]{3}[A-Za-z]", r"codice fiscale|c\.?f", r".*"),),
+    "IT": (
+        Identifier(
+            "it.codicefiscale",
+            r"[A-Za-z]{6}[0-9LMNP-V]{2}[A-Za-z][0-9LMNP-V]{2}[A-Za-z][0-9LMNP-V]{3}[A-Za-z]",
+            r"codice fiscale|c\.?f",
+            r".*",
+        ),
+    ),
     "KR": (Identifier("kr.rrn", _SOLID_DATE + r"-?[1-8][0-9]{6}", r"rrn|resident|주민등록번호|주민", r"[0-9]{6}-[0-9]{7}"),),
     "MX": (Identifier("mx.curp", r"[A-Z]{4}" + _SOLID_DATE + r"[HMX][A-Z]{5}[0-9A-Z][0-9]", r"curp", r".*"),),
-    "NL": (Identifier("nl.bsn", r"[0-9]{4}[. ]?[0-9]{2}[. ]?[0-9]{3}|[0-9]{3}[. ]?[0-9]{3}[. ]?[0-9]{3}", r"bsn|burgerservice\w*|sofi\w*|citizen service"),),
-    "NO": (Identifier("no.fodselsnummer", r"[0-7][0-9][0-9]{4} ?[0-9]{5}", r"fødselsnummer|fodselsnummer|fnr|personnummer|d-nummer", r"[0-9]{6} [0-9]{5}"),),
+    "NL": (
+        Identifier(
+            "nl.bsn",
+            r"[0-9]{4}[. ]?[0-9]{2}[. ]?[0-9]{3}|[0-9]{3}[. ]?[0-9]{3}[. ]?[0-9]{3}",
+            r"bsn|burgerservice\w*|sofi\w*|citizen service",
+        ),
+    ),
+    "NO": (
+        Identifier(
+            "no.fodselsnummer",
+            r"[0-7][0-9][0-9]{4} ?[0-9]{5}",
+            r"fødselsnummer|fodselsnummer|fnr|personnummer|d-nummer",
+            r"[0-9]{6} [0-9]{5}",
+        ),
+    ),
     "PL": (Identifier("pl.pesel", r"[0-9]{11}", r"pesel"),),
-    "SE": (Identifier("se.personnummer", r"(?:19|20)?[0-9]{2}[01][0-9][0-9]{2}[-+ ]?[0-9]{4}", r"personnummer|pnr|personal identity|samordningsnummer", r"(?:19|20)?[0-9]{6}[-+][0-9]{4}"),),
+    "SE": (
+        Identifier(
+            "se.personnummer",
+            r"(?:19|20)?[0-9]{2}[01][0-9][0-9]{2}[-+ ]?[0-9]{4}",
+            r"personnummer|pnr|personal identity|samordningsnummer",
+            r"(?:19|20)?[0-9]{6}[-+][0-9]{4}",
+        ),
+    ),
     "TR": (Identifier("tr.tckimlik", r"[1-9][0-9]{10}", r"t\.?c\.?|kimlik\w*|tckn"),),
     "US": (
         Identifier("us.ssn", r"[0-9]{3}[- ]?[0-9]{2}[- ]?[0-9]{4}", r"ssn|social security|social|ss", r"[0-9]{3}-[0-9]{2}-[0-9]{4}"),
@@ -126,14 +185,14 @@ def national_ids(text: str, start: int, stop: int, countries: tuple[str, ...]) -
                 if check and not _check(check)(number):
                     continue
                 if (alone and alone.fullmatch(number)) or (
-                    announced(words, text, match.start(), NEAR)
-                    or words.search(text[match.end() : match.end() + AFTER].partition("\n")[0])
+                    announced(words, text, match.start(), NEAR) or words.search(text[match.end() : match.end() + AFTER].partition("\n")[0])
                 ):
                     yield match.span()
 
 
 _CARD = re.compile(
-    r"(?<![\w.-])(?<![0-9],)(?<![A-Z]{2}[0-9]{2} )(?:[0-9]{4}([ -]?)[0-9]{4}\1[0-9]{4}\1[0-9]{1,4}(?:\1[0-9]{1,3})?|3[0-9]{3}([ -]?)[0-9]{6}\2[0-9]{4,5})(?![\w]|[-.,][0-9])"
+    r"(?<![\w.-])(?<![0-9],)(?<![A-Z]{2}[0-9]{2} )(?:[0-9]{12,14}|[0-9]{4}([ -]?)[0-9]{4}\1[0-9]{4}\1[0-9]{1,4}(?:\1[0-9]{1,3})?"
+    r"|3[0-9]{3}([ -]?)[0-9]{6}\2[0-9]{4,5})(?![\w]|[-.,][0-9])"
 )
 # What issuers' numbers begin with, and how long they are.
 _ISSUER = re.compile(
@@ -149,13 +208,22 @@ OTHER = re.compile(
 )
 
 
+_CARD_WORDS = re.compile(
+    r"(?i)(?<![<\w])(?:(?:credit|debit)?[ _-]?cards?|visa|master ?card|amex|american express|maestro|discover|diners|jcb|kreditkarte"
+    r"|karte|carte|tarjeta|carta|cartão)(?![\w>])"
+)
+
+
 def cards(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Credit and debit card numbers in `text[start:stop]`: grouped as on cards, with an issuer's prefix and length and Luhn's check."""
+    """Credit and debit card numbers in `text[start:stop]`: Luhn's check, and an issuer's prefix and length as they are today or a word."""
     from stdnum import luhn
 
     for match in overlapping(_CARD, text, start, stop):
         digits = re.sub("[ -]", "", match[0])
-        if _ISSUER.fullmatch(digits) and luhn.is_valid(digits) and not OTHER.search(text, max(0, match.start() - 30), match.start()):
+        if not luhn.is_valid(digits) or OTHER.search(text, max(0, match.start() - 30), match.start()):
+            continue
+        issued = _ISSUER.fullmatch(digits) and (len(digits) != 14 or match[0] != digits)  # 14 in a row are as often a time or an EAN
+        if issued or announced(_CARD_WORDS, text, match.start(), NEAR):
             yield match.span()
 
 

@@ -46,7 +46,8 @@ _TEMPLATE = re.compile(r"[$%{<*[]|(?i:(?:pass(?:word|wd)?|secret|x+|\.+)\Z)")  #
 
 _NAMED = re.compile(r"(?i)(?<!<)(?:key|token|secret|passw|pwd|credential|auth|bearer)")
 _VALUE = re.compile(
-    r"[\w.-]{0,40}[\"'\]]{0,2}[ \t]{0,4}(?P<sign>[:=]>?|:=|[ \t])[ \t]{0,4}(?:Bearer |Basic )?(?P<quote>[\"'`]?)(?P<value>[A-Za-z0-9+/_-]{16,512}={0,2})(?![=(])"
+    r"[\w.-]{0,40}[\"'\]]{0,2}[ \t]{0,4}(?P<sign>[:=]>?|:=|[ \t])[ \t]{0,4}(?:Bearer |Basic )?(?P<quote>[\"'`]?)"
+    r"(?P<value>[A-Za-z0-9+/_-]{16,512}={0,2})(?![=(])"
 )
 _PUBLIC = re.compile(r"(?i)(?:public|integrity|checksum|digest|commit)[\w-]{0,10}\Z")  # `public_key` is no secret
 _PIECE = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
@@ -101,7 +102,8 @@ def runs(text: str) -> Iterator[tuple[int, int]]:
 def _assigned(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
     for name in _NAMED.finditer(text, start, stop):
         match = _VALUE.match(text, name.end())
-        if match and not _PUBLIC.search(text[max(0, name.start() - 20) : name.start()]):
-            # With neither a quote nor a sign of assignment it is prose: then only what is random beyond doubt.
-            if random_looking(match["value"], 3.0 if match["quote"] or match["sign"].strip() else 3.8):
-                yield match.span("value")
+        if not match or _PUBLIC.search(text[max(0, name.start() - 20) : name.start()]):
+            continue
+        # With neither a quote nor a sign of assignment it is prose: then only what is random beyond doubt.
+        if random_looking(match["value"], 3.0 if match["quote"] or match["sign"].strip() else 3.8):
+            yield match.span("value")

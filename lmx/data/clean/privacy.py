@@ -117,7 +117,9 @@ class Private:
     def find(self, text: str) -> list[Span]:
         """Personal data of the types that are not kept, in the order of the text; no two overlap."""
         spans: list[Span] = []
-        people = [] if self.people is None else [(start, stop, "person") for start, stop in self.people(text) if 0 <= start < stop <= len(text)]
+        people = (
+            [] if self.people is None else [(start, stop, "person") for start, stop in self.people(text) if 0 <= start < stop <= len(text)]
+        )
         while True:
             before = len(spans)
             found = sorted((TYPES.index(type), start - stop, start, type) for start, stop, type in chain(self._found(text), people))
@@ -152,7 +154,7 @@ class Private:
         regions, countries = tuple(self.regions), tuple(self.countries)
         for run in _DIGITS.finditer(text):
             start, stop = run.span()
-            if self.credit_card != "keep" and stop - start >= 13:
+            if self.credit_card != "keep" and stop - start >= 12:
                 yield from ((*span, "credit_card") for span in cards(text, start, stop + 2))
             if self.phone != "keep":
                 yield from ((*span, "phone") for span in phones(text, start, stop, regions))
@@ -161,6 +163,8 @@ class Private:
         for match in _CAPITALS.finditer(text):
             start = match.start()
             if start and text[start - 1].isalnum():
+                if self.national_id != "keep" and text[start - 1].isdecimal():  # `180424A0953`
+                    yield from ((*span, "national_id") for span in national_ids(text, max(0, start - 6), start + 6, countries))
                 continue
             if self.iban != "keep":
                 yield from ((*span, "iban") for span in ibans(text, start))

@@ -4,6 +4,7 @@ import pickle
 import re
 import sys
 import time
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -32,7 +33,7 @@ def found(text, step=FIND):
         ("mail jane dot doe at example dot com now", "jane dot doe at example dot com", "email"),
         ("jane [at] example [dot] org", "jane [at] example [dot] org", "email"),
         ("jane(at)example.org", "jane(at)example.org", "email"),
-        ("call (415) 555-2671 x12", "(415) 555-2671", "phone"),
+        ("call (415) 555-2671 x12", "(415) 555-2671 x12", "phone"),
         ("London: 020 7946 0958.", "020 7946 0958", "phone"),
         ("+44 (0)20 7946 0958", "+44 (0)20 7946 0958", "phone"),
         ("Handy 01711234567", "01711234567", "phone"),
@@ -42,6 +43,8 @@ def found(text, step=FIND):
         ("[2606:4700:4700::1111]:443", "2606:4700:4700::1111", "ip"),
         ("4111 1111 1111 1111", "4111 1111 1111 1111", "credit_card"),
         ("3782-822463-10005", "3782-822463-10005", "credit_card"),
+        ("Maestro card 639059056056", "639059056056", "credit_card"),
+        ("hetu 131052A308T", "131052A308T", "national_id"),
         ("IBAN DE89 3704 0044 0532 0130 00 BIC", "DE89 3704 0044 0532 0130 00", "iban"),
         ("gb29nwbk60161331926819", "gb29nwbk60161331926819", "iban"),
         ("SSN 536904399", "536904399", "national_id"),
@@ -155,9 +158,41 @@ def test_names_the_extra(monkeypatch):
 
 
 PIECES = st.sampled_from(
-    "a@b.de|jane at x dot com|+44 20 7946 0958|(415) 555-2671|020 7946 0958|93.184.216.34|2606:4700:4700::1111|4111 1111 1111 1111|DE89370400440532013000"
-    "|536-90-4399|54362315-K|AKIAIOSFODNN7EXAMPLE|token=|phone |SSN |a8f5f167f44f4964e6c998dee827110c|://u:|@|-----BEGIN PRIVATE KEY-----|\n|. | |-|.|0|7|x|é|\u0130|<EMAIL>|<PHONE>"
-    "|<NATIONAL_ID>|<SECRET>".split("|")
+    [
+        "a@b.de",
+        "jane at x dot com",
+        "+44 20 7946 0958",
+        "(415) 555-2671",
+        "020 7946 0958",
+        "93.184.216.34",
+        "2606:4700:4700::1111",
+        "4111 1111 1111 1111",
+        "DE89370400440532013000",
+        "536-90-4399",
+        "54362315-K",
+        "AKIAIOSFODNN7EXAMPLE",
+        "token=",
+        "phone ",
+        "SSN ",
+        "a8f5f167f44f4964e6c998dee827110c",
+        "://u:",
+        "@",
+        "-----BEGIN PRIVATE KEY-----",
+        "\n",
+        ". ",
+        " ",
+        "-",
+        ".",
+        "0",
+        "7",
+        "x",
+        "é",
+        "İ",
+        "<EMAIL>",
+        "<PHONE>",
+        "<NATIONAL_ID>",
+        "<SECRET>",
+    ]
 )
 
 
@@ -167,7 +202,7 @@ def test_spans_and_replacement(text):
     spans = FIND.find(text)
     assert spans == FIND.find(text)
     assert all(isinstance(span, Span) and 0 <= span.start < span.stop <= len(text) and span.type in TYPES for span in spans)
-    assert all(one.stop <= other.start for one, other in zip(spans, spans[1:], strict=False))
+    assert all(one.stop <= other.start for one, other in pairwise(spans))
     changed = FIND(Document("", text, ""))
     if not spans:
         assert changed is None
@@ -199,7 +234,31 @@ def test_random_looking_values():
     assert not random_looking("aaaaaaaaaaaaaaa1")
 
 
-@pytest.mark.parametrize("piece", ["1 ", "1. ", "(1) ", "1111111 ", "a@b.de ", "a@", "a.", "1.", "::1:", "AB12", "://a:", "key ", "key=a1B2c3", "((((", "+1 ", "1-2/", "-----BEGIN ", "a at b dot ", "eyJ0.eyJ0", "É@é."])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "1 ",
+        "1. ",
+        "(1) ",
+        "1111111 ",
+        "a@b.de ",
+        "a@",
+        "a.",
+        "1.",
+        "::1:",
+        "AB12",
+        "://a:",
+        "key ",
+        "key=a1B2c3",
+        "((((",
+        "+1 ",
+        "1-2/",
+        "-----BEGIN ",
+        "a at b dot ",
+        "eyJ0.eyJ0",
+        "É@é.",
+    ],
+)
 def test_time_is_linear_in_what_repeats(piece):
     FIND.find(piece * 10)
     start = time.process_time()
