@@ -131,7 +131,7 @@ _NEAR = 40  # characters before a number, in its line, in which a word is about 
 # What makes the first or last digits of a run part of something else.
 _GLUED_BEFORE = re.compile(r"[\w$€£#%/.-]\Z|[0-9],\Z")
 _GLUED_BEHIND = re.compile(r"(?!x[0-9])[\w%@]|[,:.][0-9]|-\w")
-_EXTENSION = re.compile(r"(?i),? ?(?:x|ext\.?|extension|durchwahl|poste) ?[0-9]{1,5}(?![\w.-])")
+_EXTENSION = re.compile(r"(?i),? ?(?:x|ext\.?|extension|durchwahl|poste) ?[0-9]{1,5}(?!\w|[.-][0-9])")
 _AMERICAN = re.compile(r"(?:1[-. ])?(?:\([0-9]{3}\)[-. ]{0,2}|[0-9]{3}[-.])[0-9]{3}[-. ][0-9]{4}")
 _GROUPS = re.compile(r"[0-9]+")
 _DATE = re.compile(
@@ -139,7 +139,6 @@ _DATE = re.compile(
     r"|[0-9]{2} [01][0-9] (?:19|20)[0-9]{2})(?![-./]?[0-9])"
 )
 _DECIMAL = re.compile(r"[0-9]+\.[0-9]+|\+?[0-9]+\.[0-9]{1,3}|[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?:/[0-9]{1,2})?")
-
 _SPACE = re.compile("[ \u00a0]+")
 
 
@@ -170,7 +169,7 @@ def _phones(text: str, start: int, stop: int, regions: tuple[str, ...]) -> Itera
     pieces.append((at, stop))
     if len(pieces) > 12:
         return  # a table of numbers
-    if OTHER.search(text[max(0, start - 30) : start]):
+    if text[start] != "+" and OTHER.search(text[max(0, start - 30) : start]):
         return
     called = announced(_CALLED, text, start, _NEAR)
     first = 0 if first_is_free else 1
@@ -200,7 +199,7 @@ def _is_phone(number: str, called: bool, whole: bool, regions: tuple[str, ...]) 
     american = bool(_AMERICAN.fullmatch(number))
     # Part of a longer row of groups could be part of any number.
     trunk = whole and len(digits) >= 9 and len(groups) > 1 and (number.startswith("(") or (number.startswith("0") and len(groups[0]) > 1))
-    if not (international or called or american or trunk):
+    if not (international or american or trunk or (called and len(digits) <= 12)):
         return False
     for region in (None,) if international else regions:
         try:

@@ -109,7 +109,6 @@ NATIONAL_IDS: dict[str, tuple[Identifier, ...]] = {
             "no.fodselsnummer",
             r"[0-7][0-9][0-9]{4} ?[0-9]{5}",
             r"fødselsnummer|fodselsnummer|fnr|personnummer|d-nummer",
-            r"[0-9]{6} [0-9]{5}",
         ),
     ),
     "PL": (Identifier("pl.pesel", r"[0-9]{11}", r"pesel"),),
@@ -160,13 +159,14 @@ def overlapping(pattern: re.Pattern, text: str, start: int, stop: int) -> Iterat
         start = match.start() + 1
 
 
-_SENTENCE = re.compile(r"(?<=[0-9.)>\]])[.;] |(?<=[a-z]{5})[.;] ")
+# The end of a sentence, and not of `no.`.
+_SENTENCE = re.compile(r"(?i)(?<=[\w.)>\]])(?<!\bn[or])(?<!\bn[uú]m)[.;] ")
 
 
 def announced(words: re.Pattern, text: str, start: int, near: int) -> bool:
-    """Whether one of the words stands in the `near` characters before `start`, in its line and sentence."""
+    """Whether one of the words stands in the `near` characters before `start`, in its line and sentence. (A short one may be cut: `Tel. `)"""
     line = text[max(0, start - near) : start].rpartition("\n")[2]
-    return any(not _SENTENCE.search(line, word.end()) for word in words.finditer(line))
+    return any(not _SENTENCE.search(line, word.end() + (len(word[0]) < 5)) for word in words.finditer(line))
 
 
 @cache
@@ -209,7 +209,7 @@ OTHER = re.compile(
 
 
 _CARD_WORDS = re.compile(
-    r"(?i)(?<![<\w])(?:(?:credit|debit)?[ _-]?cards?|visa|master ?card|amex|american express|maestro|discover|diners|jcb|kreditkarte"
+    r"(?i)(?<![<\w])(?:(?:credit|debit)?[ _-]?(?<!id )cards?|visa|master ?card|amex|american express|maestro|discover|diners|jcb|kreditkarte"
     r"|karte|carte|tarjeta|carta|cartão)(?![\w>])"
 )
 
