@@ -39,7 +39,6 @@ class Span(NamedTuple):
 _DIGITS = re.compile(r"[0-9](?:[0-9]|[ .()/\-\u00a0\u2011]{1,3}[0-9]){6,}")
 # Capitals and digits, as IBANs and half of the national ids begin.
 _CAPITALS = re.compile(r"[A-Z][A-Z]{0,5}[ -]?[0-9]{2}")
-
 _LOWER = re.compile(r"(?<![A-Za-z0-9])[a-z]{2}[0-9]{2}")
 
 
@@ -95,7 +94,7 @@ class Private:
             )
         if unknown := [country for country in self.countries if country not in NATIONAL_IDS]:
             raise ValueError(f"countries holds {unknown[0]!r}; national ids are known of {', '.join(NATIONAL_IDS)}")
-        if self.phone != "keep" and (unknown := [region for region in self.regions if region not in _phone_regions()]):
+        if self._any_number() and (unknown := [region for region in self.regions if region not in _phone_regions()]):
             raise ValueError(f"regions holds {unknown[0]!r}, which phonenumbers does not know; use ISO 3166 codes: US, GB, DE")
 
     def __call__(self, document: Document) -> Verdict:
@@ -147,8 +146,11 @@ class Private:
             yield from ((*span, "ip") for span in ips(text, self.private_ips))
         if self.secret != "keep":
             yield from ((*span, "secret") for span in secrets(text))
-        if (self.phone, self.credit_card, self.national_id, self.iban).count("keep") < 4:
+        if self._any_number():
             yield from self._numbers(text)
+
+    def _any_number(self) -> bool:
+        return not self.phone == self.credit_card == self.national_id == self.iban == "keep"
 
     def _numbers(self, text: str) -> Iterator[tuple[int, int, str]]:
         regions, countries = tuple(self.regions), tuple(self.countries)
@@ -170,7 +172,6 @@ class Private:
                 yield from ((*span, "iban") for span in ibans(text, start))
             if self.national_id != "keep":
                 yield from ((*span, "national_id") for span in national_ids(text, start, start + 26, countries))
-
         if self.iban != "keep":
             for start, stop in runs(text):
                 for match in _LOWER.finditer(text, start, stop):
@@ -179,7 +180,10 @@ class Private:
     def _instead(self, value: str, type: str) -> str:
         if getattr(self, type) == "placeholder":
             return f"<{type.upper()}>"
-        same = re.sub(r"\s+", " ", value) if type in ("secret", "person") else re.sub(r"[^\w@+]", "", value).lower()
+        if type in ("phone", "credit_card", "iban", "national_id"):
+            same = re.sub(r"[^\w+]", "", value).upper()  # however it is grouped
+        else:
+            same = value.lower() if type in ("email", "ip") else value
         digest = int.from_bytes(hashlib.blake2b(f"{type}:{same}".encode(), digest_size=8, key=_key(self.key)).digest())
         # Letters only: digits would be a number, and found again.
         return f"<{type.upper()}:{''.join(chr(97 + digest // 26**place % 26) for place in range(10))}>"

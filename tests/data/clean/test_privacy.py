@@ -120,6 +120,8 @@ def test_pseudonyms_are_consistent_and_keyed():
     assert one == same != other
     assert phone == compact
     assert re.fullmatch("EMAIL:[a-z]{10}", one)
+    near = Private(email="pseudonym", ip="pseudonym", key="k")(Document("1", "a.b@c.de ab@c.de 93.18.4.216 93.1.84.216", "s")).text.split()
+    assert len(set(near)) == 4
     assert step(document) == pickle.loads(pickle.dumps(step))(document)
     assert step(document) != Private(email="pseudonym", phone="pseudonym", key="other")(document)
     assert "key" not in repr(step)
@@ -154,6 +156,7 @@ def test_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "phonenumbers", None)
     with pytest.raises(ValueError, match=r"phonenumbers is not installed; pip install 'lmx\[data\]'"):
         Private()
+    Private(phone="keep", credit_card="keep", iban="keep", national_id="keep")
     privacy._phone_regions.cache_clear()
 
 
