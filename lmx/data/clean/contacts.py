@@ -123,7 +123,7 @@ def _leads(address: str, private: bool) -> bool:
 _CALLED = re.compile(
     r"(?i)(?<![<\w])(?:tele?|fax|te?le?phone|phone|telefon|telefoon|teléfono|telefono|telefone|téléphone|tél|fon|ph|mob|mobile?|móvil|movil|mobiel|handy"
     r"|mobil|cell|cellular|celular|cellulare|portable|sms|whatsapp|telegram|viber|hotline|helpline|tlf|puh|puhelin|тел|anruf|rufen?|erreichbar|appele[zr]|llam[ae]r?"
-    r"|ligue|chiam[ai]re|bellen)(?![\w])|電話|电话|手机|携帯"
+    r"|ligue|chiam[ai]re|bellen)(?![\w>])|電話|电话|手机|携帯"
     # Words of many meanings, only where the number follows at once: `call me at`.
     r"|(?<![<\w.])(?:call|ring|text|dial|reach|contact|bel)(?: (?:me|us|him|her|them|the|our|my|now|today|back|office|at|on|is|under|line)){0,4}:? \Z"
 )

@@ -191,8 +191,8 @@ def national_ids(text: str, start: int, stop: int, countries: tuple[str, ...]) -
 
 
 _CARD = re.compile(
-    r"(?<![\w.-])(?<![0-9],)(?<![A-Z]{2}[0-9]{2} )(?:[0-9]{12,14}|[0-9]{4}([ -]?)[0-9]{4}\1[0-9]{4}\1[0-9]{1,4}(?:\1[0-9]{1,3})?"
-    r"|3[0-9]{3}([ -]?)[0-9]{6}\2[0-9]{4,5})(?![\w]|[-.,][0-9])"
+    r"(?<![\w.-])(?<![0-9],)(?<![A-Z]{2}[0-9]{2} )(?:[0-9]{12,14}|[0-9]{4}([ -]?)[0-9]{4}\1[0-9]{4}\1[0-9]{1,4}(?P<rest>\1[0-9]{1,3})?"
+    r"|3[0-9]{3}([ -]?)[0-9]{6}\3[0-9]{4,5})(?![\w]|[-.,][0-9])"
 )
 # What issuers' numbers begin with, and how long they are.
 _ISSUER = re.compile(
@@ -219,12 +219,19 @@ def cards(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
     from stdnum import luhn
 
     for match in overlapping(_CARD, text, start, stop):
-        digits = re.sub("[ -]", "", match[0])
+        number = match[0]
+        if not luhn.is_valid(_solid(number)) and match["rest"]:
+            number = number[: -len(match["rest"])]
+        digits = _solid(number)
         if not luhn.is_valid(digits) or OTHER.search(text, max(0, match.start() - 30), match.start()):
             continue
-        issued = _ISSUER.fullmatch(digits) and (len(digits) != 14 or match[0] != digits)  # 14 in a row are as often a time or an EAN
+        issued = _ISSUER.fullmatch(digits) and (len(digits) != 14 or number != digits)  # 14 in a row are as often a time or an EAN
         if issued or announced(_CARD_WORDS, text, match.start(), NEAR):
-            yield match.span()
+            yield match.start(), match.start() + len(number)
+
+
+def _solid(number: str) -> str:
+    return number.replace(" ", "").replace("-", "")
 
 
 _IBAN = re.compile(r"(?<![\w-])[A-Za-z]{2}[0-9]{2}(?:[ -]?[A-Za-z0-9]){11,30}(?![A-Za-z0-9])")

@@ -10,7 +10,6 @@ from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import chain
 from typing import ClassVar, Literal, NamedTuple
 
 from lmx.data.clean.contacts import emails, ips, phones, spelt_emails
@@ -116,25 +115,20 @@ class Private:
     def find(self, text: str) -> list[Span]:
         """Personal data of the types that are not kept, in the order of the text; no two overlap."""
         spans: list[Span] = []
-        people = (
-            [] if self.people is None else [(start, stop, "person") for start, stop in self.people(text) if 0 <= start < stop <= len(text)]
-        )
-        while True:
-            before = len(spans)
-            found = sorted((TYPES.index(type), start - stop, start, type) for start, stop, type in chain(self._found(text), people))
-            for _, negative, start, type in found:
-                span = Span(start, start - negative, type)
-                place = bisect(spans, span)
-                if (not place or spans[place - 1].stop <= start) and (place == len(spans) or span.stop <= spans[place].start):
-                    spans.insert(place, span)
-            if len(spans) == before:
-                return spans
-            # What stood beside these is looked at again as it will stand beside their placeholders.
-            pieces, at = [], 0
+        found = list(self._found(text))
+        if self.people is not None:
+            found += [(start, stop, "person") for start, stop in self.people(text) if 0 <= start < stop <= len(text)]
+        while _add(spans, found):
+            # The rest is looked at again as it will stand, next to placeholders. `cut[n]`: characters less up to `ends[n]`.
+            pieces, ends, cut, at = [], [-1], [0], 0
             for start, stop, _ in spans:
-                pieces += text[at:start], "<" * (stop - start - 1) + ">"
+                pieces += text[at:start], "<>"
+                cut.append(cut[-1] + stop - start - 2)
+                ends.append(stop - cut[-1])
                 at = stop
-            text = "".join([*pieces, text[at:]])
+            rest = self._found("".join([*pieces, text[at:]]))
+            found = [(start + cut[bisect(ends, start) - 1], stop + cut[bisect(ends, stop - 1) - 1], type) for start, stop, type in rest]
+        return spans
 
     def _found(self, text: str) -> Iterator[tuple[int, int, str]]:
         """What the rules find, which may overlap."""
@@ -187,6 +181,17 @@ class Private:
         digest = int.from_bytes(hashlib.blake2b(f"{type}:{same}".encode(), digest_size=8, key=_key(self.key)).digest())
         # Letters only: digits would be a number, and found again.
         return f"<{type.upper()}:{''.join(chr(97 + digest // 26**place % 26) for place in range(10))}>"
+
+
+def _add(spans: list[Span], found: list[tuple[int, int, str]]) -> bool:
+    """Put into `spans`, sorted, what overlaps none of them or of its betters. Whether there was any."""
+    before = len(spans)
+    for start, stop, type in sorted(found, key=lambda one: (TYPES.index(one[2]), one[0] - one[1], one[0])):
+        span = Span(start, stop, type)
+        place = bisect(spans, span)
+        if (not place or spans[place - 1].stop <= start) and (place == len(spans) or stop <= spans[place].start):
+            spans.insert(place, span)
+    return len(spans) > before
 
 
 @cache

@@ -42,6 +42,7 @@ def found(text, step=FIND):
         ("http://93.184.216.34/x", "93.184.216.34", "ip"),
         ("[2606:4700:4700::1111]:443", "2606:4700:4700::1111", "ip"),
         ("4111 1111 1111 1111", "4111 1111 1111 1111", "credit_card"),
+        ("4111 1111 1111 1111 12 people", "4111 1111 1111 1111", "credit_card"),
         ("3782-822463-10005", "3782-822463-10005", "credit_card"),
         ("Maestro card 639059056056", "639059056056", "credit_card"),
         ("hetu 131052A308T", "131052A308T", "national_id"),
@@ -99,6 +100,11 @@ def test_overlaps_go_to_the_earlier_type():
     assert found("ftp://me:abc4@mail.org/") == [("abc4", "secret")]
     names = Private(person="placeholder", people=capitals)
     assert found("Jane wrote Bob@Example.org", names) == [("Jane", "person"), ("Bob@Example.org", "email")]
+
+
+def test_what_stands_beside_a_finding_is_looked_at_again():
+    text = "+44 20 7946 0958 020 7946 0959, a@b.de 4111 1111 1111 1111 020 7946 0957"
+    assert [value for value, _ in found(text)] == ["+44 20 7946 0958", "020 7946 0959", "a@b.de", "4111 1111 1111 1111", "020 7946 0957"]
 
 
 def capitals(text):
