@@ -60,7 +60,8 @@ _RUN = bytes(ord("1") if chr(byte).isascii() and (chr(byte).isalnum() or chr(byt
 def random_looking(value: str, bits: float = 3.0) -> bool:
     """Whether a value is too random for a name, a path or a date: at least `bits` of Shannon entropy a character, and either 32 hexadecimal
     digits or words and numbers shorter than 3.4 characters on average (`keyboard_handler_2` has three of 5.3; base64 comes to 2)."""
-    if not _DIGIT.search(value) or not _LETTER.search(value):
+    digits = len(_DIGIT.findall(value))
+    if not digits or not _LETTER.search(value) or (digits == 1 and value in (value.lower(), value.upper())):  # `pkcs8_key_info`
         return False
     if not _HEX.fullmatch(value) and sum(map(len, pieces := _PIECE.findall(value))) >= 3.4 * len(pieces):
         return False

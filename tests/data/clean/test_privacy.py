@@ -239,6 +239,7 @@ def test_random_looking_values():
     assert random_looking("a8f5f167f44f4964e6c998dee827110c")
     assert random_looking("wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY")
     assert not random_looking("keyboard_interrupt_handler_2")
+    assert not random_looking("pkcs8_priv_key_info_st")
     assert not random_looking("0000000000000000")
     assert not random_looking("aaaaaaaaaaaaaaa1")
 
