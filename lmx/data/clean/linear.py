@@ -165,7 +165,7 @@ class Training:
     epochs: int = 5
     batch: int = 32
     """Texts an update."""
-    rate: float = 0.1
+    rate: float = 0.2
     """Step size; it falls to 0 over the epochs, linearly."""
     l2: float = 1e-5
     """Times half the squared weights, beside the mean loss."""

@@ -1,0 +1,183 @@
+"""Finding listed words however they are written: `d4mn`, `d a m n`, `d.a.m.n`, `daaamn`, `dаmn` with a Cyrillic a, full-width, struck through.
+
+The other half is what must not be found: a word within a longer one (Scunthorpe), across words (`he'll`, `push it`), a doubled letter that makes
+another word (`god`, `good`), a number (`455`). So:
+
+- A word is found as a whole only: what stands between white space, or a run of letters and signs in there, less the signs at its ends.
+- Letters may be replaced by digits, signs and letters that look like them; with digits, two letters stay, or as many as there are digits.
+- A letter may be drawn out: three times or more. Twice only where English never doubles it (`shiit`), else `rapped` were `raped`.
+- Signs within what stands between white space are left out (`d*a-mn`), except an apostrophe, and except a stop before a capital letter, which
+  ends a sentence.
+- Three or more single letters after one another are a spelt-out word, behind the words a, i, u, r (`u r a ...`) too.
+
+Letters that are left out or masked (`d**n`), and respelling by sound, are not found: list them. In scripts without spaces only whole runs are.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from functools import lru_cache
+from itertools import groupby
+
+# What looks like a Latin letter and is not made one by NFKD: mostly Cyrillic, Greek, Armenian, Cherokee, IPA and small capitals.
+ALIKE = {
+    "a": "аɑαᴀꭺɐ∀ⱥ", "b": "вьƅʙбβᏼƀɓ", "c": "сϲᴄⅽↄ¢ꮯƈ", "d": "ԁᴅժđɗⅾꭰ", "e": "еєҽεᴇꭼ℮ɛёə", "f": "ғƒꜰϝғք", "g": "ɡԍɢցꮆǥ",
+    "h": "нһհʜꮋħ", "i": "іıɩιɪӏꭵⅰӀ", "j": "јϳᴊꭻʝ", "k": "кκᴋꮶƙ", "l": "ʟⅼłꮮƚӏ", "m": "мᴍⅿꮇ", "n": "пηոɴռń", "o": "оοσօᴏøө०ⲟ๐",
+    "p": "рρᴘꮲþ", "q": "ԛզգ", "r": "гʀꭱꮁ", "s": "ѕꜱꮪʂ", "t": "тτᴛꭲŧ", "u": "υսᴜцʋ", "v": "ѵνᴠꮩⅴ", "w": "ԝшωᴡꮃɯ", "x": "хχⅹ×", "y": "уүγʏꮍ",
+    "z": "ᴢꮓʐƶ",
+}  # fmt: skip
+FOLD = {ord(sign): letter for letter, signs in ALIKE.items() for sign in signs}
+for start in (0x1F130, 0x1F150, 0x1F170, 0x1F1E6):  # letters in boxes and of flags
+    FOLD |= {start + i: chr(ord("a") + i) for i in range(26)}
+
+LEET = {"a": "4@", "b": "8", "e": "3€", "g": "96", "i": "1!|", "l": "1!|", "o": "0", "s": "5$", "t": "7+", "u": "v", "z": "2"}
+SIGNS = "@€!|$+"  # those of them that are neither letters nor digits
+CANON = str.maketrans({sign: letter for letter, signs in LEET.items() if letter != "l" for sign in signs} | {"l": "i"})
+"""Every sign to one of the letters that it may stand for, and those letters to the same one."""
+UNDOUBLED = frozenset("ahijqukvwxy")
+ODD = "*~^=#\\\u00b7\u2022"  # signs that do not stand between words
+
+DRAWN = re.compile(r"(.)\1+", re.DOTALL)
+SENTENCE = re.compile(r"(?<=\w)[.!?:;,]+(?=[A-Z])")
+NATIVE = re.compile("[\u0430-\u044f]+|[\u03b1-\u03c9]+")  # a word all in Russian, or Greek, letters is one of that language
+LETTERS = re.compile(r"[^\W\d_]+")
+EDGE = re.compile(rf"^[^\w{re.escape(SIGNS)}]+|[^\w{re.escape(SIGNS)}]+$|^_+|_+$")
+OUTSIDE, OUTSIDE_ALL = re.compile(rf"[^\w{re.escape(SIGNS)}]+|_+"), re.compile(r"[\W_]+")
+BETWEEN = re.compile(rf"[^\w{re.escape(SIGNS + ODD)}]+")
+APOSTROPHE = re.compile("['\u2019\u02bc`]")
+BEFORE = re.compile("[aiur]{0,3}")  # single letters that are words themselves
+ENDS = ".,;:?()[]\"'*-"
+FOUND, BEGUN, NOTHING = "\n", "\t", " "
+SPELT = re.compile(r"\S{3,}")
+KNOWN = 1_000_000  # strings between white space that are remembered
+
+
+def fold(text: str, *, alike: bool = True) -> str:
+    """In lower case, marks and invisible signs gone, and letters that look like Latin ones made those."""
+    if text.isascii():
+        return text.lower()
+    text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).lower())
+    text = "".join(c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf"))
+    return text.translate(FOLD) if alike else text
+
+
+def fold_word(text: str) -> str:
+    """The same of what stands between white space, unless it is all in another alphabet."""
+    if text.isascii():
+        return text.lower()
+    plain = fold(text, alike=False)
+    return plain if NATIVE.fullmatch("".join(LETTERS.findall(plain))) else plain.translate(FOLD)
+
+
+def canonical(word: str) -> str:
+    """What all ways of writing a folded word share (and, seldom, another word's)."""
+    return DRAWN.sub(r"\1", word.translate(CANON))
+
+
+class Finder(dict):
+    """Finds words of a list. It is a dictionary of what strings between white space hold, because most come again and again: a sign each for a
+    word found, for the beginning of a phrase and for nothing; a single letter as it is; of punctuation, nothing.
+
+    Raises ValueError for an entry without letters.
+    """
+
+    def __init__(self, words: tuple[str, ...]):
+        super().__init__()
+        self._forms: dict[str, list[tuple[str, re.Pattern]]] = {}
+        self._phrases: list[tuple[str, re.Pattern]] = []
+        self._first: set[str] = set()
+        for word in words:
+            forms = {fold_word(word), fold(word)}
+            parts = {form: [OUTSIDE_ALL.sub("", part) for part in re.split(r"[\s_-]+", form) if OUTSIDE_ALL.sub("", part)] for form in forms}
+            if not LETTERS.search(word):
+                raise ValueError(f"the word list has {word!r}, which has no letters")
+            for split in parts.values():
+                self._forms.setdefault(canonical("".join(split)), []).append((word, re.compile("".join(map(_pattern, split)))))
+                if len(split) > 1:
+                    apart = r"[\W_]+".join(map(_pattern, split))
+                    self._phrases.append((word, re.compile(rf"(?<![^\W_]){apart}(?![^\W_])")))
+                    self._first.add(canonical(split[0]))
+
+    def find(self, text: str) -> Counter[str]:
+        """The listed words in a text, as the list has them, and how often."""
+        strings = text.split()
+        signs = list(map(self.__getitem__, strings))
+        line = "".join(signs)
+        found = Counter()
+        if FOUND in line:
+            found.update(word for string, sign in zip(strings, signs, strict=True) if FOUND in sign for word in self._words(string))
+        for run in SPELT.findall(line):
+            found.update(self._spelt(run))
+        if BEGUN in line:
+            folded = fold(text)
+            found.update({word: count for word, pattern in self._phrases if (count := len(pattern.findall(folded)))})
+        return found
+
+    def __missing__(self, string: str) -> str:
+        if len(self) >= KNOWN:
+            self.clear()
+        sign = self[string] = self._sign(string)
+        return sign
+
+    def _sign(self, string: str) -> str:
+        if (inside := string.strip(ENDS)).isalpha() and inside.isascii():  # most are, and need no more
+            form = canonical(inside.lower())
+            if len(form) > 1 and form not in self._forms and form not in self._first:
+                return NOTHING
+        if words := self._words(string):
+            return FOUND * len(words)
+        part = EDGE.sub("", fold_word(string))
+        alone = part.strip("!|+") or part
+        if len(set(alone)) <= 1:
+            return alone
+        if self._first and not self._first.isdisjoint(map(canonical, BETWEEN.split(part))):
+            return BEGUN
+        return NOTHING
+
+    def _words(self, string: str) -> list[str]:
+        return [word for sentence in SENTENCE.sub(" ", string).split() for word in self._in(EDGE.sub("", fold_word(sentence)))]
+
+    def _in(self, part: str) -> list[str]:
+        """The words within a folded string without white space: it is one, or what stands between its signs is, or its runs of letters are."""
+        if part.isalpha():
+            return self._word(part)
+        if not APOSTROPHE.search(part) and (word := self._written(part)):
+            return word
+        found = []
+        for piece in BETWEEN.split(part):
+            found += self._written(piece) or [word for run in LETTERS.findall(piece) if run != piece for word in self._word(run)]
+        return found
+
+    def _written(self, part: str) -> list[str]:
+        """Signs that may be letters are, or not at the ends, or none is."""
+        some = OUTSIDE.sub("", part)
+        return self._word(some) or self._word(some.strip("!|+")) or self._word(OUTSIDE_ALL.sub("", part))
+
+    def _word(self, unit: str) -> list[str]:
+        for word, pattern in self._forms.get(canonical(unit), ()):
+            letters = sum(map(str.isalpha, unit))
+            if pattern.fullmatch(unit) and (letters > 1 or sum(map(str.isdigit, unit)) <= letters):
+                return [word]
+        return []
+
+    def _spelt(self, run: str) -> list[str]:
+        for skip in range(BEFORE.match(run).end() + 1):
+            if len(run) - skip >= 3 and (word := self._word(run[skip:])):
+                return word
+        return []
+
+
+@lru_cache(maxsize=16)
+def finder(words: tuple[str, ...]) -> Finder:
+    """One for each list in a process: what it remembers serves all documents."""
+    return Finder(words)
+
+
+def _pattern(word: str) -> str:
+    """All ways of writing a folded word without signs between its letters."""
+    parts = []
+    for letter, run in groupby(word):
+        count, one = len(list(run)), f"[{re.escape(letter + LEET.get(letter, ''))}]"
+        more = f"{one}{{{count},}}" if count > 1 or letter in UNDOUBLED else f"{one}(?:{one}{{2,}})?"
+        parts.append(more)
+    return "".join(parts)
