@@ -88,7 +88,9 @@ class Finder(dict):
         self._first: set[str] = set()
         for word in words:
             forms = {fold_word(word), fold(word)}
-            parts = {form: [OUTSIDE_ALL.sub("", part) for part in re.split(r"[\s_-]+", form) if OUTSIDE_ALL.sub("", part)] for form in forms}
+            parts = {
+                form: [OUTSIDE_ALL.sub("", part) for part in re.split(r"[\s_-]+", form) if OUTSIDE_ALL.sub("", part)] for form in forms
+            }
             if not LETTERS.search(word):
                 raise ValueError(f"the word list has {word!r}, which has no letters")
             for split in parts.values():

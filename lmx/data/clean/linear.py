@@ -127,9 +127,7 @@ class Linear:
         """One file `*.npz`. The same classifier gives the same bytes. Raises ValueError for another suffix."""
         if Path(path).suffix != ".npz":
             raise ValueError(f"path={str(path)!r} must end in .npz")
-        settings = json.dumps(
-            {"format": FORMAT, "features": asdict(self.features), "bias": self.bias, "fingerprint": self.fingerprint}
-        )
+        settings = json.dumps({"format": FORMAT, "features": asdict(self.features), "bias": self.bias, "fingerprint": self.fingerprint})
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path, settings=np.array(settings), weights=self.weights)
 
