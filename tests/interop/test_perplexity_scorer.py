@@ -33,7 +33,9 @@ def params_of(step):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "plays"
-    write_record(folder, Experiment(name="plays", data=Data(train="", tokenizer="bytes"), model=MODEL, objective=CausalLM()), sources={}, data={})
+    write_record(
+        folder, Experiment(name="plays", data=Data(train="", tokenizer="bytes"), model=MODEL, objective=CausalLM()), sources={}, data={}
+    )
     with Manager(folder / "checkpoints", Checkpoints()) as manager:
         for step in (1, 2):
             manager.save(step, TrainState(jnp.int32(step), jax.random.key(0), params_of(step), {}, {}), {"example": 0})

@@ -194,9 +194,11 @@ def lower_tail(hits: int, draws: int, marked: int, total: int) -> float:
     lowest = max(0, draws + marked - total)
     if hits >= min(draws, marked):
         return 1.0
-    deviation = math.sqrt(max(draws * marked / total * (1 - marked / total) * (total - draws) / max(total - 1, 1), 0))
-    # Further than 40 deviations below there is nothing that a sum of floats would notice.
-    x = np.arange(hits, max(lowest, hits - int(40 * deviation) - 100), -1, dtype=np.float64)
+    mean = draws * marked / total
+    far = 40 * math.sqrt(max(mean * (1 - marked / total) * (total - draws) / max(total - 1, 1), 0)) + 100
+    # Further than 40 deviations from the mean, or below the hits, there is nothing that a sum of floats would notice.
+    hits = min(hits, int(mean + far))
+    x = np.arange(hits, max(lowest, int(min(hits, mean) - far)), -1, dtype=np.float64)
     falls = np.log(x) + np.log(total - marked - draws + x) - np.log(draws - x + 1) - np.log(marked - x + 1)
     at = _log_choose(marked, hits) + _log_choose(total - marked, draws - hits) - _log_choose(total, draws)
     return float(min(1.0, np.exp(at + np.concatenate([[0.0], np.cumsum(falls)])).sum()))

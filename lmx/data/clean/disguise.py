@@ -21,16 +21,22 @@ from itertools import groupby
 
 # What looks like a Latin letter and is not made one by NFKD: mostly Cyrillic, Greek, Armenian, Cherokee, IPA and small capitals.
 ALIKE = {
-    "a": "аɑαᴀꭺɐ∀ⱥ", "b": "вьƅʙбβᏼƀɓ", "c": "сϲᴄⅽↄ¢ꮯƈ", "d": "ԁᴅժđɗⅾꭰ", "e": "еєҽεᴇꭼ℮ɛёə", "f": "ғƒꜰϝғք", "g": "ɡԍɢցꮆǥ",
-    "h": "нһհʜꮋħ", "i": "іıɩιɪӏꭵⅰӀ", "j": "јϳᴊꭻʝ", "k": "кκᴋꮶƙ", "l": "ʟⅼłꮮƚӏ", "m": "мᴍⅿꮇ", "n": "пηոɴռń", "o": "оοσօᴏøө०ⲟ๐",
+    "a": "аɑαᴀꭺɐ∀ⱥ", "b": "вьƅʙбβᏼƀɓ", "c": "сϲᴄⅽↄ¢ꮯƈ", "d": "ԁᴅժđɗⅾꭰ", "e": "еєҽεᴇꭼ℮ɛёə", "f": "ғƒꜰϝք", "g": "ɡԍɢցꮆǥ",
+    "h": "нһհʜꮋħ", "i": "іıɩιɪꭵⅰ", "j": "јϳᴊꭻʝ", "k": "кκᴋꮶƙ", "l": "ʟⅼłꮮƚ", "m": "мᴍⅿꮇ", "n": "пηոɴռń", "o": "оοσօᴏøө०ⲟ๐",
     "p": "рρᴘꮲþ", "q": "ԛզգ", "r": "гʀꭱꮁ", "s": "ѕꜱꮪʂ", "t": "тτᴛꭲŧ", "u": "υսᴜцʋ", "v": "ѵνᴠꮩⅴ", "w": "ԝшωᴡꮃɯ", "x": "хχⅹ×", "y": "уүγʏꮍ",
     "z": "ᴢꮓʐƶ",
 }  # fmt: skip
 FOLD = {ord(sign): letter for letter, signs in ALIKE.items() for sign in signs}
+FOLD |= dict.fromkeys(map(ord, "\u04cf\u04c0\u01c0\u2223"), "|")  # an i or an l
+for sign, letter in list(FOLD.items()):  # NFKD makes other letters of some
+    form = unicodedata.normalize("NFKD", chr(sign))
+    if len(form) == 1 and not form.isascii():
+        FOLD.setdefault(ord(form), letter)
 for start in (0x1F130, 0x1F150, 0x1F170, 0x1F1E6):  # letters in boxes and of flags
     FOLD |= {start + i: chr(ord("a") + i) for i in range(26)}
 
 LEET = {"a": "4@", "b": "8", "e": "3€", "g": "96", "i": "1!|", "l": "1!|", "o": "0", "s": "5$", "t": "7+", "u": "v", "z": "2"}
+ENDING = "!|+"  # those that also end a sentence or stand at a word's side
 SIGNS = "@€!|$+"  # those of them that are neither letters nor digits
 CANON = str.maketrans({sign: letter for letter, signs in LEET.items() if letter != "l" for sign in signs} | {"l": "i"})
 """Every sign to one of the letters that it may stand for, and those letters to the same one."""
@@ -129,7 +135,7 @@ class Finder(dict):
         if words := self._words(string):
             return FOUND * len(words)
         part = EDGE.sub("", fold_word(string))
-        alone = part.strip("!|+") or part
+        alone = part.strip(ENDING) or part[:1]
         if len(set(alone)) <= 1:
             return alone
         if self._first and not self._first.isdisjoint(map(canonical, BETWEEN.split(part))):
@@ -153,7 +159,11 @@ class Finder(dict):
     def _written(self, part: str) -> list[str]:
         """Signs that may be letters are, or not at the ends, or none is."""
         some = OUTSIDE.sub("", part)
-        return self._word(some) or self._word(some.strip("!|+")) or self._word(OUTSIDE_ALL.sub("", part))
+        forms = [some, OUTSIDE_ALL.sub("", part)]
+        if (core := some.strip(ENDING)) != some and core:
+            before, behind = some.split(core)[0][-1:], some.rsplit(core)[-1][:1]
+            forms += [core, before + core, core + behind, before + core + behind]
+        return next((word for form in forms if (word := self._word(form))), [])
 
     def _word(self, unit: str) -> list[str]:
         for word, pattern in self._forms.get(canonical(unit), ()):
@@ -163,6 +173,7 @@ class Finder(dict):
         return []
 
     def _spelt(self, run: str) -> list[str]:
+        run = run if NATIVE.fullmatch(run) else run.translate(FOLD)
         for skip in range(BEFORE.match(run).end() + 1):
             if len(run) - skip >= 3 and (word := self._word(run[skip:])):
                 return word

@@ -64,13 +64,13 @@ TERMS: Mapping[str, tuple[str, ...]] = {
     ),
     "disability": (
         "disabled|disability|disabilities", "blind people|blind person|blind man|blind woman|visually impaired",
-        "deaf|hard of hearing|hearing impaired", "wheelchair|wheelchairs|wheelchair user|wheelchair users",
+        "deaf|hard of hearing|hearing impaired", "wheelchair|wheelchairs",
         "autistic|autism", "dyslexic|dyslexia", "epileptic|epilepsy", "down syndrome", "paralyzed|paralysed|paraplegic|quadriplegic",
         "mental illness|mentally ill", "schizophrenic|schizophrenia", "bipolar", "cerebral palsy",
     ),
     "age": (
         "elderly", "senior citizen|senior citizens|pensioner|pensioners", "teenager|teenagers|teen|teens|teenage|adolescent|adolescents",
-        "child|children|kid|kids", "baby|babies|infant|infants", "middle aged", "millennial|millennials", "boomer|boomers|baby boomers",
+        "child|children|kid|kids", "baby|babies|infant|infants", "middle aged", "millennial|millennials", "boomer|boomers",
         "grandmother|grandmothers|grandma|granny", "grandfather|grandfathers|grandpa", *_people("old", "older", "young"),
     ),
     "dialect": (

@@ -7,11 +7,13 @@ version. One text is scored without Python loops over its words.
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -147,7 +149,7 @@ def load_linear(path: str, fingerprint: str = "") -> Linear:
             settings, weights = json.loads(str(file["settings"])), file["weights"]
         orders = {name: tuple(value) if isinstance(value, list) else value for name, value in settings["features"].items()}
         model = Linear(Features(**orders), weights, settings["bias"])
-    except (OSError, KeyError, EOFError, TypeError, ValueError) as error:
+    except (OSError, KeyError, EOFError, TypeError, ValueError, BadZipFile, zlib.error) as error:
         raise ValueError(f"model={path!r} is no classifier of format {FORMAT} ({str(error)[:80]})") from error
     if settings["format"] != FORMAT or model.fingerprint != settings["fingerprint"] or len(weights) != 2**model.features.bits:
         raise ValueError(f"model={path!r} is damaged, or of another format than {FORMAT}; train it again")
