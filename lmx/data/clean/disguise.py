@@ -19,13 +19,14 @@ from collections import Counter
 from functools import lru_cache
 from itertools import groupby
 
-# What looks like a Latin letter and is not made one by NFKD: mostly Cyrillic, Greek, Armenian, Cherokee, IPA and small capitals.
+# What looks like a Latin letter and is not made one by NFKD: mostly Cyrillic, Greek, Coptic, Armenian, Cherokee, Lisu, IPA, small capitals.
 ALIKE = {
-    "a": "аɑαᴀꭺɐ∀ⱥ", "b": "вьƅʙбβᏼƀɓ", "c": "сϲᴄⅽↄ¢ꮯƈ", "d": "ԁᴅժđɗⅾꭰ", "e": "еєҽεᴇꭼ℮ɛёə", "f": "ғƒꜰϝք", "g": "ɡԍɢցꮆǥ",
-    "h": "нһհʜꮋħ", "i": "іıɩιɪꭵⅰ", "j": "јϳᴊꭻʝ", "k": "кκᴋꮶƙ", "l": "ʟⅼłꮮƚ", "m": "мᴍⅿꮇ", "n": "пηոɴռń", "o": "оοσօᴏøө०ⲟ๐",
-    "p": "рρᴘꮲþ", "q": "ԛզգ", "r": "гʀꭱꮁ", "s": "ѕꜱꮪʂ", "t": "тτᴛꭲŧ", "u": "υսᴜцʋ", "v": "ѵνᴠꮩⅴ", "w": "ԝшωᴡꮃɯ", "x": "хχⅹ×", "y": "уүγʏꮍ",
-    "z": "ᴢꮓʐƶ",
+    "a": "аɑαᴀꭺɐ∀ⱥꓮ", "b": "вьƅʙбβᏼƀɓꓐꮟ", "c": "сϲᴄⅽↄ¢ꮯƈꓚⲥ", "d": "ԁᴅժđɗⅾꭰꓒꓓꮷ", "e": "еєҽεᴇꭼ℮ɛёəꓰⴹ", "f": "ғƒꜰϝքꓝꞙ", "g": "ɡԍɢցꮆǥꓖꮐ",
+    "h": "нһհʜꮋħꓧꮒⲏ", "i": "іıɩιɪꭵⅰꓲⲓꙇ", "j": "јϳᴊꭻʝꓙ", "k": "кκᴋꮶƙꓗⲕ", "l": "ʟⅼłꮮƚꓡ", "m": "мᴍⅿꮇꓟⲙ", "n": "пηոɴռńꓠⲛ", "o": "оοσօᴏøө०ⲟ๐ꓳ",
+    "p": "рρᴘꮲþꓑⲣ", "q": "ԛզգ", "r": "гʀꭱꮁꓣꮢⲅ", "s": "ѕꜱꮪʂꓢꮥƽ", "t": "тτᴛꭲŧꓔⲧ", "u": "υսᴜцʋꓴ", "v": "ѵνᴠꮩⅴꓦ", "w": "ԝшωᴡꮃɯꓪꮤѡա",
+    "x": "хχⅹ×ꓫⲭⵝ", "y": "уүγʏꮍꓬꭹⲩɣყỿ", "z": "ᴢꮓʐƶꓜ",
 }  # fmt: skip
+CAPITALS = str.maketrans("ΗΜΝΥΖϹՏ", "hmnyzcs")  # which do not look like their small letters
 FOLD = {ord(sign): letter for letter, signs in ALIKE.items() for sign in signs}
 FOLD |= dict.fromkeys(map(ord, "\u04cf\u04c0\u01c0\u2223"), "|")  # an i or an l
 for sign, letter in list(FOLD.items()):  # NFKD makes other letters of some
@@ -43,6 +44,7 @@ CANON = str.maketrans({sign: letter for letter, signs in LEET.items() if letter 
 UNDOUBLED = frozenset("ahijqukvwxy")
 ODD = "*~^=#\\\u00b7\u2022"  # signs that do not stand between words
 
+OTHERS = re.compile(r"[^\x00-\x7f]+")
 DRAWN = re.compile(r"(.)\1+", re.DOTALL)
 SENTENCE = re.compile(r"(?<=\w)[.!?:;,]+(?=[A-Z])")
 NATIVE = re.compile("[\u0430-\u044f]+|[\u03b1-\u03c9]+")  # a word all in Russian, or Greek, letters is one of that language
@@ -59,11 +61,15 @@ KNOWN = 1_000_000  # strings between white space that are remembered
 
 
 def fold(text: str, *, alike: bool = True) -> str:
-    """In lower case, marks and invisible signs gone, and letters that look like Latin ones made those."""
-    if text.isascii():
-        return text.lower()
-    text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).lower())
-    text = "".join(c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf"))
+    """In lower case, marks and invisible signs gone, digits made 0 to 9, and letters that look like Latin ones made those."""
+    return text.lower() if text.isascii() else OTHERS.sub(lambda match: _folded(match[0], alike), text).lower()
+
+
+@lru_cache(maxsize=100_000)
+def _folded(text: str, alike: bool) -> str:
+    text = unicodedata.normalize("NFKD", text.translate(CAPITALS) if alike else text)  # which makes other letters of some
+    text = unicodedata.normalize("NFKD", (text.translate(CAPITALS) if alike else text).lower())
+    text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf"))
     return text.translate(FOLD) if alike else text
 
 
@@ -72,7 +78,7 @@ def fold_word(text: str) -> str:
     if text.isascii():
         return text.lower()
     plain = fold(text, alike=False)
-    return plain if NATIVE.fullmatch("".join(LETTERS.findall(plain))) else plain.translate(FOLD)
+    return plain if NATIVE.fullmatch("".join(LETTERS.findall(plain))) else fold(text)
 
 
 def canonical(word: str) -> str:
