@@ -8,6 +8,7 @@ another word (`god`, `good`), a number (`455`). So:
 - A letter may be drawn out: three times or more. Twice only where English never doubles it (`shiit`), else `rapped` were `raped`.
 - Signs within what stands between white space are left out (`d*a-mn`), except an apostrophe, and except a stop before a capital letter, which
   ends a sentence.
+- A phrase is found over any signs and white space between its words; one whose longest word is itself listed counts as that word.
 - Three or more single letters after one another are a spelt-out word, behind the words a, i, u, r (`u r a ...`) too.
 
 Letters that are left out or masked (`d**n`), and respelling by sound, are not found: list them. In scripts without spaces only whole runs are.
@@ -55,8 +56,9 @@ BETWEEN = re.compile(rf"[^\w{re.escape(SIGNS + ODD)}]+")
 APOSTROPHE = re.compile("['\u2019\u02bc`]")
 BEFORE = re.compile("[aiur]{0,3}")  # single letters that are words themselves
 ENDS = ".,;:?()[]\"'*-"
-FOUND, BEGUN, NOTHING = "\n", "\t", " "
+FOUND, PART, NOTHING = "\n", "\t", " "
 SPELT = re.compile(r"\S{3,}")
+LONGEST = 200  # characters of a string between white space; in longer ones only runs of letters are looked at
 KNOWN = 1_000_000  # strings between white space that are remembered
 
 
@@ -88,7 +90,7 @@ def canonical(word: str) -> str:
 
 class Finder(dict):
     """Finds words of a list. It is a dictionary of what strings between white space hold, because most come again and again: a sign each for a
-    word found, for the beginning of a phrase and for nothing; a single letter as it is; of punctuation, nothing.
+    word found, for part of a phrase and for nothing; a single letter as it is; of punctuation, nothing.
 
     Raises ValueError for an entry without letters.
     """
@@ -96,21 +98,18 @@ class Finder(dict):
     def __init__(self, words: tuple[str, ...]):
         super().__init__()
         self._forms: dict[str, list[tuple[str, re.Pattern]]] = {}
-        self._phrases: list[tuple[str, re.Pattern]] = []
-        self._first: set[str] = set()
+        self._phrases: dict[str, list[tuple[str, re.Pattern]]] = {}  # by their longest word
         for word in words:
-            forms = {fold_word(word), fold(word)}
-            parts = {
-                form: [OUTSIDE_ALL.sub("", part) for part in re.split(r"[\s_-]+", form) if OUTSIDE_ALL.sub("", part)] for form in forms
-            }
+            forms = dict.fromkeys((fold_word(word), fold(word)))
+            parts = [[piece for part in re.split(r"[\s_-]+", form) if (piece := OUTSIDE_ALL.sub("", part))] for form in forms]
             if not LETTERS.search(word):
                 raise ValueError(f"the word list has {word!r}, which has no letters")
-            for split in parts.values():
+            for split in parts:
                 self._forms.setdefault(canonical("".join(split)), []).append((word, re.compile("".join(map(_pattern, split)))))
                 if len(split) > 1:
                     apart = r"[\W_]+".join(map(_pattern, split))
-                    self._phrases.append((word, re.compile(rf"(?<![^\W_]){apart}(?![^\W_])")))
-                    self._first.add(canonical(split[0]))
+                    pattern = re.compile(rf"(?<![^\W_]){apart}(?![^\W_])")
+                    self._phrases.setdefault(canonical(max(split, key=len)), []).append((word, pattern))
 
     def find(self, text: str) -> Counter[str]:
         """The listed words in a text, as the list has them, and how often."""
@@ -122,12 +121,16 @@ class Finder(dict):
             found.update(word for string, sign in zip(strings, signs, strict=True) if FOUND in sign for word in self._words(string))
         for run in SPELT.findall(line):
             found.update(self._spelt(run))
-        if BEGUN in line:
+        if PART in line:
+            parts = dict.fromkeys(string for string, sign in zip(strings, signs, strict=True) if sign == PART)
+            phrases = dict.fromkeys(phrase for string in parts for key in self._keys(string) for phrase in self._phrases.get(key, ()))
             folded = fold(text)
-            found.update({word: count for word, pattern in self._phrases if (count := len(pattern.findall(folded)))})
+            found.update({word: count for word, pattern in phrases if (count := len(pattern.findall(folded)))})
         return found
 
     def __missing__(self, string: str) -> str:
+        if len(string) > LONGEST:
+            return FOUND * len(self._words(string)) or NOTHING
         if len(self) >= KNOWN:
             self.clear()
         sign = self[string] = self._sign(string)
@@ -136,7 +139,7 @@ class Finder(dict):
     def _sign(self, string: str) -> str:
         if (inside := string.strip(ENDS)).isalpha() and inside.isascii():  # most are, and need no more
             form = canonical(inside.lower())
-            if len(form) > 1 and form not in self._forms and form not in self._first:
+            if len(form) > 1 and form not in self._forms and form not in self._phrases:
                 return NOTHING
         if words := self._words(string):
             return FOUND * len(words)
@@ -144,11 +147,14 @@ class Finder(dict):
         alone = part.strip(ENDING) or part[:1]
         if len(set(alone)) <= 1:
             return alone
-        if self._first and not self._first.isdisjoint(map(canonical, BETWEEN.split(part))):
-            return BEGUN
-        return NOTHING
+        return NOTHING if self._phrases.keys().isdisjoint(self._keys(string)) else PART
+
+    def _keys(self, string: str) -> list[str]:
+        return [canonical(piece) for piece in BETWEEN.split(EDGE.sub("", fold_word(string)))]
 
     def _words(self, string: str) -> list[str]:
+        if len(string) > LONGEST:
+            return [word for run in LETTERS.findall(fold_word(string)) for word in self._word(run)]
         return [word for sentence in SENTENCE.sub(" ", string).split() for word in self._in(EDGE.sub("", fold_word(sentence)))]
 
     def _in(self, part: str) -> list[str]:
@@ -172,7 +178,7 @@ class Finder(dict):
         return next((word for form in forms if (word := self._word(form))), [])
 
     def _word(self, unit: str) -> list[str]:
-        for word, pattern in self._forms.get(canonical(unit), ()):
+        for word, pattern in self._forms.get(canonical(unit), ()) if len(unit) <= LONGEST else ():
             letters = sum(map(str.isalpha, unit))
             if pattern.fullmatch(unit) and (letters > 1 or sum(map(str.isdigit, unit)) <= letters):
                 return [word]

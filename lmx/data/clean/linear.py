@@ -243,7 +243,8 @@ def _fit(texts: Sequence[str], labels: np.ndarray, features: Features, training:
     share = labels.mean()
     importance = np.where(labels == 1, 0.5 / share, 0.5 / (1 - share))
     size = 2**features.bits
-    weights, squares = np.zeros(size + 1), np.full(size + 1, 1e-6)  # the last is the bias
+    # The last is the bias. Squares begin high enough that a feature seen once or twice moves little.
+    weights, squares = np.zeros(size + 1), np.full(size + 1, 1e-4)
     generator = np.random.Philox(key=np.array([training.seed, 0], np.uint64))
     steps = -(-len(texts) // training.batch)
     for epoch in range(training.epochs):

@@ -144,6 +144,13 @@ def test_memory_of_strings_is_bounded(monkeypatch):
         assert len(found) <= 50
 
 
+@pytest.mark.parametrize(
+    "long", ["k" + "-" * 200_000 + "i", "k" + "1" * 200_000 + "!", "." * 200_000, "\u0430" * 200_000, "a.B" * 70_000, "A " * 100_000]
+)
+def test_long_strings_take_no_long_time(long):
+    assert FINDER.find(f"{long} kiwi,{long}") == {"kiwi": 1}
+
+
 def test_fold_keeps_plain_text():
     assert fold("Plain TEXT, 100%") == "plain text, 100%"
     assert fold("na\u00efve \uff21\u200b\u0430") == "naive aa"
