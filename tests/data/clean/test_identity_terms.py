@@ -62,7 +62,7 @@ PIECES = [
 ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.lists(
         st.lists(st.tuples(st.sampled_from(PIECES), st.sampled_from([" ", " ", "-", ", ", ". ", "\n", "\u2014"])), max_size=12), max_size=5

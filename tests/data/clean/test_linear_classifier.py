@@ -101,7 +101,7 @@ SMALL = Features(words=(1,), characters=(), bits=8)
 
 def test_training_reaches_the_minimum_that_scipy_finds():
     first, second = sentences(["a", "b", "c", "d", "e"], 60, 0), sentences(["c", "d", "e", "f", "g", "h"], 90, 1)
-    how = Training(epochs=400, rate=0.5, l2=1e-2, held_out=0.1, batch=16)
+    how = Training(epochs=200, rate=0.5, l2=1e-2, held_out=0.1, batch=16)
     model, evaluation = train(first, second, features=SMALL, training=how)
     trained = [(text, label) for texts, label in ((first, 1.0), (second, 0.0)) for text in texts if linear._draw(text, 0) >= how.held_out]
     assert evaluation.texts + len(trained) == 150
