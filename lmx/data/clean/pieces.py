@@ -12,14 +12,13 @@ import re
 import sys
 import unicodedata
 from collections.abc import Mapping
-from functools import cache, lru_cache
+from functools import cache
 from itertools import product
 
 LONG = 1000  # characters: a longer piece without white space (base64, minified code, Chinese) is cut inside only
 
-_PUNCTUATION = r"…|……|[,:;!?¿؟¡()\[\]{}<>_#*&。？！，、；：～·।،۔؛٪]"
-_QUOTES = "'\"”“`‘´’‚,„»«「」『』（）〔〕【】《》〈〉\u2329\u232a⟦⟧"
-_CURRENCY = r"US\$|C\$|A\$|[$£€¥฿₽﷼₴₠-₿]"
+_MARKS = ",:;!?¿؟¡()[]{}<>_#*&。？！，、；：～·।،۔؛٪" + "'\"”“`‘´’‚„»«「」『』（）〔〕【】《》〈〉\u2329\u232a⟦⟧"
+_CURRENCY = "$£€¥฿₽﷼₴" + "".join(map(chr, range(0x20A0, 0x20C0)))
 _UNITS = (
     "km km² km³ m m² m³ dm dm² dm³ cm cm² cm³ mm mm² mm³ ha µm nm yd in ft kg g mg µg t lb oz m/s km/h kmh mph hPa Pa mbar mb MB kb KB "
     "gb GB tb TB T G M K % км км² км³ м м² м³ дм дм² дм³ см см² см³ мм мм² мм³ нм кг г мг м/с км/ч кПа Па мбар Кб КБ кб Мб МБ мб Гб ГБ гб Тб ТБ"
@@ -49,39 +48,62 @@ _CONTRACTED = (  # and each without its apostrophe
     ("ca could do does did had may might must need ought sha should wo would", "n't n't've"),
     ("ai are is was were have has dare", "n't"),
 )
-_NOT_PARTS = ("ill", "its", "hell", "shell", "shed", "were", "well", "whore")
+_ONLY_WITH_APOSTROPHE = frozenset(
+    {("i", "'ll"), ("it", "'s"), ("he", "'ll"), ("she", "'ll"), ("she", "'d"), ("we", "'re"), ("we", "'ll"), ("who", "'re")}
+)
+_UNIT_OR_POSSESSIVE = re.compile(r"[0-9]|['’][sS]$")
 
 
-@lru_cache(1 << 17)
-def pieces(piece: str) -> tuple[str, ...]:
-    """The words of a text without white space."""
-    special, prefix, suffix, infix, address = _rules()
+class _Seen(dict):
+    """Pieces and their words. A plain dictionary, emptied when full, is three times as fast as `lru_cache`, whose every hit moves its entry."""
+
+    LIMIT = 1 << 17
+
+    def __missing__(self, piece: str) -> tuple[str, ...]:
+        if len(self) >= self.LIMIT:
+            self.clear()
+        found = self[piece] = _cut(piece)
+        return found
+
+
+pieces = _Seen().__getitem__  # the words of a text without white space, as a tuple
+
+
+def _cut(piece: str) -> tuple[str, ...]:
+    special, opening, closing, prefix, suffix, infix, address = _rules()
+    if piece.isalpha():
+        return special.get(piece, (piece,))
     stem, last = piece[:-1], piece[-1:]
-    plain = stem.isalpha() and stem not in special and (last in ",;:!?)" or (last == "." and "a" <= stem[-1] <= "z"))
-    if plain and piece not in special:  # most of those that are no word as they stand
-        return (stem, last)
+    if stem.isalpha() and (last in ",;:!?)" or (last == "." and "a" <= stem[-1] <= "z")) and stem not in special and piece not in special:
+        return (stem, last)  # most of those that are no word as they stand
     before, after = [], []
     while not piece.isalpha() and piece not in special and 0 < len(piece) < LONG:
-        start = prefix.match(piece) if not piece[0].isalnum() or "$" in piece else None
+        start, end = 0, 0
+        if piece[0] in opening:
+            start = 1
+        elif (not piece[0].isalnum() or "$" in piece) and (found := prefix.match(piece)):
+            start = found.end()
         if start:
-            before.append(start[0])
-            if (rest := piece[start.end() :]) in special:
+            before.append(piece[:start])
+            if (rest := piece[start:]) in special:
                 piece = rest
                 break
-        else:
-            rest = piece
-        end = None if rest.isalpha() else suffix.search(rest, 0 if rest.endswith("..") else max(0, len(rest) - 5))
+        if len(piece) > start:
+            if piece[-1] in closing:
+                end = 1
+            elif not piece[-1].isalnum() or _UNIT_OR_POSSESSIVE.search(piece):
+                tail = start if piece.endswith("..") else max(start, len(piece) - 5)
+                end = len(found[0]) if (found := suffix.search(piece, tail)) else 0
         if end:
-            after.append(end[0])
-            if (whole := piece[: -len(end[0])]) in special:  # with the prefix: `:)` in `:).`
+            after.append(piece[-end:])
+            if (whole := piece[:-end]) in special:  # with the prefix: `:)` in `:).`
                 piece = whole
                 if start:
                     before.pop()
                 break
-            rest = rest[: end.start()]
         elif not start:
             break
-        piece = rest
+        piece = piece[start : len(piece) - end]
     if piece in special:
         middle = special[piece]
     elif piece.isalpha() or ("." in piece and len(piece) < LONG and address.match(piece)):
@@ -105,33 +127,36 @@ def _rejoined(found: list[str], special: Mapping[str, tuple[str, ...]]) -> list[
 
 @cache
 def _rules():
-    """Words with their own parts, and the patterns of what comes off in front, behind, and inside; of addresses."""
+    """Words with their own parts; characters that come off in front, and behind; the patterns of what else does, in front, behind, and
+    inside; of addresses."""
     lower = upper = symbols = ""
     for character in map(chr, range(0x20000)):
         kind = unicodedata.category(character)
-        if kind in ("Mn", "Mc") or character.isalpha():  # with the vowel signs of Indic scripts
+        if character < "\U00010000" and (kind in ("Mn", "Mc") or character.isalpha()):  # with the vowel signs of Indic scripts
             lower += "" if character.isupper() else character
             upper += "" if character.islower() else character
         elif kind == "So":
             symbols += character
-    lower, upper, symbols = map(_ranges, (lower, upper, symbols))
-    either, quotes = lower + upper, re.escape(_QUOTES)
-    common = rf"{_PUNCTUATION}|\.\.+|[{quotes}]|[{symbols}]"
-    prefix = rf"[§%=—–]|\+(?![0-9])|{common}|{_CURRENCY}"
+    opening, closing = frozenset(f"§%=—–…{_MARKS}{_CURRENCY}{symbols}"), frozenset(f"—–{_MARKS}{symbols}")
+    # Sets of Python's patterns are tables only where all is below U+10000: what is above stands apart, behind a quick look.
+    above = rf"(?=[^\0-\uffff])[{_ranges(''.join(c for c in symbols if c > '\uffff'))}]"
+    symbols = "".join(c for c in symbols if c <= "\uffff")
+    lower, upper, symbols, marks = *map(_ranges, (lower, upper, symbols)), re.escape(_MARKS)
+    either, quotes, dollars = lower + upper, re.escape(_MARKS[_MARKS.index("'") :]), r"US\$|C\$|A\$"
     suffix = (
-        rf"{common}|['’][sS]|[—–]|(?<=[0-9])\+|(?<=°[FfCcKk])\.|(?<=[0-9])(?:{_CURRENCY})|(?<=[0-9])(?:{_UNITS.replace(' ', '|')})"
-        rf"|(?<=[0-9{lower}%²\-+…,:;!?¿؟¡()\[\]{{}}<>_#*&。？！，、；：～·।،۔؛٪{quotes}])\.|(?<=[{upper}][{upper}])\."
+        rf"……|…|\.\.+|['’][sS]|(?<=[0-9])(?:\+|{dollars}|[{re.escape(_CURRENCY)}]|{_UNITS.replace(' ', '|')})|(?<=°[FfCcKk])\."
+        rf"|(?<=[0-9{lower}%²\-+…|{marks}])\.|(?<=[{upper}][{upper}])\."
     )
     infix = (
-        rf"\.\.+|…|[{symbols}]|(?<=[0-9])[+\-*^](?=[0-9-])|(?<=[{lower}{quotes}])\.(?=[{upper}{quotes}])|(?<=[{either}]),(?=[{either}])"
-        rf"|(?<=[{either}0-9])(?:--|---|——|[-–—~])(?=[{either}])|(?<=[{either}0-9])[:<>=/](?=[{either}])"
+        rf"{above}|(?=[.…,+\-*^–—~:<>=/{symbols}])(?:\.\.+|…|[{symbols}]|(?<=[0-9])[+\-*^](?=[0-9-])|(?<=[{lower}{quotes}])\.(?=[{upper}{quotes}])"
+        rf"|(?<=[{either}]),(?=[{either}])|(?<=[{either}0-9])(?:(?:---?|——|[-–—~])(?=[{either}])|[:<>=/](?=[{either}])))"
     )
     name = r"[A-Za-z0-9\u00a1-\uffff]"
     address = (
         rf"(?:[\w+\-.]{{2,}}://)?(?:[^\s@]+@)?(?:(?:\d{{1,3}}\.){{3}}\d{{1,3}}|(?:{name}(?:[A-Za-z0-9\u00a1-\uffff_-]{{0,62}}{name})?\.)+"
         rf"[{lower}]{{2,63}})(?::\d{{2,5}})?(?:[/?#]\S*)?$"
     )
-    return _special(), *map(re.compile, (prefix, f"(?:{suffix})$", infix, address))
+    return _special(), opening, closing, *map(re.compile, (rf"\.\.+|\+(?![0-9])|{dollars}", f"(?:{suffix})$", infix, address))
 
 
 def _special() -> dict[str, tuple[str, ...]]:
@@ -143,7 +168,7 @@ def _special() -> dict[str, tuple[str, ...]]:
         for word in (stem, stem.title()):
             parts.append((word, *ends))
             bare = tuple(part.replace("'", "") for part in ends)
-            if stem + "".join(bare) not in _NOT_PARTS:
+            if (stem, end) not in _ONLY_WITH_APOSTROPHE:
                 parts.append((word, *bare))
     parts += [tuple(part.replace("'", "’") for part in word) for word in parts]
     return {"".join(word): tuple(map(sys.intern, word)) for word in parts}
