@@ -4,7 +4,6 @@ import bz2
 import gzip
 import importlib
 import lzma
-import tarfile
 import zlib
 from io import BufferedReader
 from pathlib import Path
@@ -37,12 +36,12 @@ def packed(path: str | Path) -> bool:
 
 
 def damage() -> tuple[type[Exception], ...]:
-    """What reading a damaged compressed file or tar can raise. (OSError too, from bz2 and gzip: catch it after these.)"""
+    """What reading a damaged compressed file can raise. (OSError too, from bz2 and gzip: catch it after these.)"""
     try:
         extra = (_zstd("", "").ZstdError,)
     except ValueError:
         extra = ()
-    return (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, tarfile.TarError, *extra)
+    return (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, *extra)
 
 
 def _magic(path: Path) -> bytes:

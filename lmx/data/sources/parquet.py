@@ -80,7 +80,7 @@ def _batch(batch: Any, number: int, path: Path) -> Iterator[tuple[int, dict[str,
     for row in range(batch.num_rows):
         try:
             values = [column[row] for column in columns] if columns else [column[row].as_py() for column in batch.columns]
-            found = number + row, {name: plain(value) for name, value in zip(names, values, strict=True)}
+            found = number + row, {name: v if type(v) is str else plain(v) for name, v in zip(names, values, strict=True)}
         except ValueError as error:
             found = Omitted(f"{path}, record {number + row}", first_line(error), damaged=True)
         yield found

@@ -91,7 +91,7 @@ def iso(value: Any) -> str:
         if isinstance(value, str) and not SECONDS.fullmatch(value):
             value = date.fromisoformat(value) if len(value) == 10 else datetime.fromisoformat(value)
         elif isinstance(value, int | float | str) and not isinstance(value, bool):
-            value = datetime.fromtimestamp(float(value), UTC)
+            return datetime.fromtimestamp(float(value), UTC).isoformat().removesuffix("+00:00") + "Z"
         if isinstance(value, datetime):
             value = (value if value.tzinfo else value.replace(tzinfo=UTC)).astimezone(UTC).replace(tzinfo=None)
             return value.isoformat() + "Z"

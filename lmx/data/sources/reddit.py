@@ -70,15 +70,14 @@ class Reddit:
                 yield line
                 continue
             offset, record = line
-            where = f"{path}, byte {offset}"
             try:
                 body = _body(record)
                 reason = self._reason(record, body, only)
             except ValueError as error:
-                yield Omitted(where, str(error), damaged=True)
+                yield Omitted(f"{path}, byte {offset}", str(error), damaged=True)
                 continue
             if reason:
-                yield Omitted(where, reason)
+                yield Omitted(f"{path}, byte {offset}", reason)
                 continue
             comment = "body" in record
             text = body if comment else f"{record['title']}\n\n{body}" if body else record["title"]

@@ -1,29 +1,42 @@
-"""Members of a tar archive one after the other, read forwards only; an end that is not the archive's own is damage."""
+"""Members of a tar archive one after the other, read forwards only; an end that is not the archive's own is damage.
 
-import tarfile
+`tarfile` takes most damaged headers for the end, believes any size and, before 3.12.12, goes round in circles with a negative one.
+"""
+
+import io
 from collections.abc import Iterator
 from io import BufferedReader
 from typing import BinaryIO
 
 from lmx.data.sources.compressed import damage
-from lmx.data.sources.paths import unreadable
+from lmx.data.sources.paths import BLOCK, unreadable
 from lmx.data.sources.source import Omitted
 
+HEADER = 512  # bytes: of a header, and what contents are filled up to
+LONGEST = 1 << 20  # bytes of a name
+FILES, DATALESS = (b"0", b"\0", b"7"), (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices and folders are followed by no contents
 
-class Member(tarfile.TarInfo):
-    """A header that must be sound: `tarfile` takes most damaged ones for the end, and would go round in circles with a negative size."""
 
-    @classmethod
-    def fromtarfile(cls, tar):
-        try:
-            member = super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(str(error)) from error
-        if member.size < 0:
-            raise tarfile.ReadError(f"{member.name!r} has {member.size} bytes")
-        return member
+class Contents(io.RawIOBase):
+    """The next `size` bytes of a file. Reading raises EOFError where it ends before."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self.file, self.left = file, size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        data = self.file.read(min(len(buffer), self.left, BLOCK))
+        if self.left and not data:
+            raise EOFError("the archive is cut off")
+        self.left -= len(data)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def skip(self) -> None:
+        while self.left:
+            self.read(BLOCK)
 
 
 def members(file: BinaryIO, where: str) -> Iterator[tuple[str, BufferedReader] | Omitted]:
@@ -31,18 +44,65 @@ def members(file: BinaryIO, where: str) -> Iterator[tuple[str, BufferedReader] |
 
     Reading the contents may raise one of `broken()`.
     """
-    last = "its beginning"
+    last, given = "its beginning", {}
     try:
-        tar = tarfile.TarFile(fileobj=file, tarinfo=Member)
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # it would remember every one
-            last = member.name
-            if member.isreg():
-                yield last, tar.extractfile(member)
+        while (header := Contents(file, HEADER).readall()).strip(b"\0"):
+            name, size, kind = _header(header)
+            if kind in (b"x", b"L"):
+                given |= _given(file, size, kind)
+                continue
+            last, size = given.get("path", name), int(given.get("size", size))
+            given = {} if kind != b"g" else given
+            if kind == b"S" or size < 0:
+                raise ValueError(f"{last!r} is a sparse file or has {size} bytes: no archive of texts")
+            size = 0 if kind in DATALESS else size
+            contents = Contents(file, size)
+            if kind in FILES and not last.endswith("/"):
+                yield last, BufferedReader(contents, min(max(size, 1), BLOCK))
+            contents.skip()
+            Contents(file, -size % HEADER).skip()
     except broken() as error:
         yield unreadable(f"{where}, from {last}", error)
 
 
 def broken() -> tuple[type[Exception], ...]:
-    """What reading a damaged archive can raise."""
-    return (*damage(), OSError, ValueError, OverflowError)
+    """What reading a damaged archive, or texts in it, can raise."""
+    return (*damage(), OSError, ValueError)
+
+
+def _header(block: bytes) -> tuple[str, int, bytes]:
+    """Name, size and type. Raises ValueError for what is no header."""
+    if _number(block[148:156]) != sum(block) - sum(block[148:156]) + 8 * ord(" "):
+        raise ValueError("a header's checksum is wrong")
+    name = _text(block[:100])
+    if block[257:263] == b"ustar\0" and block[345]:
+        name = f"{_text(block[345:500])}/{name}"
+    return name, _number(block[124:136]), block[156:157]
+
+
+def _number(field: bytes) -> int:
+    """Octal digits, or after a byte of its own a big integer."""
+    if field[0] in (0x80, 0xFF):
+        return int.from_bytes(field[1:], signed=field[0] == 0xFF)
+    return int(field.strip(b" \0") or b"0", 8)
+
+
+def _given(file: BinaryIO, size: int, kind: bytes) -> dict[str, str]:
+    """What a header before the header says of it: `path` and `size` of pax (kind x), the name of GNU (L)."""
+    if size > LONGEST:
+        raise ValueError(f"a name of {size} bytes")
+    data = Contents(file, size).readall()
+    Contents(file, -size % HEADER).skip()
+    if kind == b"L":
+        return {"path": _text(data)}
+    fields = {}
+    while data.strip(b"\0"):
+        length, _, _ = data.partition(b" ")
+        record, data = data[len(length) + 1 : int(length)], data[max(1, int(length)) :]
+        key, _, value = record.removesuffix(b"\n").partition(b"=")
+        fields[key.decode(errors="replace")] = value.decode(errors="replace")
+    return fields
+
+
+def _text(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode(errors="replace")

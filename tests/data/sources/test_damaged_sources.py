@@ -16,6 +16,7 @@ from source_cases import BODY, CASES, SENTENCES, SUBMISSIONS, book, everything, 
 
 from lmx.data import Document
 from lmx.data.sources import PG19, ArrayRecord, BookCorpus, Gutenberg, Jsonl, Omitted, OpenWebText, Parquet, Reddit, Texts
+from lmx.data.sources.tars import members
 
 
 def split(source):
@@ -152,6 +153,31 @@ def test_archives(tmp_path):
         assert found == texts[:3], name
         assert damage, name
         assert damage[0].where.startswith(str(tmp_path / "urlsf_subset00-0_data.xz")), name
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    names=st.lists(st.text(st.sampled_from("aé/ b.ü\u4e2d"), min_size=1, max_size=9), min_size=1, max_size=6),
+    repeated=st.sampled_from([1, 12, 40]),
+    layout=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+    sizes=st.lists(st.sampled_from([0, 1, 511, 512, 513, 70_000]), min_size=6, max_size=6),
+    kinds=st.lists(st.sampled_from([tarfile.REGTYPE, tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE]), min_size=6, max_size=6),
+    read=st.integers(0, 600),
+)
+def test_archives_are_read_as_tarfile_reads_them(names, repeated, layout, sizes, kinds, read):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=layout) as archive:
+        for name, size, kind in zip(names, sizes, kinds, strict=False):
+            entry = tarfile.TarInfo(name.strip("/") * (1 if layout == tarfile.USTAR_FORMAT else repeated) + "x")
+            entry.type, entry.linkname, entry.size = kind, "there", size if kind == tarfile.REGTYPE else 0
+            archive.addfile(entry, io.BytesIO(name.encode() * size))
+    out.seek(0)
+    with tarfile.open(fileobj=out) as archive:
+        expected = [(entry.name, archive.extractfile(entry).read()) for entry in archive if entry.isreg()]
+    out.seek(0)
+    assert [(name, contents.read()) for name, contents in members(out, "x")] == expected
+    out.seek(0)
+    assert [(name, contents.read(read)) for name, contents in members(out, "x")] == [(name, data[:read]) for name, data in expected]
 
 
 def test_a_damaged_archive_in_an_archive_costs_itself(tmp_path):
