@@ -49,6 +49,7 @@ def test_any_text_folds_to_words_whose_places_are_known(text, length):
 def test_folding():
     assert fold("“Don’t” SHOUT — x_y\u00a0ß Cafe\u0301\n").decode().split() == ["don", "t", "shout", "x", "y", "ss", "caf\u00e9"]
     assert fold("हिन्दी 中文。", lowercase=False).decode().split() == ["हिन्दी", "中", "文"]
+    assert fold("\ud800é").decode(errors="surrogatepass").split() == ["\ud800é"]
     assert fold("A+b\u2003C", lowercase=False, punctuation=False).split() == [b"A+b", b"C"]
 
 
@@ -175,7 +176,7 @@ def test_what_is_found_follows_the_curve():
     assert len(similarity) >= 360
     found, likely = np.zeros(10), np.zeros(10)
     spread, unlike = np.zeros(10), 0
-    for seed in range(8):
+    for seed in range(6):
         step = MinHash(seed=seed)
         bands = [step.extract(document) for document in documents(texts)]
         for (a, b), s in similarity.items():

@@ -13,7 +13,8 @@ import numpy as np
 
 from lmx.data.clean.step import Ragged
 
-BUCKET = 1 << 22  # keys sorted at a time; each takes about 60 bytes then
+BUCKET = 1 << 20  # keys grouped at a time; each takes about 60 bytes then
+FILES = 512  # open at a time: beyond half a billion keys buckets grow
 SCRATCH = 1 << 26  # bytes from which on a result lies in a temporary file
 
 Same = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -26,13 +27,26 @@ def edges(documents: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def shared(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`edges` for all the keys of an array: where in it a key is first, and where again, ordered by key and place."""
-    order = np.argsort(keys, kind="stable")
+    """`edges` for all the keys of an array (uint64): where in it a key is first, and where again, ordered by key and place."""
+    order = _crowded(keys)
+    order = order[np.argsort(keys[order], kind="stable")]
     keys = keys[order]
     again = np.flatnonzero(keys[1:] == keys[:-1]) + 1
     second = np.flatnonzero(np.diff(again, prepend=-1) != 1)  # where in `again` a key's second occurrence stands
     first = np.repeat(again[second] - 1, np.diff(second, append=len(again)))
     return order[first], order[again]
+
+
+def _crowded(keys: np.ndarray) -> np.ndarray:
+    """Places of keys that may be there more than once, in order; to sort only those takes half the time. (Hashes are random in all bits.)"""
+    slots = 2 << len(keys).bit_length()
+    slot = (keys & np.uint64(slots - 1)).astype(np.intp)
+    places = np.arange(len(keys), dtype=np.int32 if len(keys) < 1 << 31 else np.int64)
+    last = np.empty(slots, places.dtype)
+    last[slot] = places
+    crowded = np.zeros(slots, bool)
+    crowded[slot[last[slot] != places]] = True
+    return np.flatnonzero(crowded[slot])
 
 
 def components(count: int, left: np.ndarray, right: np.ndarray, parents: np.ndarray | None = None) -> np.ndarray:
@@ -65,15 +79,15 @@ def firsts(parts: Iterable[tuple[np.ndarray, np.ndarray]], count: int, size: int
     `parts` are places and their keys (uint64), `count` in all, in ascending order of places; no more than `BUCKET` or so are in memory, the
     others in temporary files. With `same`, which compares what stands at two arrays of places, equal keys alone do not count.
     """
-    buckets = max(1, -(-count // BUCKET))
+    buckets = min(max(1, -(-count // BUCKET)), FILES)
     found = scratch(size)
     with ExitStack() as stack:
         files = [stack.enter_context(TemporaryFile()) for _ in range(buckets)]
         for places, keys in parts:
             pairs = np.stack([keys, places.astype(np.uint64)], axis=1)
-            bucket = (keys >> np.uint64(32)) * np.uint64(buckets) >> np.uint64(32)
+            bucket = ((keys >> np.uint64(32)) * np.uint64(buckets) >> np.uint64(32)).astype(np.uint16)
             pairs = pairs[np.argsort(bucket, kind="stable")]
-            stops = np.cumsum(np.bincount(bucket.astype(np.int64), minlength=buckets))
+            stops = np.cumsum(np.bincount(bucket, minlength=buckets))
             for file, part in zip(files, np.split(pairs, stops[:-1]), strict=True):
                 file.write(part.data)
         for file in files:

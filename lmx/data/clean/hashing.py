@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 
-BLOCK = 1 << 20  # bytes or items worked on at a time: memory stays the same however long a document is
+BLOCK = 1 << 18  # bytes or items worked on at a time: memory stays the same however long a document is
 ODD = np.uint64(0x9E3779B97F4A7C15)  # the base of all polynomials; odd, so that it can be divided by modulo 2^64
 
 _SIGNS = frozenset(("Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "Sm", "Sc", "Sk", "So", "Zs", "Zl", "Zp", "Cc", "Cf"))

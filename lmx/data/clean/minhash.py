@@ -18,7 +18,7 @@ class MinHash:
     """Drops documents that are near an earlier one: in a chain of pairs whose n-grams agree in all rows of one band.
 
     A pair whose sets of word n-grams have Jaccard similarity s is found with probability 1 - (1 - s^rows)^bands (`s_curve`). The defaults are
-    FineWeb's (Penedo et al. 2024): half of the pairs of similarity 0.72, 92% of 0.8, 1% of 0.4. Of each component of found pairs the first
+    FineWeb's (Penedo et al. 2024): 65% of the pairs of similarity 0.72, 92% of 0.8, 1% of 0.4. Of each component of found pairs the first
     document of the corpus stays. A document of fewer than `ngram` words is one n-gram of all of them; one without words is no duplicate.
 
     `MinHash(*optimum(0.8))` takes bands and rows for a threshold.
