@@ -12,7 +12,6 @@ from lmx.data.sources.chain import ZSTD, errors, unpacker_of
 END = re.compile(rb"\r?\n\r?\n")
 STATUS = re.compile(rb"HTTP/\d(?:\.\d)? +(\d{3})\b")
 CHUNK = re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r?\n")
-FIELD = re.compile(r"\n([^:\n]+):([^\n]*)")
 META = re.compile(rb"""<meta\b[^>]*?\bcharset\s*=\s*["']?\s*([\w.:+-]+)""", re.I)
 XML = re.compile(rb"""\s*<\?xml\b[^>]*?\bencoding\s*=\s*["']([\w.:+-]+)""", re.I)
 MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
@@ -41,7 +40,12 @@ def fields(head: bytes) -> dict[str, str]:
     """Header lines behind the first, by lower-case name; a line that begins with a blank goes on the one before. The first of a name counts."""
     if b"\n " in head or b"\n\t" in head:
         head = re.sub(rb"\r?\n[ \t]+", b" ", head)
-    return {key.strip().lower(): value.strip() for key, value in reversed(FIELD.findall(head.decode("utf-8", "replace")))}
+    found: dict[str, str] = {}
+    for line in head.decode("utf-8", "replace").split("\n")[1:]:
+        key, colon, value = line.partition(":")
+        if colon:
+            found.setdefault(key.strip().lower(), value.strip())
+    return found
 
 
 def content(page: Page, longest: int) -> bytes | str:
