@@ -77,7 +77,7 @@ class Wet:
         for path, record in _read(self.path, unit, self.longest):
             if isinstance(record, Omitted):
                 yield record
-            elif reason := _left_out(record, "conversion", self.languages, record.languages):
+            elif reason := _left_out(record, "conversion", self.languages, languages := record.languages):
                 yield Omitted(record.place, reason)
             else:
                 try:
@@ -86,7 +86,7 @@ class Wet:
                     yield Omitted(record.place, f"is not UTF-8: byte {error.start}", damaged=True)
                     continue
                 if text.strip():
-                    metadata = record.metadata() | ({"languages": record.languages} if record.languages else {})
+                    metadata = record.metadata() | ({"languages": languages} if languages else {})
                     yield Document(record.place, text, path, metadata, record.created)
                 else:
                     yield Omitted(record.place, "no_text")
