@@ -15,7 +15,6 @@ from lmx.train import loop
 from lmx.train.experiment import Evaluation, Experiment
 from lmx.train.logging import read_metrics
 
-
 SMALL = Transformer(layers=1, embed=32, heads=4, mlp=64, context=64)
 
 
