@@ -18,11 +18,13 @@ from lmx.data.denoising import (
     ul2,
 )
 from lmx.data.documents import Document
+from lmx.data.expansion import expand_tokenizer
 from lmx.data.explain import Explanation, explain
+from lmx.data.fertility import Fertility, fertility
 from lmx.data.learned import train_huggingface, train_sentencepiece
 from lmx.data.lengths import ScheduledBatches, Shorter
 from lmx.data.mixture import Blend, Component, MixedBatches, Stage, Stores
-from lmx.data.packing import Packing, Plan, permutation, plan
+from lmx.data.packing import Fill, Packing, Plan, fill, permutation, plan
 from lmx.data.pipeline import Batch, Batches, BatchIterator, batch_hash, iterate, require_supervised
 from lmx.data.recipe import Data, Prepared, check, make_batches, prepare, prepare_tokenizer
 from lmx.data.sources import documents, source_hash
@@ -43,6 +45,8 @@ __all__ = [
     "Denoiser",
     "Document",
     "Explanation",
+    "Fertility",
+    "Fill",
     "HuggingFace",
     "MaskedLM",
     "MixedBatches",
@@ -67,7 +71,10 @@ __all__ = [
     "check",
     "denoise",
     "documents",
+    "expand_tokenizer",
     "explain",
+    "fertility",
+    "fill",
     "iterate",
     "load_tokenizer",
     "make_batches",

@@ -92,9 +92,8 @@ def explain(batch: Mapping[str, np.ndarray], tokenizer: Tokenizer, *, rows: int 
     weights, segments = batch["weights"], batch["segments"]
     count = len(weights)
     rest = f", the first {rows} shown" if rows < count else ""
-    title = (
-        f"{count} rows of {weights.shape[1]} tokens, {np.count_nonzero(weights)} predicted, {np.count_nonzero(segments == 0)} padding{rest}"
-    )
+    empty = np.count_nonzero(segments == 0)
+    title = f"{count} rows of {weights.shape[1]} tokens, {np.count_nonzero(weights)} predicted, {empty} padding ({empty / segments.size:.1%}){rest}"
     return Explanation(title, tuple(_row(batch, i, tokenizer) for i in range(min(rows, count))))
 
 

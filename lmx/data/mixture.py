@@ -175,6 +175,12 @@ class MixedBatches(Numbered):
             None if c.epochs is None else math.floor(c.epochs * b.examples_per_epoch + 1e-6)
             for c, b in zip(blend.components, batches, strict=True)
         ]
+        if 0 in caps:
+            i = caps.index(0)
+            raise ValueError(
+                f"data.train.components.{i}.epochs={blend.components[i].epochs} of {batches[i].examples_per_epoch} examples is less than one; "
+                "use more, or leave the component out"
+            )
         found = [(step(k), each) for k, each in pieces(blend, [b.store.targets for b in batches])]
         found = [(begin, each) for begin, each in found if begin < EXAMPLES]
         endless = blend.exhausted == "redistribute"

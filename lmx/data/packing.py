@@ -79,10 +79,10 @@ def fill(lengths: np.ndarray, length: int, packing: Packing) -> Fill:
     ends = np.cumsum(lengths)
     packed = plan(ends[-1:] if packing == "stream" else lengths, length, packing=packing)
     pairs = int((packed.stop - packed.start - 1).sum())
-    if packing == "stream":  # whose only document is the text: what counts is where examples end within one of its parts
+    if packing == "stream":  # whose only document is all of them
         edges = np.arange(1, len(packed)) * length
-        inside = (edges > (ends - lengths)[nth := np.searchsorted(ends, edges, side="right")]) & (edges < ends[nth])
-        cut = len(np.unique(nth[inside]))
+        nth = np.searchsorted(ends, edges, side="right")
+        cut = len(np.unique(nth[(edges > (ends - lengths)[nth]) & (edges < ends[nth] - 1)]))
     else:
         cut = int((np.bincount(packed.document) > 1).sum())
     return Fill(packing, len(packed), pairs / (len(packed) * length), cut)

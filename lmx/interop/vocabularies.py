@@ -300,7 +300,8 @@ class Pieces:
         if self._kind.shifted or behind or not self._kind.accents:
             what = f"has tokens of its own behind its pieces ({self.token(behind[0])!r})" if behind else "changes ids or letters"
             raise ValueError(
-                f"{self._file}: its tokenizer {what}, so more pieces have no place; save it as a tokenizer.json and expand that"
+                f"{self._file}: its tokenizer {what}, so more pieces have no place; expand its tokenizer.json (transformers' save_pretrained "
+                "writes one)"
             )
         data, parts = expanded_pieces(self._data, texts, count)
         return Pieces(data, self._file, self._kind, self._added, self._frames), parts

@@ -22,7 +22,7 @@ def test_text_segments_and_padding(tmp_path):
     # the first token of a document is context, all others are predicted
     assert [i for i, piece in enumerate(row.pieces) if piece.role == "context"] == [0, 7]
     assert row.title == "example 0: 2 segments, 19 of 24 predicted"
-    assert shown.title == "3 rows of 24 tokens, 19 predicted, 53 padding, the first 1 shown"
+    assert shown.title == "3 rows of 24 tokens, 19 predicted, 53 padding (73.6%), the first 1 shown"
 
 
 def test_masked_targets_are_context(tmp_path):

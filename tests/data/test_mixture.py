@@ -247,6 +247,29 @@ def test_short_rows_are_parts_of_full_ones(folder, keep, packing):
     assert seen == used["targets"][used["weights"] > 0].tolist()
 
 
+@pytest.mark.parametrize("keep", ["tokens", "rows"])
+def test_caps_with_short_rows(folder, keep):
+    """A run that ends, in full rows or in short ones, has each target once; the last batch is filled up with padding."""
+    expected = Counter({ord(name): sum(20 + 37 * i + 11 * j % 90 - 1 for j in range(30)) for i, name in enumerate(NAMES)})
+    for stages in (LENGTHS, (Shorter(400, 16),)):
+        batches = make(folder, epochs=(1, 1, 1), lengths=stages, keep=keep)
+        found = Counter()
+        for batch in batches:
+            found.update(batch["targets"][batch["weights"] > 0].tolist())
+        assert found[256] == 90  # the ends of all texts
+        assert {token: found[token] for token in expected} == expected
+        with iterate(batches) as iterator:
+            assert [batch_hash(batch) for batch in iterator] == [batch_hash(batch) for batch in batches]
+        assert batches.left(batches.begin(0, 3)) == len(batches) - 3
+        with pytest.raises(IndexError, match=f"batch {len(batches)} of"):
+            batches[len(batches)]
+
+
+def test_a_cap_of_no_example_is_refused(folder):
+    with pytest.raises(ValueError, match=r"components\.1\.epochs=0\.001 of \d+ examples is less than one"):
+        make(folder, epochs=(None, 0.001, None))
+
+
 def test_a_curriculum_is_counted_in_steps(folder):
     """Where batches take fewer full rows at first, shares still change at their step."""
     stages = {"curriculum": (Stage(0, (1, 0, 0)), Stage(12, (0, 1, 0)), Stage(20, (0, 0, 1)))}

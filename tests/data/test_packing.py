@@ -4,10 +4,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmx.data import permutation, plan
+from lmx.data import fill, permutation, plan
+from lmx.data.packing import PACKINGS, place
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(lambda lengths: max(lengths) > 1)
 PACKING = st.sampled_from(["concatenate", "first_fit"])
@@ -85,6 +86,63 @@ def test_first_fit_places_each_document_in_the_first_example_with_room(lengths, 
     # documents that fill an example of their own come first, whatever their place
     full = [[(d, 0, n)] for d, n in enumerate(lengths) if n - 1 == length]
     assert examples(plan(lengths, length, packing="first_fit")) == full + [spans for spans in expected if spans not in full]
+
+
+def fewest(sizes, capacity):
+    """The fewest bins, by trying everything."""
+    best = [len(sizes)]
+
+    def search(left, rooms):
+        if len(rooms) >= best[0]:
+            return
+        if not left:
+            best[0] = len(rooms)
+            return
+        for i in {room: i for i, room in enumerate(rooms) if room >= left[0]}.values():
+            search(left[1:], [room - left[0] * (j == i) for j, room in enumerate(rooms)])
+        search(left[1:], [*rooms, capacity - left[0]])
+
+    search(sorted(sizes, reverse=True), [])
+    return best[0]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=8))
+def test_first_fit_is_near_the_best_there_is(sizes):
+    bins = place(np.array(sizes), 12)
+    assert max(Counter(np.repeat(bins, sizes).tolist()).values()) <= 12
+    best = fewest(sizes, 12)
+    assert best <= max(bins) + 1 <= 1.7 * best  # Dosa and Sgall 2013
+
+
+@given(LENGTHS, st.integers(1, 12), st.sampled_from(PACKINGS))
+def test_fill(lengths, length, packing):
+    found = fill(lengths, length, packing)
+    packed = plan([sum(lengths)] if packing == "stream" else lengths, length, packing=packing)
+    pairs = sum(stop - start - 1 for spans in examples(packed) for _, start, stop in spans)
+    assert found.examples == len(packed)
+    assert found.filled == pairs / (len(packed) * length)
+    if packing == "stream":  # which example each pair's target is in, document by document
+        places = [max(t - 1, 0) // length for t in range(sum(lengths))]
+        begins = [sum(lengths[:d]) for d in range(len(lengths))]
+        cut = sum(len({*places[b + 1 : b + n]}) > 1 for b, n in zip(begins, lengths, strict=True))
+    else:
+        cut = sum(
+            len({i for i, spans in enumerate(examples(packed)) for d, _, _ in spans if d == document}) > 1
+            for document in range(len(lengths))
+        )
+    assert found.cut == cut
+
+
+def test_padding_of_each_strategy():
+    lengths = np.random.default_rng(0).integers(2, 400, 5000)
+    shown = {packing: fill(lengths, 512, packing) for packing in PACKINGS}
+    assert shown["concatenate"].filled > 0.999
+    assert shown["stream"].filled > 0.999
+    assert 0.95 < shown["first_fit"].filled < 1
+    assert shown["first_fit"].cut == 0
+    assert str(shown["first_fit"]).startswith("first_fit: ")
+    assert str(shown["concatenate"]).endswith(" documents cut")
 
 
 def test_many_documents_are_fast():
