@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from lmx.data.documents import Document
 
 CREATED = ("created", "timestamp", "added")  # where C4 and Dolma say when a document was written or crawled: the first that says it
+EPOCH = datetime(1970, 1, 1)
 YEAR, SECONDS = re.compile(r"\d{4}"), re.compile(r"\d+(\.\d+)?")
 UTC_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")  # nearly every time is written so, and stays as it is
 SCAN = json.JSONDecoder().scan_once  # json.loads without its looking for white space first: a quarter of its time for a short record
@@ -91,7 +92,7 @@ def iso(value: Any) -> str:
         if isinstance(value, str) and not SECONDS.fullmatch(value):
             value = date.fromisoformat(value) if len(value) == 10 else datetime.fromisoformat(value)
         elif isinstance(value, int | float | str) and not isinstance(value, bool):
-            return datetime.fromtimestamp(float(value), UTC).isoformat().removesuffix("+00:00") + "Z"
+            return (EPOCH + timedelta(seconds=float(value))).isoformat() + "Z"
         if isinstance(value, datetime):
             value = (value if value.tzinfo else value.replace(tzinfo=UTC)).astimezone(UTC).replace(tzinfo=None)
             return value.isoformat() + "Z"

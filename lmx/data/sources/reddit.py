@@ -82,7 +82,7 @@ class Reddit:
             comment = "body" in record
             text = body if comment else f"{record['title']}\n\n{body}" if body else record["title"]
             id = f"{'t1' if comment else 't3'}_{record['id']}" if record.get("id") else f"{relative}@{offset}"
-            metadata = {field: record[field] for field in KEPT if record.get(field) is not None}
+            metadata = {field: value for field in KEPT if (value := record.get(field)) is not None}
             yield Document(id, unescaped(text), str(path), metadata, iso(record.get("created_utc")))
 
     def _reason(self, record: dict[str, Any], body: str, only: set[str] | None) -> str:
