@@ -11,8 +11,8 @@ another word (`god`, `good`), a number (`455`). So:
 - A phrase is found over any signs and white space between its words; one whose longest word is itself listed counts as that word.
 - Three or more single letters after one another are a spelt-out word, behind the words a, i, u, r (`u r a ...`) too.
 
-Letters that are left out or masked (`d**n`), and respelling by sound, are not found: list them. In scripts without spaces only whole runs are. A string all in
-Russian or all in Greek letters is a word of that language, whatever it looks like.
+Letters that are left out or masked (`d**n`), and respelling by sound, are not found: list them. In scripts without spaces only whole runs are.
+A string all in Russian or all in Greek letters is a word of that language, whatever it looks like.
 """
 
 import re
