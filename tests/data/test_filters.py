@@ -257,3 +257,11 @@ def test_domains_are_blocked_with_all_below_them(tmp_path):
         step(document("x"))
     with pytest.raises(ValueError, match="no file"):
         BlockedDomains(str(tmp_path / "none"))(document("x", url="http://a.example"))
+
+
+@given(st.text(max_size=60) | st.text(alphabet=" \n\t.a#…-\x1c\u2028", max_size=60))
+def test_no_text_is_too_odd(text):
+    loose = [GopherQuality(min_words=0, min_mean_word_length=0), GopherQuality(0, 0), C4Quality(min_sentences=0), Language((), threshold=0)]
+    for step in [*STEPS, *loose]:
+        verdict = step(document(text))
+        assert verdict is None or isinstance(verdict, Drop | Change)

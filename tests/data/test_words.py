@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmx.data.clean.pieces import Remembered
 from lmx.data.clean.text import count_sentences, lines, ngrams, paragraphs, sentences, words
 
 SPACY = [  # as spacy.blank("en") 3.8.18 cuts them
@@ -66,3 +67,14 @@ def test_odd_pieces_take_no_time(piece):
 
 def test_long_pieces_are_cut_inside():
     assert words("ab-" * 500 + "c") == re.findall("ab|-|c", "ab-" * 500 + "c")
+
+
+def test_what_is_remembered_is_bounded():
+    calls = []
+    remembered = Remembered(lambda text: calls.append(text) or len(text))
+    remembered.ENTRIES = 10
+    assert [remembered["abc"], remembered["abc"], remembered["x" * 65], remembered["x" * 65]] == [3, 3, 65, 65]
+    assert calls == ["abc", "x" * 65, "x" * 65]
+    for i in range(100):
+        assert remembered[str(i)] == len(str(i))
+        assert len(remembered) <= 10

@@ -5,13 +5,14 @@ another word (`god`, `good`), a number (`455`). So:
 
 - A word is found as a whole only: what stands between white space, or a run of letters and signs in there, less the signs at its ends.
 - Letters may be replaced by digits, signs and letters that look like them; with digits, two letters stay, or as many as there are digits.
-- A letter may be drawn out: three times or more. Twice only where English never doubles it (`shiit`), else `rapped` were `raped`.
+- A letter may be drawn out: three times or more. Twice only where English never doubles it (`daamn`), else `rapped` were `raped`.
 - Signs within what stands between white space are left out (`d*a-mn`), except an apostrophe, and except a stop before a capital letter, which
   ends a sentence.
 - A phrase is found over any signs and white space between its words; one whose longest word is itself listed counts as that word.
 - Three or more single letters after one another are a spelt-out word, behind the words a, i, u, r (`u r a ...`) too.
 
 Letters that are left out or masked (`d**n`), and respelling by sound, are not found: list them. In scripts without spaces only whole runs are.
+A string all in Russian or all in Greek letters is a word of that language, whatever it looks like.
 """
 
 import re
@@ -28,15 +29,21 @@ ALIKE = {
     "x": "хχⅹ×ꓫⲭⵝ", "y": "уүγʏꮍꓬꭹⲩɣყỿ", "z": "ᴢꮓʐƶꓜ",
 }  # fmt: skip
 CAPITALS = str.maketrans("ΗΜΝΥΖϹՏ", "hmnyzcs")  # which do not look like their small letters
-FOLD = {ord(sign): letter for letter, signs in ALIKE.items() for sign in signs}
-FOLD |= dict.fromkeys(map(ord, "\u04cf\u04c0\u01c0\u2223"), "|")  # an i or an l
-for sign, letter in list(FOLD.items()):  # NFKD makes other letters of some
-    form = unicodedata.normalize("NFKD", chr(sign))
-    if len(form) == 1 and not form.isascii():
-        FOLD.setdefault(ord(form), letter)
-for start in (0x1F130, 0x1F150, 0x1F170, 0x1F1E6):  # letters in boxes and of flags
-    FOLD |= {start + i: chr(ord("a") + i) for i in range(26)}
 
+
+def _fold_table() -> dict[int, str]:
+    table = {ord(sign): letter for letter, signs in ALIKE.items() for sign in signs}
+    table |= dict.fromkeys(map(ord, "\u04cf\u04c0\u01c0\u2223"), "|")  # an i or an l
+    for start in (0x1F130, 0x1F150, 0x1F170, 0x1F1E6):  # letters in boxes and of flags
+        table |= {start + i: chr(ord("a") + i) for i in range(26)}
+    for sign, letter in list(table.items()):  # NFKD makes other letters of some
+        form = unicodedata.normalize("NFKD", chr(sign))
+        if len(form) == 1 and not form.isascii():
+            table.setdefault(ord(form), letter)
+    return table
+
+
+FOLD = _fold_table()
 LEET = {"a": "4@", "b": "8", "e": "3€", "g": "96", "i": "1!|", "l": "1!|", "o": "0", "s": "5$", "t": "7+", "u": "v", "z": "2"}
 ENDING = "!|+"  # those that also end a sentence or stand at a word's side
 SIGNS = "@€!|$+"  # those of them that are neither letters nor digits

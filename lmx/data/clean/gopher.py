@@ -9,11 +9,11 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import compress
 
 import numpy as np
 
+from lmx.data.clean.pieces import Remembered
 from lmx.data.clean.step import Drop
 from lmx.data.clean.text import PUNCTUATION, ngrams, paragraphs, words
 from lmx.data.documents import Document
@@ -137,7 +137,7 @@ _LINE_BREAKS = re.compile(r"\n+")
 
 
 class _Bounds:
-    """Upper bounds of `top_ngram` and `duplicate_ngrams`, found ten times as fast: most documents are below the limits by these already.
+    """Upper bounds of `top_ngram` and `duplicate_ngrams`, found with NumPy: most documents are below the limits by these already.
 
     Runs of words are told apart by a hash. Two that fall together only raise a bound, so no decision depends on it.
     """
@@ -183,8 +183,10 @@ def _count(item: tuple[tuple[str, ...], int]) -> int:
 _MARK, _OTHER, _ALPHABETIC = range(3)
 
 
-@lru_cache(1 << 16)
-def _kind(word: str) -> int:
+def _kind_of(word: str) -> int:
     if any(map(str.isalpha, word)):
         return _ALPHABETIC
     return _MARK if PUNCTUATION.issuperset(word) else _OTHER
+
+
+_kind = Remembered(_kind_of).__getitem__

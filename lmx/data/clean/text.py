@@ -7,10 +7,9 @@ Words are those of spaCy's rules for English (the tokenizer that datatrove count
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from itertools import chain, islice
 
-from lmx.data.clean.pieces import pieces
+from lmx.data.clean.pieces import Remembered, pieces
 
 TERMINAL = (  # Unicode's property Sentence_Terminal
     "!.?։؝؞؟۔܀܁܂߹࠷࠹࠽࠾।॥၊။።፧፨᙮᜵᜶។៕៖៙៚᠃᠉᥄᥅᪨᪩᪪᪫᭚᭛᭞᭟᭽᭾᰻᰼᱾᱿‼‽⁇⁈⁉⸮⸼⹓⹔。꓿꘎꘏꛳꛷꡶꡷꣎꣏꤯꧈꧉꩝꩞꩟꫰꫱꯫﹒﹖﹗"
@@ -79,7 +78,9 @@ _GAP = re.compile(r"\s\s|[^\S ]")
 _NEXT = re.compile(r"\.[.p]*(?=w)")
 
 
-@lru_cache(1 << 16)
-def _shape(piece: str) -> str:
+def _shape_of(piece: str) -> str:
     """A letter for each word of a piece: `.` one that ends a sentence, `p` other punctuation, `w` the rest."""
     return "".join("." if word in _ENDS else "p" if all(unicodedata.category(c)[0] == "P" for c in word) else "w" for word in pieces(piece))
+
+
+_shape = Remembered(_shape_of).__getitem__
