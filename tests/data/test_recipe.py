@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import lmx.data.learned
 import lmx.data.recipe
 from lmx.data import ByteTokenizer, Data, HuggingFace, SentencePiece, check, prepare, prepare_tokenizer
 
@@ -43,7 +44,7 @@ def test_trained_tokenizer_is_cached_by_content(data, tokenizer, monkeypatch):
     assert first.tokenizer.decode(first.train.document(0).tolist()) == text
     with monkeypatch.context() as patch:
         for name in ("train_sentencepiece", "train_huggingface"):
-            patch.setattr(lmx.data.recipe, name, None)  # not trained again
+            patch.setattr(lmx.data.learned, name, None)  # not trained again
         assert prepare(data).train.directory == first.train.directory
     Path(data.train).write_text(Path(data.train).read_text().replace("king", "queen"))
     assert prepare_tokenizer(data).fingerprint != first.tokenizer.fingerprint
@@ -68,7 +69,7 @@ def test_trained_tokenizer_is_cached_by_content(data, tokenizer, monkeypatch):
 )
 def test_config_errors_come_before_any_work(data, change, kind, message, monkeypatch):
     monkeypatch.setattr(lmx.data.recipe, "cached_store", None)
-    monkeypatch.setattr(lmx.data.recipe, "train_sentencepiece", None)
+    monkeypatch.setattr(lmx.data.learned, "train_sentencepiece", None)
     for function in (check, prepare):
         with pytest.raises(kind, match=message) as error:
             function(dataclasses.replace(data, **change))
