@@ -81,6 +81,10 @@ class Scheduler:
             if self.window is not None:
                 need = min(need, max((self.window - 2) // size + 2, -(-request.whole // size)))
             need *= request.n if request.together else 1
+            if request.written and self.window is not None:
+                raise ValueError(
+                    f"the first {request.written} tokens are given (written), which a window={self.window} would give up; leave it out"
+                )
             if need > self.pages.count - 1:
                 beams = f", n={request.n} together," if request.together else ""
                 raise ValueError(
@@ -312,7 +316,7 @@ class Scheduler:
         # What waits and is computed waits in host memory.
         keys = self._keys(sequence, (len(sequence.tokens) - 1) // size) if self._finds and request.reuse and not sequence.computed else []
         found = self.pages.found(keys) if keys else []
-        start = sequence.computed or len(found) * size
+        start = sequence.computed or max(len(found) * size, request.written)
         wanted = min(left, len(sequence.tokens) - start)
         if start + wanted < request.whole:
             return 0
@@ -334,10 +338,12 @@ class Scheduler:
             self._swap_in(sequence, step)
         else:
             step.started.append(sequence)
+            sequence.computed = start
             if keys:
-                sequence.pages, sequence.computed, sequence.registered = self.pages.take(keys, behind), start, len(found)
+                sequence.pages, sequence.registered = self.pages.take(keys, behind), len(found)
         if self.pages is not None:
             self._grow(sequence, wanted)
+            self.pages.fill(sequence.pages, sequence.registered * size, start)
         chunks = step.decodes if sequence.remaining == 1 else step.prefills
         chunks.append(Chunk(sequence, start, wanted, wanted == sequence.remaining))
         return wanted

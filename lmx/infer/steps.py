@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +23,10 @@ class Request:
     computed."""
     whole: int = 0
     """So many of the first tokens attend to each other in both directions, and are computed in one step."""
+    written: int = 0
+    """The K and V of so many of the first tokens are given, and written when it starts: they are not computed."""
+    beside: Any = None
+    """What its prompt has besides tokens; only who computes it looks at it (`lmx.infer.texts.Opening`)."""
     together: bool = False
     """Whether its sequences are chosen among each other, as in beam search: one may then wait for the rest (`Scheduler.decide`)."""
 
@@ -34,6 +38,8 @@ class Request:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.whole <= len(self.prompt):
             raise ValueError(f"whole={self.whole} is not between 0 and the {len(self.prompt)} tokens of the prompt")
+        if not 0 <= self.written < len(self.prompt):
+            raise ValueError(f"written={self.written} of the {len(self.prompt)} tokens of the prompt; the last at least is computed")
 
 
 @dataclass(eq=False, slots=True)
@@ -114,7 +120,7 @@ class Step:
     """Host pages to pages."""
     slots_in: list[Move] = field(default_factory=list)
     started: list[Sequence] = field(default_factory=list)
-    """Whose slot still holds what another left: an empty state goes there, or the encoder's output."""
+    """Whose slot still holds what another left: an empty state goes there, or the encoder's output; and to its pages what is `written`."""
     decodes: list[Chunk] = field(default_factory=list)
     """Of those who lack just their last token."""
     prefills: list[Chunk] = field(default_factory=list)
