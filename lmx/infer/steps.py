@@ -27,8 +27,6 @@ class Request:
     """The K and V of so many of the first tokens are given, and written when it starts: they are not computed."""
     beside: Any = None
     """What its prompt has besides tokens; only who computes it looks at it (`lmx.infer.texts.Opening`)."""
-    together: bool = False
-    """Whether its sequences are chosen among each other, as in beam search: one may then wait for the rest (`Scheduler.decide`)."""
 
     def __post_init__(self):
         if not self.prompt:
@@ -78,7 +76,7 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Tokens not computed. One: the next step draws its next token. None: what comes next is not decided."""
+        """Tokens not computed. One: the next step draws its next token."""
         return len(self.tokens) - self.computed
 
     @property

@@ -14,7 +14,7 @@ from lmx.interop.families import FAMILIES
 from lmx.interop.files import mapped
 from lmx.models.config import RWKV, EncoderDecoder, Transformer
 from lmx.models.rope import RopeScaling
-from plain import Plain, prompts_of, weights
+from plain import Plain, arriving, prompts_of, tokens_of, weights
 
 pytestmark = pytest.mark.usefixtures("cheaply_compiled")
 
@@ -45,21 +45,6 @@ PROMPTS = [
     [5, 3, 8, 1, 9, 2, 2, 7, 11, 4, 6, 12, 13],
 ]
 ROOM = {"rows": 2, "page": 4, "chunk": 6, "pages": 8, "host_pages": 4, "longest": 24}
-
-
-def arriving(engine, prompts, *, seed: int = 0, **wishes) -> list:
-    """Each prompt some steps after the last; their jobs, at the end."""
-    rng, jobs = np.random.default_rng(seed), []
-    for prompt in prompts:
-        jobs.append(engine.submit(prompt, **wishes))
-        for _ in range(rng.integers(0, 4)):
-            engine.step()
-    engine.run()
-    return jobs
-
-
-def tokens_of(jobs) -> list:
-    return [job.completions[0].tokens for job in jobs]
 
 
 @pytest.mark.parametrize("family", CONFIGS)

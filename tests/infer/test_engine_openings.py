@@ -16,8 +16,7 @@ from lmx.models.losses import logits
 from lmx.models.transformer import Source, forward
 from lmx.models.vision_config import LLaVA, VisionTransformer
 from lmx.parallel.layout import Layout
-from plain import Plain, prompts_of, weights
-from test_engine_models import arriving, tokens_of
+from plain import Plain, arriving, prompts_of, tokens_of, weights
 
 pytestmark = pytest.mark.usefixtures("cheaply_compiled")
 
@@ -220,7 +219,7 @@ def test_what_has_no_virtual_tokens_refuses_them():
     with pytest.raises(ValueError, match="params have 2 virtual tokens, and a recurrent model reads none"):
         Engine(model, soft(weights(model), 2))
     engine = Engine(BASE, soft(weights(BASE), 2), **ROOM)
-    with pytest.raises(ValueError, match="the engine was made for .*prompt=2.*; make another"):
+    with pytest.raises(ValueError, match=r"the engine was made for .*prompt=2.*; make another"):
         engine.update(soft(weights(BASE), 3))
     with pytest.raises(ValueError, match="a prompt of 32 tokens, 2 of them virtual, and max_new_tokens=1"):
         engine.submit([1] * 30, max_new_tokens=1)
