@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jax import Array
@@ -123,6 +124,34 @@ def opening(
         images=images,
         key=key.digest() if given else b"",
     )
+
+
+def openings(
+    model: Model,
+    lead: Lead,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    images: Sequence[np.ndarray | None] | None = None,
+    **wishes: Any,
+) -> list[Opening]:
+    """Of several prompts, each with its images. Raises ValueError as `opening`, with the prompt's number; and for texts longer than the model's."""
+    check_continues(model)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    found, most = [], context_of(model)
+    for i, prompt in enumerate(prompts):
+        try:
+            found.append(opening(model, lead, prompt, images=None if images is None else images[i], **wishes))
+        except ValueError as error:
+            raise ValueError(f"prompt {i}: {error}") from None
+        begun = found[-1].tokens
+        if len(begun) + max_new_tokens > most + isinstance(model, EncoderDecoder):
+            soft = f", {some} of them virtual," if (some := begun.count(VIRTUAL)) else ""
+            raise ValueError(
+                f"prompt {i} begins with {len(begun)} tokens{soft} and max_new_tokens={max_new_tokens}: longer than model.context={model.context}"
+            )
+    return found
 
 
 def _vectors(model: Model, lead: Lead, read: Sequence[int]) -> np.ndarray | None:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from lmx import interop
-from lmx.infer import generate, score
+from lmx.infer import score
+from lmx.infer.dense import continued
 from lmx.infer.engine import Engine
 from lmx.infer.sampling import Sampling
 from lmx.interop.families import FAMILIES
@@ -87,7 +88,7 @@ CROSSING = [PROMPTS[0][:9], PROMPTS[5], [7, *PROMPTS[0][:8]], [*PROMPTS[5][:11],
 @pytest.mark.parametrize("model", [DYNAMIC, LONG], ids=["dynamic", "longrope"])
 def test_where_wavelengths_depend_on_a_texts_length_each_text_is_as_alone(model):
     params = weights(model, seed=1, scale=0.5)
-    wanted = [generate(model, params, [prompt], max_new_tokens=NEW)[0] for prompt in CROSSING]
+    wanted = [continued(model, params, [prompt], max_new_tokens=NEW)[0] for prompt in CROSSING]
     engine = Engine(model, params, **ROOM | {"pages": 7}, trace=True)
     assert tokens_of(arriving(engine, CROSSING, max_new_tokens=NEW)) == wanted
     assert any(moment.preempted for moment in engine.timeline)
