@@ -4,7 +4,6 @@ A program is compiled for a number of rows that decode and of tokens of prompts,
 padded to the next. So nothing is compiled once each has been.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from jax import Array
 from jaxtyping import Float
 
 from lmx.core.tree import Tree, map_named
+from lmx.infer.given import Given
 from lmx.infer.places import Place, where
 from lmx.infer.steps import Chunk, Move, Sequence, Step
 from lmx.infer.texts import NONE, Opening, lead_of
@@ -170,8 +170,7 @@ class PagedRunner:
         kept = {"pages": pages + sizes.rows * self._source, "page": page, "dtype": dtype, "host_pages": host_pages}
         self.stages = tuple(Stage(model, place, **kept) for place in places)
         self._sources: dict[int, int] = {}  # tokens of each slot's source
-        self._vectors: OrderedDict[bytes, np.ndarray] = OrderedDict()  # of images, by the openings that have them; the oldest first
-        self._lead = lead_of(model, {})
+        self._given = Given(model.table_size, sizes.rows, self.stages[0].look)
         self._spans = by_length(model.rope_scaling) is not None
 
     @property
@@ -190,19 +189,13 @@ class PagedRunner:
         read = _read_params(self.model, params, self.place)
         for stage in self.stages:
             stage.params = stage.place.weights(self.model, read)
-        self._loaded()
+        self._given.load(self.stages[0].params)
 
     def share(self, other: "PagedRunner") -> None:
         """Takes the parameters that another, over the same places, has."""
         for stage, there in zip(self.stages, other.stages, strict=True):
             stage.params = there.params
-        self._loaded()
-
-    def _loaded(self) -> None:
-        params = self.stages[0].params
-        self._vectors.clear()
-        self._lead = lead_of(self.model, params)
-        self._soft = np.asarray(params["virtual"]["embeddings"], np.float32) if self._lead.prompt else None
+        self._given.load(self.stages[0].params)
 
     def move(self, step: Step) -> None:
         """What stands before the step."""
@@ -233,32 +226,11 @@ class PagedRunner:
         tokens[0, : len(source)], segments[0, : len(source)] = np.maximum(source, 0), 1
         at[0, : len(source)] = pages[here // self.page] * self.page + here % self.page
         given = None
-        if self._lead.prompt:
-            given = self._blank(length)
-            self._give(given, here, opening, here)
+        if opening.vectors is not None:
+            given = self._given.blank(length)
+            self._given.put(given, here, opening, here)
         (stage,) = self.stages
         stage.read(Source(tokens, segments=segments, given=given), at[0])
-
-    def _blank(self, length: int) -> Embedded:
-        return Embedded(np.zeros((1, length, self.model.table_size), np.float32), np.zeros((1, length), bool))
-
-    def _give(self, given: Embedded, to: np.ndarray, opening: Opening, places: np.ndarray) -> None:
-        """The vectors in some places of what is read go to others."""
-        which = opening.vectors[places]
-        there = which != NONE
-        given.where[0, to] = there
-        given.vectors[0, to[there]] = self._vectors_of(opening)[which[there]]
-
-    def _vectors_of(self, opening: Opening) -> np.ndarray:
-        """Those that stand in tokens' places: a soft prompt's, and behind them what the model sees in images, looked at once."""
-        if opening.images is None:
-            return self._soft
-        if opening.key not in self._vectors:
-            seen = [np.asarray(self.stages[0].look(image[None]), np.float32)[0] for image in opening.images]
-            self._vectors[opening.key] = np.concatenate([*([] if self._soft is None else [self._soft]), *seen])
-            if len(self._vectors) > self.sizes.rows:
-                self._vectors.popitem(last=False)
-        return self._vectors[opening.key]
 
     def _source_lengths(self) -> list[int]:
         """Of sources, in the programs that read them: twice the last each time."""
@@ -273,28 +245,30 @@ class PagedRunner:
 
     def warm_up(self) -> None:
         """Compiles every program."""
+        lead = lead_of(self.model, self.stages[0].params)
         self.move(Step(copies=[Move(0, 0)]))
         if self._swaps:
             self.move(Step(pages_out=[Move(0, 0)], pages_in=[Move(0, 0)]))
         for length in self._source_lengths() if self._source else []:
             source = (0,) * min(length, self.model.encoder.context)
-            self._read(Opening((), source, vectors=np.full(len(source), NONE)), np.zeros(self._source, np.int32))
-        if self._lead.prefix:
+            vectors = np.full(len(source), NONE) if lead.prompt else None
+            self._read(Opening((), source, vectors=vectors), np.zeros(self._source, np.int32))
+        if lead.prefix:
             for stage in self.stages:
-                stage.write(np.zeros(self._lead.prefix, np.int32))
+                stage.write(np.zeros(lead.prefix, np.int32))
         sees = isinstance(self.model, LLaVA)
         if sees:
             image = self.model.image
             self.stages[0].look(np.zeros((1, image.channels, *image.image_size), np.float32))
         for size in self.sizes.all:
-            for given in (False, True) if sees or (self._lead.prompt and not self._source) else (False,):
+            for given in (False, True) if sees or (lead.prompt and not self._source) else (False,):
                 self._run(Step(), size, [], [] if self._spans else None, given=given)
 
     def _run(
         self, step: Step, size: tuple[int, int], take: Several[int], spans: Several[int] | None, *, given: bool = False
     ) -> Float[Array, "rows embed"]:
         decodes, prefills, (singles, chunk) = step.decodes, step.prefills, size
-        vectors = self._blank(singles + chunk) if given else None
+        vectors = self._given.blank(singles + chunk) if given else None
         rows = singles + (self.sizes.prompts if chunk else 0)
         tokens, slots, lengths = np.zeros((1, singles + chunk), np.int32), np.zeros(singles + chunk, np.int32), np.zeros(rows, np.int32)
         queries, pages, first = np.arange(rows + 1, dtype=np.int32), np.zeros(self._most, np.int32), np.zeros(rows + 1, np.int32)
@@ -314,8 +288,8 @@ class PagedRunner:
             tokens[0, here] = np.maximum(sequence.tokens[one.start : held], 0)
             opening, begun = sequence.request.beside, places[places < len(sequence.request.prompt)]
             if opening.vectors is not None and not self._source and (opening.vectors[begun] != NONE).any():
-                vectors = vectors or self._blank(singles + chunk)
-                self._give(vectors, begin + np.arange(len(begun)), opening, begun)
+                vectors = vectors or self._given.blank(singles + chunk)
+                self._given.put(vectors, begin + np.arange(len(begun)), opening, begun)
             prefix[i] = opening.whole
             slots[here] = own[places // self.page] * self.page + places % self.page
             pages[used : used + len(own)] = own
