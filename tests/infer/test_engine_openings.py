@@ -223,3 +223,25 @@ def test_what_has_no_virtual_tokens_refuses_them():
         engine.update(soft(weights(BASE), 3))
     with pytest.raises(ValueError, match="a prompt of 32 tokens, 2 of them virtual, and max_new_tokens=1"):
         engine.submit([1] * 30, max_new_tokens=1)
+
+
+COMPILED: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, _, **more: COMPILED.append(name) if name.endswith("backend_compile_duration") else None
+)
+
+
+def test_nothing_is_compiled_after_the_warm_up():
+    params = weights(SEES)
+    params |= {"virtual": soft(params, 2)["virtual"] | prefixed(params, 3)["virtual"]}
+    engine = Engine(SEES, params, **ROOM | {"longest": 24})
+    engine.warm_up()
+    before, image = len(COMPILED), [SEES.image_token] * SEES.image_tokens
+    for both_ways in (False, True):
+        engine.submit([*image, 1, 2], max_new_tokens=4, images=pictures(1, 0), bidirectional=both_ways)
+        engine.step()
+        engine.submit([3, *image], max_new_tokens=4, images=pictures(1, 1))
+        engine.submit([3], max_new_tokens=4, bidirectional=both_ways)
+        engine.run()
+    assert before > 0
+    assert len(COMPILED) == before
