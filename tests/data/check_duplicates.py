@@ -113,15 +113,20 @@ def by_datasketch(texts: list[str], seed: int) -> Pairs:
 def exact_by_datatrove(texts: list[str]) -> set[int]:
     """The documents that datatrove drops, of texts folded as lmx folds them."""
     from datatrove.data import Document as Theirs
-    from datatrove.pipeline.dedup.exact_dedup import ExactDedupFilter, ExactDedupSignature, ExactFindDedups
+    from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig, ExactDedupFilter, ExactDedupSignature, ExactFindDedups
+
+    def content(document: Theirs) -> str:
+        return document.text
+
+    settings = ExactDedupConfig(content)
 
     def documents():
         return (Theirs(text=" ".join(words(text)), id=str(i)) for i, text in enumerate(texts))
 
     with tempfile.TemporaryDirectory() as folder:
-        ExactDedupSignature(f"{folder}/s", 1).run(documents(), 0, 1)
-        ExactFindDedups(f"{folder}/s", f"{folder}/d").run(None, 0, 1)
-        kept = {int(document.id) for document in ExactDedupFilter(f"{folder}/d").run(documents(), 0, 1)}
+        ExactDedupSignature(f"{folder}/s", settings).run(documents(), 0, 1)
+        ExactFindDedups(f"{folder}/s", f"{folder}/d", settings).run(None, 0, 1)
+        kept = {int(document.id) for document in ExactDedupFilter(f"{folder}/d", settings).run(documents(), 0, 1)}
     return set(range(len(texts))) - kept
 
 
