@@ -3,8 +3,6 @@
 import re
 from collections.abc import Iterable
 
-from lmx.data.sources.chain import DamagedError
-
 PREFIXES = frozenset({"file", "image", "media", "category"})
 DROPPED = re.compile(
     "ref|references|gallery|table|timeline|imagemap|score|graph|mapframe|maplink|templatestyles|section|indicator|categorytree|inputbox|style|"
@@ -43,12 +41,10 @@ def plain(text: str, prefixes: Iterable[str] = PREFIXES) -> str:
     labels, a heading is a line of its own (none where nothing is left under it). `prefixes` are the lower-case names of the namespaces
     that links into are dropped.
 
-    Raises ValueError where mwparserfromhell is not installed, DamagedError where it fails.
+    Raises ValueError where mwparserfromhell fails.
     """
-    try:
-        import mwparserfromhell
-    except ImportError as error:
-        raise ValueError("wikitext needs the mwparserfromhell package, which is not installed; pip install 'lmx[data]'") from error
+    import mwparserfromhell
+
     prefixes = PREFIXES.union(prefixes)
     text = text.replace("\0", "")
     sections: list[tuple[int, str, list[str]]] = [(0, "", [])]
@@ -62,7 +58,7 @@ def plain(text: str, prefixes: Iterable[str] = PREFIXES) -> str:
     try:
         nodes = mwparserfromhell.parse(text, skip_style_tags=True).nodes
     except (mwparserfromhell.parser.ParserError, RecursionError) as error:
-        raise DamagedError(f"mwparserfromhell raised {type(error).__name__}") from error
+        raise ValueError(f"mwparserfromhell raised {type(error).__name__}") from error
     for node in nodes:
         if type(node).__name__ == "Heading":
             title: list[str] = []
