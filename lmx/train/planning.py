@@ -127,10 +127,10 @@ def settled(experiment: Experiment) -> Experiment:
             f"model=RWKV with layout.pipeline={layout.pipeline} and layout.tensor={layout.tensor} cannot be planned: what XLA moves between "
             "tensor devices inside a stage is not counted; plan it with one of them at 1"
         )
-    if layout.collective_matmul and (isinstance(model, EncoderDecoder) or model.experts or model.parallel):
+    if layout.collective_matmul and (isinstance(model, EncoderDecoder) or model.experts):
         raise ConfigError(
-            "layout.collective_matmul cannot be planned with an encoder-decoder, a mixture or parallel blocks: what goes round there is not "
-            "counted; plan without it"
+            "layout.collective_matmul cannot be planned with an encoder-decoder or a mixture: what goes round there is not counted; plan "
+            "without it"
         )
     if experiment.precision == "fp64":
         raise ConfigError("precision=fp64 cannot be planned: no chip trains in it; plan with fp32")
@@ -199,6 +199,7 @@ def _work(experiment: Experiment, model: Transformer, length: int, *, on_gpu: bo
         qk_norm=model.qk_norm,
         tied=model.tied,
         positions=model.context if model.positions == "learned" else 0,
+        shared_layers=model.shared_layers,
         period=min(len(model.pattern), model.layers),
         masks=0 if stream and fused else len({is_local(kind) for kind in model.pattern}),
         fused=fused,

@@ -130,6 +130,10 @@ CASES = {
     },
     "parallel-norms": {"model": changed(parallel=True, parallel_norms=True, embed_norm=True, head_bias=True), "fsdp": 2, "tensor": 4},
     "gated-shared-experts": {"model": changed(**EXPERTS, shared_experts=1, shared_gate=True), "fsdp": 4, "tensor": 2, "remat": "dots"},
+    "long-rows-zero-2-full": {"fsdp": 8, "zero": 2, "remat": "full", "length": 1024, "batch": 32},
+    "many-rows-full": {"model": changed(embed=192, heads=6, kv_heads=3, mlp=512), "fsdp": 8, "remat": "full", "length": 384, "batch": 80},
+    "one-long-row-full": {"model": changed(heads=4, kv_heads=4), "data": 2, "fsdp": 4, "remat": "full", "length": 1536, "batch": 8},
+    "many-rows-dots": {"model": dataclasses.replace(GPT2, mlp=640), "fsdp": 4, "tensor": 2, "remat": "dots", "length": 256, "batch": 64},
     "one-key-head": {"model": changed(kv_heads=1), "data": 4, "tensor": 2, "remat": "full"},
 }
 """On eight simulated devices. In fp32: XLA:CPU widens bf16 here and there."""
