@@ -1,9 +1,10 @@
 """Attention over sequences that the `context` axis splits: inside a manual region, on each device's part.
 
-Two ways. In a ring (Liu et al., 2023) each device keeps its queries, and keys and values go round, each hop's attention going on from
-the last: in tiles, or by the flash kernels, whose outputs are then weighed by their log-sum-exps. Causal work is balanced by giving device i of n the 2n-ths i and 2n-1-i of each sequence ("zig-zag"): `arrange` puts a batch in that
-order, and everything else in a forward is indifferent to it, since positions and segments are data. In an all-to-all (DeepSpeed-Ulysses,
-Jacobs et al., 2023) devices trade their parts of all heads for all of their part of the heads; sequences stay in order.
+Two ways. In a ring (Liu et al., 2023) each device keeps its queries, and keys and values go round. In tiles each hop's attention goes on from
+the last; of the flash kernels each hop's output is weighed by its log-sum-exp. Causal work is balanced by giving device i of n the 2n-ths i and
+2n-1-i of each sequence ("zig-zag"): `arrange` puts a batch in that order, and everything else in a forward is indifferent to it, since positions
+and segments are data. In an all-to-all (DeepSpeed-Ulysses, Jacobs et al., 2023) devices trade their parts of all heads for all of their part of
+the heads; sequences stay in order.
 """
 
 from collections.abc import Callable
