@@ -10,18 +10,20 @@ from experiments.bench.turns import serve
 
 
 def content(document: Any) -> str:
-    """What is compared of a document. (The annotation is read.)"""
-    return document.text
+    """What is compared of a document: as lmx does, whatever its case, signs and spaces. (The annotation is read.)"""
+    from datatrove.utils.text import simplify_text
+
+    return simplify_text(document.text)
 
 
 class Datatrove:
     """Stages as datatrove has them."""
 
-    def __init__(self, corpus: str, tokenizer: str, language_model: str):
+    def __init__(self, corpus: str, tokenizer: str, language_model: str, *names: str):
         from datatrove.utils.logging import logger
 
         logger.remove()
-        self.corpus, self.tokenizer, self.language_model = Path(corpus), tokenizer, language_model
+        self.corpus, self.tokenizer, self.language_model, self.names = Path(corpus), tokenizer, language_model, names
         self.documents = list(self._reader().run())
 
     def run(self, stage: str, folder: Path) -> Any:
@@ -114,8 +116,7 @@ class Datatrove:
         from datatrove.pipeline.writers import JsonlWriter
 
         first, buckets, cluster, last = self._minhash_steps(folder)
-        names = ("language", "gopher_repetition", "gopher_quality", "c4", "fineweb", "pii")
-        steps = [self._filter(name) for name in names if name != "language" or self.language_model]
+        steps = [self._filter(name) for name in self.names if name != "minhash" and (name != "language" or self.language_model)]
         parts = (
             ([self._reader(), *steps, JsonlWriter(str(folder / "kept"), compression=None), first], 1),
             ([buckets], 14),

@@ -2,9 +2,12 @@
 
 import json
 import resource
+import statistics
 import sys
+import threading
 from collections.abc import Iterable
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +19,24 @@ from lmx.core.config import versions
 from lmx.data.clean import c4, exact, fineweb, gopher, languages, minhash, paragraphs, privacy
 from lmx.data.clean.step import Ragged
 from lmx.data.curate import Recipe, curate
-from lmx.data.curate.records import Record
+from lmx.data.curate.records import Record, read_records
 from lmx.data.curate.tally import Tally
 from lmx.data.curate.work import Resolved, through
 from lmx.data.documents import Document
-from lmx.data.shards import index_of, write_shard
+from lmx.data.pipeline import Batches
+from lmx.data.shards import OPTIONS, index_of, open_shards, write_shard
 from lmx.data.sources import Jsonl
+from lmx.data.store import TokenStore, build_store
 from lmx.data.tokenizers import load_tokenizer
 
-RECIPE = ("language", "gopher_repetition", "gopher_quality", "c4", "fineweb", "pii", "minhash")
 OTHERS = ("phone", "credit_card", "iban", "national_id", "secret")  # what datatrove does not look for
 
 
 class Lmx:
     """Stages as lmx has them. Without a language model datatrove has no stage for languages, so the recipe has none either."""
 
-    def __init__(self, corpus: str, tokenizer: str, language_model: str):
+    def __init__(self, corpus: str, tokenizer: str, language_model: str, *names: str):
+        self.most = 0
         self.source = Jsonl(corpus, name="text")
         self.steps = {
             "language": languages.Language(("en",)),
@@ -45,7 +50,7 @@ class Lmx:
             "minhash": minhash.MinHash(),
             "paragraphs": paragraphs.Paragraphs(span=3),
         }
-        steps = tuple(self.steps[name] for name in RECIPE if name != "language" or language_model)
+        steps = tuple(self.steps[name] for name in names if name != "language" or language_model)
         self.recipe, self.tokenizer = Recipe("bench", (self.source,), steps, tokenizer=tokenizer), load_tokenizer(tokenizer)
 
     @cached_property
@@ -57,14 +62,26 @@ class Lmx:
         if stage == "versions":
             return json.dumps(versions())
         if stage == "memory":
-            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-            return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, int(status["RssAnon"].split()[0]) / 1024]
+            return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, self.most / 1024]
+        if stage == "lineage":
+            return lineage(self, folder)
         if stage == "recipe":
+            done = threading.Event()
+            watch = threading.Thread(target=self._watch, args=(done,))
+            watch.start()
             seconds, manifest = measured(lambda: curate(self.recipe, folder / "corpus"))
+            done.set()
+            watch.join()
             return [seconds, manifest["splits"]["train"]["documents"]]
         documents = self.documents if stage != "read" else []
         work = getattr(self, f"_{stage}", None)
         return list(measured((lambda: work(documents, folder)) if work else (lambda: self._step(stage, documents, folder))))
+
+    def _watch(self, done: threading.Event) -> None:
+        """Keeps the most memory that is no file's, in kilobytes."""
+        while not done.wait(0.25):
+            status = Path("/proc/self/status").read_text()
+            self.most = max(self.most, next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")))
 
     def _read(self, documents: list[Document], folder: Path) -> int:
         return sum(1 for unit in self.source.units() for _ in self.source.read(unit))
@@ -88,6 +105,43 @@ class Lmx:
             steps = (Resolved(step, resolved[number], names) for number in range(len(documents)))
         with (folder / "dropped.jsonl").open("wb") as dropped:
             return sum(through(Record(d), (one,), "text", tally, dropped) is not None for d, one in zip(documents, steps, strict=True))
+
+
+def lineage(side: Lmx, folder: Path) -> dict[str, Any]:
+    """CPU seconds of the recipe and of writing what its shards say of each document; of a batch from the shards, from the same shards without
+    that, and from a memory-mapped store: medians of turns, the batches being the same."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    seconds, _ = measured(lambda: curate(side.recipe, folder / "corpus"))
+    shards = open_shards(folder / "corpus" / "train")
+    about = [shards.about[number] for number in range(len(shards))]
+
+    def write() -> None:
+        writer = ArrayRecordWriter(str(folder / "again"), OPTIONS)
+        for record in about:
+            writer.write(json.dumps(record, ensure_ascii=False).encode())
+        writer.close()
+
+    written = statistics.median(measured(write)[0] for _ in range(5))
+    kept = max((folder / "corpus" / "work").iterdir(), key=lambda path: path.name)
+    texts = (record.document for path in sorted(kept.glob("*.kept.jsonl")) for record in read_records(path))
+    stores = {
+        "shards": shards,
+        "shards without lineage": TokenStore(folder, shards.index, shards.tokens, shards.offsets, shards.document_bytes, *[shards.ids] * 2),
+        "memory-mapped store": build_store(texts, side.tokenizer, folder / "store"),
+    }
+    batches = {name: Batches(store, rows=8, length=1024, seed=0) for name, store in stores.items()}
+    taken: dict[str, list[float]] = {name: [] for name in stores}
+    for turn in range(9):
+        made = []
+        for name, kind in batches.items():
+            lap, found = measured(lambda kind=kind, turn=turn: [kind[turn * 32 + k] for k in range(32)])
+            taken[name] += [lap / 32] * (turn > 0)
+            made.append(found)
+        for one, other in pairwise(made):
+            assert all(np.array_equal(a["tokens"], b["tokens"]) for a, b in zip(one, other, strict=True))
+    size = sum(path.stat().st_size for path in (folder / "corpus" / "train").glob("documents-*"))
+    return {"recipe": seconds, "written": written, "bytes": size, "batch": {name: statistics.median(laps) for name, laps in taken.items()}}
 
 
 def _ragged(arrays: list[np.ndarray]) -> Ragged:
