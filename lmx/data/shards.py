@@ -233,10 +233,14 @@ class Blocks:
             raise IndexError(f"tokens {at.min()} to {at.max()} of {len(self)}")
         shard = np.searchsorted(self._ends, at, side="right")
         block, within = np.divmod(at - self._begins[shard], BLOCK)
-        wanted, inverse = np.unique(self._first[shard] + block, return_inverse=True)
+        # What is asked for is a few runs of places, so runs of places in one block are told apart, not places.
+        numbers = (self._first[shard] + block).ravel()
+        begins = np.flatnonzero(np.diff(numbers, prepend=-1))
+        wanted, inverse = np.unique(numbers[begins], return_inverse=True)
         blocks = self._read(wanted)
         starts = np.cumsum([0, *map(len, blocks)])[:-1]
-        return (np.concatenate(blocks) if blocks else np.zeros(0, self.dtype))[starts[inverse.reshape(at.shape)] + within]
+        start = np.repeat(starts[inverse], np.diff(begins, append=len(numbers))).reshape(at.shape)
+        return (np.concatenate(blocks) if blocks else np.zeros(0, self.dtype))[start + within]
 
     def _read(self, wanted: np.ndarray) -> list[np.ndarray]:
         with self._lock:

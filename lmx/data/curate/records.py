@@ -24,8 +24,20 @@ class Record:
 
     def to_line(self) -> bytes:
         d = self.document
-        fields = {"id": d.id, "source": d.source, "created": d.created, "metadata": d.metadata, "decisions": self.decisions, "text": d.text}
-        return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        about = {"id": d.id, "source": d.source, "created": d.created, "metadata": d.metadata, "decisions": self.decisions}
+        return b'%s,"text":%s}\n' % (_encode(about)[:-1].encode(), _quoted(d.text))
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_CONTROLS = bytes(range(32))
+
+
+def _quoted(text: str) -> bytes:
+    """A text as JSON, as `_encode` writes it; twice as fast where there are no control characters but line ends."""
+    data = text.encode().replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\n", b"\\n")
+    if len(data.translate(None, _CONTROLS)) < len(data):
+        return _encode(text).encode()
+    return b'"%s"' % data
 
 
 def read_records(path: str | Path) -> Iterator[Record]:

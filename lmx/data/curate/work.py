@@ -65,10 +65,12 @@ class Clean:
         with ExitStack() as stack:
             kept, dropped = (stack.enter_context(whole(place.of(self.number, unit, f"{kind}.jsonl"))) for kind in ("kept", "dropped"))
 
+            last = self.number == len(passes(self.recipe)) - 1
+
             def judge(record: Record) -> None:
                 if record := through(record, steps, source.name, tally, dropped):
                     kept.write(record.to_line())
-                    if self.number == len(passes(self.recipe)) - 1:
+                    if last:
                         language = str(record.document.metadata.get("language", ""))
                         tally.count(Event("corpus", "kept", "", source.name, language), 1, len(record.document.text.encode()))
                     if after:
@@ -135,8 +137,9 @@ class Resolved:
 
 def through(record: Record, steps: tuple, source: str, tally: Tally, dropped: Any) -> Record | None:
     """A document through steps, with what happens counted, and written to `dropped`; None where one drops it."""
+    document = record.document
+    rank, size = share(document.id, document.source), len(document.text.encode())  # once: this is done for all documents of a corpus
     for step in steps:
-        document = record.document
         clock = time.process_time()
         try:
             verdict = step(document)
@@ -144,8 +147,6 @@ def through(record: Record, steps: tuple, source: str, tally: Tally, dropped: An
             raise RuntimeError(f"step {step.name} failed on document {document.id!r} of {document.source}: {error!r}") from error
         tally.seconds[step.name] += time.process_time() - clock
         language = str(document.metadata.get("language", ""))
-        rank = share(document.id, document.source)
-        size = len(document.text.encode())
         if isinstance(verdict, Drop):
             event = Event(step.name, "dropped", verdict.reason, source, language)
             value = verdict.value.item() if isinstance(verdict.value, np.generic) else verdict.value
@@ -165,16 +166,18 @@ def through(record: Record, steps: tuple, source: str, tally: Tally, dropped: An
         tally.count(event, 1, size)
         tally.show(event, rank, document.text, id=document.id)
         if verdict is not None and (verdict.text is not None or verdict.metadata):
-            text = document.text if verdict.text is None else verdict.text
+            text, before = document.text if verdict.text is None else verdict.text, size
             if verdict.text is not None:
-                shorter = size - len(text.encode())
+                size = len(text.encode())
+                shorter = before - size
                 for kind, number in (verdict.counts or {"text": 1}).items():
                     event = Event(step.name, "changed", kind, source, language)
                     tally.count(event, number, shorter)
                     tally.show(event, rank, document.text, id=document.id, after=text[:1200])
             metadata = {**document.metadata, **verdict.metadata}
-            decision = {"step": step.name, "counts": dict(verdict.counts), "metadata": dict(verdict.metadata), "bytes": size}
-            record = Record(replace(document, text=text, metadata=metadata), (*record.decisions, decision))
+            decision = {"step": step.name, "counts": dict(verdict.counts), "metadata": dict(verdict.metadata), "bytes": before}
+            document = replace(document, text=text, metadata=metadata)
+            record = Record(document, (*record.decisions, decision))
     return record
 
 
