@@ -59,10 +59,11 @@ class StackExchange:
                 posts = Posts(path, self.longest, Path(folder))
                 posts.read(self.name)
                 yield from posts.omitted
+                id, site = relative(Path(path), base), _site(path)
                 for question, rows in posts.threads():
-                    yield from self._thread(question, rows, path, relative(Path(path), base))
+                    yield from self._thread(question, rows, f"{id}:{question}", path, site)
 
-    def _thread(self, number: int, rows: list[bytes], path: str, label: str) -> Iterator[Document | Omitted]:
+    def _thread(self, number: int, rows: list[bytes], id: str, path: str, site: str) -> Iterator[Document | Omitted]:
         question, answers = None, []
         where = f"{path}, post {number}"
         for row in rows:
@@ -97,7 +98,6 @@ class StackExchange:
         if not question.text and not question.title:
             yield Omitted(where, "empty")
             return
-        site = _site(path)
         metadata = {
             **({"site": site, "url": f"https://{site}/questions/{number}"} if site else {}),
             "title": question.title,
@@ -106,7 +106,7 @@ class StackExchange:
             "answers": [{"id": answer.id, "accepted": answer.id == question.accepted, **answer.credits()} for answer in kept],
         }
         texts = ["Q: " + "\n\n".join(filter(None, (question.title, question.text))), *("A: " + answer.text for answer in kept)]
-        yield Document(f"{label}:{number}", "\n\n".join(texts), path, metadata, question.created)
+        yield Document(id, "\n\n".join(texts), path, metadata, question.created)
 
 
 @dataclass(frozen=True)

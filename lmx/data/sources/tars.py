@@ -68,6 +68,8 @@ def members(file: BinaryIO, where: str) -> Iterator[tuple[str, int, BufferedRead
                 return
             contents.skip()
             Contents(file, -size % HEADER).skip()
+        while file.read(BLOCK):  # a checksum may follow
+            pass
     except (*damage(), OSError, ValueError) as error:
         yield unreadable(f"{where}, from {last}", error)
 

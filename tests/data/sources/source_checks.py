@@ -15,11 +15,12 @@ def documents(items):
 
 
 def omitted(items):
-    return [(item.where, item.reason) for item in items if isinstance(item, Omitted)]
+    """Places (without their folder) and reasons."""
+    return [(item.where.rpartition("/")[2], item.reason) for item in items if isinstance(item, Omitted)]
 
 
 def damage(items):
-    return [(item.where, item.reason) for item in items if isinstance(item, Omitted) and item.damaged]
+    return omitted(item for item in items if isinstance(item, Omitted) and item.damaged)
 
 
 def same_in_units_of(source, sizes):
