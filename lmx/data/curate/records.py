@@ -21,20 +21,27 @@ class Record:
     document: Document
     decisions: tuple[Mapping[str, Any], ...] = field(default=())
     """One for each step that changed it, in order: `{"step", "counts", "metadata", "bytes"}` (its length before)."""
+    terms: tuple[str, ...] = ()
+    """The identity terms of the text as it was read; empty where a recipe does not count them."""
 
     def to_line(self) -> bytes:
         d = self.document
         fields = {"id": d.id, "source": d.source, "created": d.created, "metadata": d.metadata, "decisions": self.decisions, "text": d.text}
+        fields |= {"terms": self.terms} if self.terms else {}
         return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+    @classmethod
+    def from_line(cls, line: bytes) -> "Record":
+        """What `to_line` wrote."""
+        data = json.loads(line)
+        document = Document(data["id"], data["text"], data["source"], data["metadata"], data["created"])
+        return cls(document, tuple(data["decisions"]), tuple(data.get("terms", ())))
 
 
 def read_records(path: str | Path) -> Iterator[Record]:
     """The records of a file of them."""
     with Path(path).open("rb") as file:
-        for line in file:
-            data = json.loads(line)
-            document = Document(data["id"], data["text"], data["source"], data["metadata"], data["created"])
-            yield Record(document, tuple(data["decisions"]))
+        yield from map(Record.from_line, file)
 
 
 @contextmanager

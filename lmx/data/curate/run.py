@@ -168,6 +168,6 @@ def _finish(recipe: Recipe, folder: Path, units: Sequence[tuple[int, Unit]], spl
     totals = {split: {key: part[key] for key in ("documents", "tokens", "bytes", "content")} for split, part in parts.items()}
     write_json(folder / "tally.json", tally.to_json())
     manifest = {**about, "tokenizer": {"name": Path(tokenizer).name, "fingerprint": loaded.fingerprint}, "splits": totals, "counts": counts}
-    write_report(recipe, folder, tally, parts)
+    write_report(recipe, folder, tally, parts, loaded, manifest)
     write_json(folder / "manifest.json", manifest)
     return manifest
