@@ -15,7 +15,7 @@ import numpy as np
 
 from lmx.data.clean.bias import Losses, which_lose
 from lmx.data.clean.step import Ragged
-from lmx.data.curate.recipe import Recipe, check, is_corpus_step, passes
+from lmx.data.curate.recipe import Recipe, check, files_read, is_corpus_step, passes
 from lmx.data.curate.records import Record
 from lmx.data.curate.tally import Tally
 from lmx.data.curate.work import Resolved, count_kept, count_read, read, share, through
@@ -96,6 +96,7 @@ def dry_run(recipe: Recipe, *, documents: int = 2000, units: int = 32, seed: int
     everything = [(number, unit) for number, source in enumerate(recipe.sources) for unit in source.units(recipe.unit)]
     if not everything:
         raise ValueError(f"recipe {recipe.name!r}: its sources hold no files")
+    files_read(recipe, ())  # what steps read is there
     order = np.argsort([share(unit.name, str(number), str(seed)) for number, unit in everything])
     chosen = [everything[i] for i in sorted(order[:units].tolist())]
     tally, count = Tally(recipe.examples), 0

@@ -3,14 +3,14 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from lmx.data.clean.step import CorpusStep, Step
-from lmx.data.sources.source import UNIT, Source
+from lmx.data.sources.source import UNIT, Source, Unit
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,13 @@ def check(recipe: Recipe) -> None:
         raise ValueError(f"unit={recipe.unit} and examples={recipe.examples} are to be positive")
     if recipe.damaged not in ("refuse", "skip"):
         raise ValueError(f"damaged={recipe.damaged!r} is not refuse or skip")
+
+
+def files_read(recipe: Recipe, units: Iterable[Unit]) -> list[str]:
+    """The files that decide what a recipe makes: its units', and those that steps name as `reads`. Raises FileNotFoundError for one missing."""
+    return sorted(
+        {*(path for unit in units for path in unit.paths), *(path for step in recipe.steps for path in getattr(step, "reads", ()))}
+    )
 
 
 def is_corpus_step(step: Step | CorpusStep) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 
 from lmx.core.config import versions
 from lmx.data.clean.step import CorpusStep, Ragged
-from lmx.data.curate.recipe import Recipe, check, described, fingerprint, passes
+from lmx.data.curate.recipe import Recipe, check, described, files_read, fingerprint, passes
 from lmx.data.curate.records import open_ragged, read_records, whole, write_json, write_ragged
 from lmx.data.curate.report import write_report
 from lmx.data.curate.tally import Tally, from_json
@@ -64,7 +64,7 @@ def curate(recipe: Recipe, folder: str | Path, *, workers: Workers | None = None
 
 def _claim(recipe: Recipe, folder: Path, units: Sequence[tuple[int, Unit]]) -> None:
     """Write down what the folder is for, or refuse one that is for something else."""
-    files = sorted({path for _, unit in units for path in unit.paths})
+    files = files_read(recipe, (unit for _, unit in units))
     stats = {path: [(stat := Path(path).stat()).st_size, stat.st_mtime_ns] for path in files}
     claim = {"fingerprint": fingerprint(recipe), "files": stats, "recipe": described(recipe)}
     path = folder / "recipe.json"
@@ -151,7 +151,7 @@ def _finish(recipe: Recipe, folder: Path, units: Sequence[tuple[int, Unit]], spl
             tally += from_json(json.loads(place.of(number, unit, "tally.json").read_bytes()))
     loaded = load_tokenizer(tokenizer)
     counts = [[*event, documents, size] for event, documents, size in tally.rows()]
-    files = sorted({path for _, unit in units for path in unit.paths})
+    files = files_read(recipe, (unit for _, unit in units))
     about = {
         "name": recipe.name,
         "fingerprint": fingerprint(recipe),

@@ -215,7 +215,8 @@ def through(record: Record, steps: tuple, source: str, tally: Tally, dropped: An
                     tally.show(event, rank, document.text, id=document.id, after=text[:EXCERPT])
             metadata = {**document.metadata, **verdict.metadata}
             decision = {"step": step.name, "counts": dict(verdict.counts), "metadata": dict(verdict.metadata), "bytes": size}
-            record = Record(replace(document, text=text, metadata=metadata), (*record.decisions, decision))
+            document = replace(document, text=text, metadata=metadata)
+            record = replace(record, document=document, decisions=(*record.decisions, decision))
     return record
 
 
