@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from lmx.data.clean.bias import count_terms
 from lmx.data.clean.step import Drop, Ragged
-from lmx.data.curate.recipe import Recipe, passes
+from lmx.data.clean.urls import host
+from lmx.data.curate.recipe import Recipe, files, passes
 from lmx.data.curate.records import Arrays, Record, open_ragged, read_records
-from lmx.data.curate.tally import Event, Tally
+from lmx.data.curate.tally import EXCERPT, Event, Group, Tally
 from lmx.data.documents import Document
 from lmx.data.shards import file_hash, write_shard
 from lmx.data.sources.source import Omitted, Source, Unit
@@ -73,8 +75,7 @@ class Clean:
                 if record := through(record, steps, source.name, tally, dropped):
                     kept.write(record.to_line())
                     if last:
-                        language = str(record.document.metadata.get("language", ""))
-                        tally.count(Event("corpus", "kept", "", source.name, language), 1, len(record.document.text.encode()))
+                        count_kept(record, source.name, tally)
                     if after:
                         clock = time.process_time()
                         extracted.append(np.asarray(after.extract(record.document)))
@@ -83,7 +84,7 @@ class Clean:
 
             if before is None:
                 for record in read(source, self.units[unit][1], tally, damaged=self.recipe.damaged):
-                    judge(record)
+                    judge(count_read(record, source.name, tally, terms=self.recipe.identity_terms))
             else:
                 for number, record in enumerate(read_records(place.of(self.number - 1, unit, "kept.jsonl")), self.starts[unit]):
                     one = Resolved(before, resolved[number], names)
@@ -97,12 +98,6 @@ class Clean:
 def hashes(unit: Unit) -> dict[str, str]:
     """SHA-256 (hex) of the files of a unit; of a file that was cut with its first part."""
     return {str(path): file_hash(path) for path in files([unit])} if not unit.start else {}
-
-
-def files(units: Iterable[Unit]) -> list[Path]:
-    """The files that units are made of, sorted; of a folder all below it."""
-    paths = {path for unit in units for path in map(Path, unit.paths)}
-    return sorted({file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if not file.is_dir()})
 
 
 def read(source: Source, unit: Unit, tally: Tally, *, damaged: str) -> Iterator[Record]:
@@ -128,6 +123,44 @@ def read(source: Source, unit: Unit, tally: Tally, *, damaged: str) -> Iterator[
             tally.count(Event("source", "read", "", source.name, ""), 1, size)
             yield Record(item)
         clock = time.process_time()
+
+
+def count_read(record: Record, source: str, tally: Tally, *, terms: bool) -> Record:
+    """Count a document as it was read: its length and domain; and its identity terms, which the record then has."""
+    _group(record, "read", source, tally)
+    if not terms:
+        return record
+    clock = time.process_time()
+    found = tuple(sorted(count_terms([record.document.text]).having))
+    tally.groups.update(Group("read", "term", source, term) for term in found)
+    tally.seconds["identity terms"] += time.process_time() - clock
+    return replace(record, terms=found)
+
+
+def count_kept(record: Record, source: str, tally: Tally) -> None:
+    """Count a document that has come to the end: its length now, and the terms and domain that it came with."""
+    _group(record, "kept", source, tally)
+    tally.groups.update(Group("kept", "term", source, term) for term in record.terms)
+    language = str(record.document.metadata.get("language", ""))
+    tally.count(Event("corpus", "kept", "", source, language), 1, len(record.document.text.encode()))
+
+
+def _group(record: Record, what: str, source: str, tally: Tally) -> None:
+    tally.groups[Group(what, "length", source, str(1 << len(record.document.text.encode()).bit_length()))] += 1
+    if name := domain(record.document):
+        tally.groups[Group(what, "domain", source, name)] += 1
+
+
+def domain(document: Document) -> str:
+    """Where on the web a document is from, or what is nearest to it: the subreddit, the language of code, the host of its address. May be
+    empty."""
+    about = document.metadata
+    if about.get("subreddit"):
+        return f"r/{about['subreddit']}"
+    if "licenses" in about and about.get("language"):
+        return str(about["language"])
+    url = about.get("url")
+    return host(url).removeprefix("www.") if isinstance(url, str) else ""
 
 
 @dataclass(frozen=True)
@@ -164,6 +197,8 @@ def through(record: Record, steps: tuple, source: str, tally: Tally, dropped: An
         tally.seconds[step.name] += time.process_time() - clock
         language = str(document.metadata.get("language", ""))
         if isinstance(verdict, Drop):
+            if verdict.reason == "language":
+                language = str(verdict.value)  # which it is, as found by the step that drops it
             event = Event(step.name, "dropped", verdict.reason, source, language)
             value = verdict.value.item() if isinstance(verdict.value, np.generic) else verdict.value
             tally.count(event, 1, size)
@@ -186,11 +221,11 @@ def through(record: Record, steps: tuple, source: str, tally: Tally, dropped: An
                 for kind, number in (verdict.counts or {"text": 1}).items():
                     event = Event(step.name, "changed", kind, source, language)
                     tally.count(event, number, size - length)
-                    tally.show(event, rank, document.text, id=document.id, after=text[:1200])
+                    tally.show(event, rank, document.text, id=document.id, after=text[:EXCERPT])
             decision = {"step": step.name, "counts": dict(verdict.counts), "metadata": dict(verdict.metadata), "bytes": size}
             metadata = {**document.metadata, **verdict.metadata}
             document, size = replace(document, text=document.text if text is None else text, metadata=metadata), length
-            record = Record(document, (*record.decisions, decision))
+            record = replace(record, document=document, decisions=(*record.decisions, decision))
     return record
 
 

@@ -175,7 +175,10 @@ def test_json_lines(tmp_path):
             {"path": "a.py", "language": "Python", "licenses": ["Apache-2.0"], "repo": "a/toy", "hash": "f1", "ref": "refs/heads/main"},
         ),
         Document(
-            f"{path.name}@{starts[1]}", "int x;\n", str(path), {"path": "b.c", "language": "C", "licenses": [], "repo": "a/toy", "hash": "f2"}
+            f"{path.name}@{starts[1]}",
+            "int x;\n",
+            str(path),
+            {"path": "b.c", "language": "C", "licenses": [], "repo": "a/toy", "hash": "f2"},
         ),
         Omitted(where(2), "binary"),
         Omitted(where(3), "has NoneType in its field 'content', expected text", damaged=True),
