@@ -196,7 +196,8 @@ def _formed_again(work: Work) -> int:
     attention = 4 * work.scores * (3 if here.rows > 1 else 2) + 4 * queries + (queries + keys if work.qk_norm else 0)
     hidden = tokens * here.mlp * work.compute
     # Hidden states and their gradients; then the gradient through each projection, before they are summed and split along the sequence.
-    feed = max(3 * work.whole + (6 if work.gated else 4) * hidden, 6 * work.whole + (4 if work.gated else 3) * hidden)
+    whole = work.between if work.layout.collective_matmul else work.whole
+    feed = max(3 * whole + (6 if work.gated else 4) * hidden, 6 * whole + (4 if work.gated else 3) * hidden)
     return attention + feed + (6 + work.norms) * work.between
 
 

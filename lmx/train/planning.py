@@ -132,6 +132,11 @@ def settled(experiment: Experiment) -> Experiment:
             "layout.collective_matmul cannot be planned with an encoder-decoder or a mixture: what goes round there is not counted; plan "
             "without it"
         )
+    if layout.collective_matmul and model.parallel and layout.pipeline > 1:
+        raise ConfigError(
+            f"layout.collective_matmul with model.parallel and layout.pipeline={layout.pipeline} cannot be planned yet: what a stage holds has "
+            "not been measured; plan with one of them off"
+        )
     if experiment.precision == "fp64":
         raise ConfigError("precision=fp64 cannot be planned: no chip trains in it; plan with fp32")
     if not model.vocab:
