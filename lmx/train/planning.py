@@ -204,7 +204,6 @@ def _work(experiment: Experiment, model: Transformer, length: int, *, on_gpu: bo
         qk_norm=model.qk_norm,
         tied=model.tied,
         positions=model.context if model.positions == "learned" else 0,
-        shared_layers=model.shared_layers,
         period=min(len(model.pattern), model.layers),
         masks=0 if stream and fused else len({is_local(kind) for kind in model.pattern}),
         fused=fused,
