@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, AxisType
 from lmx.core import params
 from lmx.data.denoising import SpanCorruption
 from lmx.data.recipe import Data
+from lmx.kernels import attention as door
 from lmx.models import transformer
 from lmx.models.config import RWKV, EncoderDecoder, Model, Transformer
 from lmx.parallel import chips, cost, roofline
@@ -218,6 +219,20 @@ def test_planning_needs_no_devices():
     assert held == 4 * sum(cost.share(spec, layout, split=True) for spec in leaves)
 
 
+def test_a_kernel_that_the_door_takes_forms_no_scores_and_no_mask(monkeypatch):
+    capped = {"model": changed(attention_softcap=30.0), "precision": "bf16", "batch": 2}
+    run, h100 = experiment(**capped), chips.chip("h100").kind
+    packed = dataclasses.replace(run, data=dataclasses.replace(run.data, packing="first_fit"))
+    ring = experiment(**capped, context=2)
+    assert plans.work(experiment(precision="bf16"), h100).fused
+    assert not any(plans.work(one, h100).fused for one in (run, packed, ring, experiment()))
+    monkeypatch.setattr(plans, "why", lambda *_, **__: ("flash", "it has been measured"))
+    for one in (run, packed):
+        work = plans.work(one, h100)
+        assert (work.fused, work.dense, cost.mask(work)) == (True, False, 0)
+    assert not plans.work(ring, h100).fused
+
+
 def test_links_are_as_slow_as_their_slowest_hop():
     chip = chips.chip("h100")
     layout = Layout(data=4, fsdp=2, tensor=4)
@@ -295,6 +310,16 @@ def check_on_gpu(run, chip):
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_against_the_compiler_for_h100(h100, name):
     check_on_gpu(experiment(**({"model": LARGE, "length": 1024, "precision": "bf16"} | GPU_CASES[name])), h100)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_our_own_kernels_against_the_compiler_for_h100(h100, remat, monkeypatch):
+    """As if `auto` took them."""
+    for place in (plans, door):
+        monkeypatch.setattr(place, "why", lambda *_, **__: ("flash", "it has been measured"))
+    tiles = GPU_CASES["tiles"] | {"precision": "bf16", "remat": remat}
+    check_on_gpu(experiment(**tiles), h100)
 
 
 @pytest.mark.aot

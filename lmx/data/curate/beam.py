@@ -5,6 +5,7 @@ worker must see under the same path (a shared file system). The keys of exact an
 machine needs to hold them all.
 """
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +41,9 @@ class Beam:
             return step.resolve(open_ragged(folder))
         beam, extracted = _beam(), open_ragged(folder)
         ranges = [(at, min(at + DOCUMENTS, len(extracted))) for at in range(0, len(extracted), DOCUMENTS)]
-        prefix = folder / "edges"
-        for old in folder.glob("edges*"):
-            old.unlink()
+        found = folder / "edges"
+        shutil.rmtree(found, ignore_errors=True)  # a killed run's
+        found.mkdir()
         with self._pipeline() as pipeline:
             (
                 pipeline
@@ -51,13 +52,14 @@ class Beam:
                 | beam.FlatMap(_keys, str(folder))
                 | beam.GroupByKey()
                 | beam.FlatMap(_edges)
-                | beam.io.WriteToText(str(prefix))
+                | beam.io.WriteToText(str(found / "part"))
             )
         parents = np.arange(len(extracted))
-        for path in sorted(folder.glob("edges*")):
+        for path in sorted(found.glob("part*")):
             if path.stat().st_size:
                 pairs = np.loadtxt(path, np.int64, ndmin=2)
                 parents = components(len(parents), pairs[:, 0], pairs[:, 1], parents)
+        shutil.rmtree(found)
         return duplicates(parents)
 
     def _pipeline(self) -> Any:

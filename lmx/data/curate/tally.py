@@ -46,7 +46,7 @@ class Tally:
 
     def show(self, event: Event, rank: int, text: str, **example: Any) -> None:
         """Offer an example. `rank` is a hash of the document's id."""
-        heap = self.shown.setdefault(event._replace(language=""), [])
+        heap = self.shown.setdefault(Event(event.step, event.what, event.reason, event.source, "") if event.language else event, [])
         if len(heap) < self.examples or (heap and -heap[0][0] > rank):
             self._push(heap, (-rank, {"text": text[:EXCERPT], "language": event.language, **example}))
 
