@@ -330,13 +330,11 @@ def test_against_the_compiler_for_h100(h100, name):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_our_own_kernels_against_the_compiler_for_h100(h100, remat, monkeypatch):
+def test_our_own_kernels_against_the_compiler_for_h100(h100, monkeypatch):
     """As if `auto` took them."""
     for place in (plans, door):
         monkeypatch.setattr(place, "why", lambda *_, **__: ("flash", "it has been measured"))
-    tiles = GPU_CASES["tiles"] | {"precision": "bf16", "remat": remat}
-    check_on_gpu(experiment(**tiles), h100)
+    check_on_gpu(experiment(**GPU_CASES["tiles"], precision="bf16"), h100)
 
 
 @pytest.mark.aot
