@@ -131,7 +131,9 @@ def test_rules(tmp_path):
     (tmp_path / "Posts.xml").write_text(posts(*ROWS, question(20, score=-1), question(21), answer(22, 21, ""), question(23, "", "<br>")))
 
     def left_out(**options):
-        return [(where.removeprefix("Posts.xml, post "), reason) for where, reason in omitted(read(StackExchange(str(tmp_path), **options)))]
+        return [
+            (where.removeprefix("Posts.xml, post "), reason) for where, reason in omitted(read(StackExchange(str(tmp_path), **options)))
+        ]
 
     always = [("5", "post_type"), ("6", "no_question")]
     assert left_out() == [always[0], ("22", "empty"), ("23", "empty"), always[1]]
