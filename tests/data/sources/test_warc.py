@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import lzma
 import re
 import zlib
 
@@ -66,7 +67,7 @@ def wet_documents(path, offsets):
     ]
 
 
-@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".zst", zstd), ("", bytes)])
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstd), ("", bytes)])
 def test_wet(tmp_path, suffix, pack):
     members = [pack(part) for part in wet_records()]
     path = tmp_path / f"CC-MAIN-1.warc.wet{suffix}"
