@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -58,8 +59,7 @@ class Clean:
         place, source = Place(self.folder), self.recipe.sources[self.units[unit][0]]
         before, steps, after = passes(self.recipe)[self.number]
         tally = Tally(self.recipe.examples)
-        values: list[np.ndarray] = []
-        ids: list[bytes] = []
+        extracted, ids = _Column(), _Column()
         resolved = open_ragged(place.ragged(self.number - 1, "resolved")) if before else None
         names = open_ragged(place.ragged(self.number - 1, "ids")) if before else None
         with ExitStack() as stack:
@@ -75,8 +75,8 @@ class Clean:
                         tally.count(Event("corpus", "kept", "", source.name, language), 1, len(record.document.text.encode()))
                     if after:
                         clock = time.process_time()
-                        values.append(np.asarray(after.extract(record.document)))
-                        ids.append(record.document.id.encode())
+                        extracted.add(np.asarray(after.extract(record.document)))
+                        ids.add(np.frombuffer(record.document.id.encode(), np.uint8))
                         tally.seconds[after.name] += time.process_time() - clock
 
             if before is None:
@@ -88,8 +88,8 @@ class Clean:
                     if record := through(record, (one,), source.name, tally, dropped):
                         judge(record)
         if after:
-            for kind, arrays in (("extracted", values), ("ids", [np.frombuffer(id, np.uint8) for id in ids])):
-                _save(place.of(self.number, unit, kind), arrays)
+            extracted.save(place.of(self.number, unit, "extracted"))
+            ids.save(place.of(self.number, unit, "ids"))
         write_json(place.of(self.number, unit, "tally.json"), tally.to_json())
 
 
@@ -181,12 +181,28 @@ def through(record: Record, steps: tuple, source: str, tally: Tally, dropped: An
     return record
 
 
-def _save(path: Path, arrays: list[np.ndarray]) -> None:
-    """One array for each document, in two files."""
-    values = np.concatenate(arrays) if arrays else np.zeros(0, np.uint64)
-    for name, array in (("values", values), ("lengths", np.array([len(a) for a in arrays], np.int64))):
-        with whole(path.with_name(f"{path.name}.{name}.npy")) as file:
-            np.save(file, array)
+class _Column:
+    """One array for each document. They are put together as they come: small arrays take several times the room of what is in them."""
+
+    def __init__(self):
+        self._whole: list[np.ndarray] = []
+        self._last: list[np.ndarray] = []
+        self._lengths = array("q")
+
+    def add(self, values: np.ndarray) -> None:
+        self._last.append(values)
+        self._lengths.append(len(values))
+        if len(self._last) == 1024:
+            self._whole.append(np.concatenate(self._last))
+            self._last = []
+
+    def save(self, path: Path) -> None:
+        """Write it into two files."""
+        parts = self._whole + self._last
+        values = np.concatenate(parts) if parts else np.zeros(0, np.uint64)
+        for name, numbers in (("values", values), ("lengths", np.array(self._lengths, np.int64))):
+            with whole(path.with_name(f"{path.name}.{name}.npy")) as file:
+                np.save(file, numbers)
 
 
 @dataclass(frozen=True)
