@@ -217,7 +217,7 @@ def _recipe(source: str, name: str) -> tuple[Any, str]:
     module, _, split = source.removeprefix(RECIPE).partition(":")
     try:
         recipe = importlib.import_module(module).recipe
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{name}={source!r}: no recipe there ({error}); name a module that has one, recipe:experiments.data.plays"
         ) from error
