@@ -4,7 +4,10 @@ import json
 import os
 import random
 import sys
+import tracemalloc
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,8 +23,10 @@ from lmx.data.clean.normalise import Normalise
 from lmx.data.clean.paragraphs import Paragraphs
 from lmx.data.clean.substrings import Substrings
 from lmx.data.curate import Local, Recipe, curate
+from lmx.data.curate.work import Clean
+from lmx.data.documents import Document
 from lmx.data.shards import open_shards
-from lmx.data.sources import Jsonl
+from lmx.data.sources import Jsonl, Unit
 
 PARTS = 7  # of the file operations; one of them every time
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "shutil.copyfile"}
@@ -141,7 +146,7 @@ def outcome(plan: Recipe, folder: Path, workers: Local) -> dict[str, bytes] | st
     return everything(folder)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_recipe_on_any_documents(tmp_path_factory, data):
     root = tmp_path_factory.mktemp("any")
@@ -173,3 +178,32 @@ def test_any_recipe_on_any_documents(tmp_path_factory, data):
     if isinstance(expected, dict):
         stores = [open_shards(path.parent, hashes=True) for path in (root / "plain").glob("*/manifest.json")]
         assert Counter(about["id"] for store in stores for about in store.about) == Counter(json.loads(line)["id"] for line in kept)
+
+
+def test_memory_does_not_grow_with_a_unit(tmp_path):
+    """A dump that cannot be cut is one unit, of any number of documents."""
+    peaks = []
+    for count in (1500, 15_000):
+        path = tmp_path / f"{count}.txt"
+        path.write_text("".join(f"line {n} of slings and arrows\n" for n in range(count)))
+        plan = Recipe("one", (Streamed(str(path)),), (Upper(), MinHash(), Upper("again")))
+        for number in (0, 1):
+            (tmp_path / str(count) / "work" / str(number)).mkdir(parents=True)
+        tracemalloc.start()
+        Clean(plan, tmp_path / str(count), ((0, Unit("all", (str(path),))),), 0)(0)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 100_000, peaks
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A document a line, one in memory at a time."""
+
+    path: str
+    name: str = "streamed"
+
+    def read(self, unit: Unit) -> Iterator[Document]:
+        with open(self.path) as file:
+            for number, line in enumerate(file):
+                yield Document(str(number), line, self.path)
