@@ -243,10 +243,14 @@ class Blocks:
         if at.size and not (at.min() >= 0 and at.max() < len(self)):
             raise IndexError(f"tokens {at.min()} to {at.max()} of {len(self)}")
         block, within = self._place(at)
-        wanted, inverse = np.unique(block, return_inverse=True)
+        # What is asked for is a few runs of places, so runs of places in one block are told apart, not places.
+        numbers = block.ravel()
+        begins = np.flatnonzero(np.diff(numbers, prepend=-1))
+        wanted, inverse = np.unique(numbers[begins], return_inverse=True)
         blocks = self._read(wanted)
         starts = np.cumsum([0, *map(len, blocks)])[:-1]
-        return (np.concatenate(blocks) if blocks else np.zeros(0, self.dtype))[starts[inverse.reshape(at.shape)] + within]
+        start = np.repeat(starts[inverse], np.diff(begins, append=len(numbers))).reshape(at.shape)
+        return (np.concatenate(blocks) if blocks else np.zeros(0, self.dtype))[start + within]
 
     def _place(self, at: Any) -> tuple[Any, Any]:
         """The block among all, and the place in it."""

@@ -82,7 +82,8 @@ def _of_weights(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
 
     for inner, what in ((True, "of layers"), (False, "of embedding, head, final norm")):
         names = [n for n, spec in table.items() if bool(spec.layers) == inner]
-        depth, mine = (work.layers // layout.pipeline if inner else 1), [n for n in names if n in parted]
+        stacked = work.period if work.shared_layers else work.layers // layout.pipeline
+        depth, mine = stacked if inner else 1, [n for n in names if n in parted]
         times = work.depth * work.ticks if inner else work.ticks
         gathered = [n for n in mine if zero == 3 or _is_expert(table[n])] if zero >= 2 else []
         if gathered and inner:

@@ -17,10 +17,11 @@ class Work:
       reads: how many normed inputs a layer reads (one where attention and feed-forward are parallel and share a norm).
       parallel: whether they are parallel.
       positions: rows of a table of learned positions, or 0.
+      shared_layers: whether all repeats of the pattern have the same parameters.
       period: layers of the pattern that the stack repeats, of which rematerialisation recomputes all at once.
       masks: kinds of attention masks (all earlier tokens, a window) that are arrays.
       dense: whether attention forms every score (else in tiles).
-      fused: whether attention is cuDNN's, which forms neither; a mask of segments is an array all the same.
+      fused: whether attention is a kernel's, cuDNN's or our own, which forms neither; to cuDNN's a mask of segments is an array all the same.
       embed_norm: whether embeddings are normalised.
       after: whether a norm reads what a sublayer gives.
       head_bias: whether logits have one.
@@ -56,6 +57,7 @@ class Work:
     qk_norm: bool = False
     tied: bool = True
     positions: int = 0
+    shared_layers: bool = False
     period: int = 1
     masks: int = 1
     dense: bool = True

@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, AxisType
 from lmx.core import params
 from lmx.data.denoising import SpanCorruption
 from lmx.data.recipe import Data
+from lmx.kernels import attention as door
 from lmx.models import transformer
 from lmx.models.config import RWKV, EncoderDecoder, Model, Transformer
 from lmx.parallel import chips, cost, roofline
@@ -130,6 +131,10 @@ CASES = {
     },
     "parallel-norms": {"model": changed(parallel=True, parallel_norms=True, embed_norm=True, head_bias=True), "fsdp": 2, "tensor": 4},
     "gated-shared-experts": {"model": changed(**EXPERTS, shared_experts=1, shared_gate=True), "fsdp": 4, "tensor": 2, "remat": "dots"},
+    "long-rows-zero-2-full": {"fsdp": 8, "zero": 2, "remat": "full", "length": 1024, "batch": 32},
+    "many-rows-full": {"model": changed(embed=192, heads=6, kv_heads=3, mlp=512), "fsdp": 8, "remat": "full", "length": 384, "batch": 80},
+    "one-long-row-full": {"model": changed(heads=4, kv_heads=4), "data": 2, "fsdp": 4, "remat": "full", "length": 1536, "batch": 8},
+    "many-rows-dots": {"model": dataclasses.replace(GPT2, mlp=640), "fsdp": 4, "tensor": 2, "remat": "dots", "length": 256, "batch": 64},
     "one-key-head": {"model": changed(kv_heads=1), "data": 4, "tensor": 2, "remat": "full"},
 }
 """On eight simulated devices. In fp32: XLA:CPU widens bf16 here and there."""
@@ -204,6 +209,20 @@ def test_planning_needs_no_devices():
     held = cost.held(params.abstract(specs, "float32", shardings(specs, mesh, rules(layout, split=True))))
     leaves = jax.tree.leaves(specs, is_leaf=params.is_spec)
     assert held == 4 * sum(cost.share(spec, layout, split=True) for spec in leaves)
+
+
+def test_a_kernel_that_the_door_takes_forms_no_scores_and_no_mask(monkeypatch):
+    capped = {"model": changed(attention_softcap=30.0), "precision": "bf16", "batch": 2}
+    run, h100 = experiment(**capped), chips.chip("h100").kind
+    packed = dataclasses.replace(run, data=dataclasses.replace(run.data, packing="first_fit"))
+    ring = experiment(**capped, context=2)
+    assert plans.work(experiment(precision="bf16"), h100).fused
+    assert not any(plans.work(one, h100).fused for one in (run, packed, ring, experiment()))
+    monkeypatch.setattr(plans, "why", lambda *_, **__: ("flash", "it has been measured"))
+    for one in (run, packed):
+        work = plans.work(one, h100)
+        assert (work.fused, work.dense, cost.mask(work)) == (True, False, 0)
+    assert not plans.work(ring, h100).fused
 
 
 def test_links_are_as_slow_as_their_slowest_hop():
@@ -283,6 +302,16 @@ def check_on_gpu(run, chip):
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_against_the_compiler_for_h100(h100, name):
     check_on_gpu(experiment(**({"model": LARGE, "length": 1024, "precision": "bf16"} | GPU_CASES[name])), h100)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_our_own_kernels_against_the_compiler_for_h100(h100, remat, monkeypatch):
+    """As if `auto` took them."""
+    for place in (plans, door):
+        monkeypatch.setattr(place, "why", lambda *_, **__: ("flash", "it has been measured"))
+    tiles = GPU_CASES["tiles"] | {"precision": "bf16", "remat": remat}
+    check_on_gpu(experiment(**tiles), h100)
 
 
 @pytest.mark.aot

@@ -162,7 +162,7 @@ def which_lose(before: TermCounts, after: TermCounts, *, level: float = 0.05) ->
     """
     if not 0 < level < 1:
         raise ValueError(f"level={level} must be between 0 and 1; 0.05 say")
-    for term in (*after.having, ""):
+    for term in ("", *{**before.having, **after.having}):
         had, has = (counts.having.get(term, 0) if term else counts.documents for counts in (before, after))
         if has > had or has > after.documents or had - has > before.documents - after.documents:
             raise ValueError(f"{term or 'all'}: {has} documents after and {had} before; expected those after to be among those before")

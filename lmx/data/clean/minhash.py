@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -109,7 +110,7 @@ def optimum(threshold: float, permutations: int = 128, false_positives: float = 
     return min(choices, key=errors)
 
 
-def draw_s_curve(step: MinHash, path: str | Path) -> None:
+def draw_s_curve(step: MinHash, path: str | Path | BinaryIO) -> None:
     """Writes a picture of the probability to be found by similarity, with the similarity of steepest rise, about (1 / bands)^(1 / rows)."""
     from matplotlib.figure import Figure
 

@@ -5,8 +5,10 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lmx.core.config import ConfigError, command_line, exits_with_one_line
+from lmx.data.clean.bias import which_lose
 from lmx.data.curate.beam import Beam
 from lmx.data.curate.dryrun import Forecast, dry_run
 from lmx.data.curate.recipe import Recipe
@@ -65,8 +67,8 @@ def show_forecast(recipe: Recipe, forecast: Forecast, workers: int) -> None:
     console = Console(highlight=False)
     console.print(f"{forecast.sampled:,} of about {forecast.documents:,.0f} documents judged; intervals hold in 95 of 100 samples")
     table = Table("step", "rule", "of all documents", "CPU time")
-    for name in [source.name for source in recipe.sources] + [step.name for step in recipe.steps]:
-        table.add_row(name, "", "", _time(forecast.seconds[name]))
+    for name, seconds in forecast.seconds.items():
+        table.add_row(name, "", "", _time(seconds))
         for (step, reason), share in forecast.rules.items():
             if step == name:
                 table.add_row("", reason, str(share), "")
@@ -76,12 +78,31 @@ def show_forecast(recipe: Recipe, forecast: Forecast, workers: int) -> None:
         f"{100 * forecast.kept_bytes:.1f}% of the text; {_time(sum(forecast.seconds.values()) / workers)} with workers={workers}; "
         f"disk {forecast.disk / 1e9:.2f} GB; memory {forecast.memory / 1e9:.2f} GB a worker"
     )
+    _show_terms(forecast, [source.name for source in recipe.sources], console)
+    words = {"dropped": "dropped by", "passed": "kept by"}
     for event, examples in sorted(forecast.tally.shown.items()):
-        if event.what in ("dropped", "passed"):
-            console.print(Text(f"\n{event.what} {event.step} {event.reason} ({event.source})", "bold"))
+        if event.what in words:
+            where = ", ".join(filter(None, (event.source, event.language)))
+            console.print(Text(f"\n{' '.join(filter(None, (words[event.what], event.step, event.reason)))} ({where})", "bold"))
             for _, example in sorted(examples, key=lambda item: -item[0]):
+                value = example.get("value")
                 line = " ".join(example["text"].split())[:100]
-                console.print(Text(f"  {example['id']} {example['language']} {example.get('value', '')}: {line}"), soft_wrap=True)
+                console.print(Text(f"  {example['id']}{'' if value is None else f' {value}'}: {line}"), soft_wrap=True)
+
+
+def _show_terms(forecast: Forecast, sources: Sequence[str], console: Any) -> None:
+    """The identity and dialect terms whose documents lose most, over all, and in each source those that lose significantly."""
+    from rich.text import Text
+
+    losses = forecast.terms
+    if not losses.terms:
+        return
+    shown = dataclasses.replace(losses, terms=losses.terms[:10])
+    console.print(Text("\nidentity and dialect terms, those that lose most:", "bold"))
+    console.print(Text(str(shown)), soft_wrap=True)
+    for source in sources if len(sources) > 1 else ():
+        for term in which_lose(forecast.tally.terms("read", source), forecast.tally.terms("kept", source)).losing:
+            console.print(Text(f"  {source}: {term.term} loses, {term.rate:.1%} kept ({term.low:.1%} to {term.high:.1%})"), soft_wrap=True)
 
 
 def _time(seconds: float) -> str:

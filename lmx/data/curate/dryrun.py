@@ -4,21 +4,29 @@ import heapq
 import io
 import json
 import resource
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, sqrt
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from lmx.data.clean.bias import Losses, which_lose
 from lmx.data.clean.step import Ragged
-from lmx.data.curate.recipe import Recipe, check, is_corpus_step, passes
+from lmx.data.curate.recipe import Recipe, check, files, files_read, is_corpus_step, passes
 from lmx.data.curate.records import Record
 from lmx.data.curate.tally import Tally
-from lmx.data.curate.work import Resolved, files, read, share, through
+from lmx.data.curate.work import Resolved, count_kept, count_read, read, share, through
+from lmx.data.learned import trained
+from lmx.data.shards import write_shard
 from lmx.data.sources.source import Unit
+from lmx.data.tokenizers import load_tokenizer
 
 Z = 1.96  # two-sided 95% of the normal distribution
+RESOLVING = 100  # bytes for each document that a corpus step takes where it is resolved
 
 
 @dataclass(frozen=True)
@@ -48,13 +56,20 @@ class Forecast:
     rules: dict[tuple[str, str], Share]
     """Share of all documents that each rule, (step, reason), drops."""
     seconds: dict[str, float]
-    """CPU seconds of each source and step over the whole corpus."""
+    """CPU seconds over the whole corpus: of each source and step; of `setup` (models and tables, for each worker), `identity terms`, `records`
+    (documents written and read again between passes) and `tokens`. To train a tokenizer comes on top."""
     disk: float
-    """Bytes of the run's folder at its end, about: texts between passes, and shards at a quarter of the kept text's bytes in tokens of two."""
+    """Bytes of the run's folder at its end: texts between passes, what corpus steps extract, shards. One tokenizer's shards are about as large
+    as another's, so for one that is yet to be trained those of bytes count."""
     memory: float
-    """Bytes that a worker takes, as measured here, and what corpus steps map of what they extracted."""
+    """Bytes of the largest process: what this one took, with some dozens for each document where a corpus step is resolved."""
     tally: Tally
-    """Counts and examples of the sample."""
+    """Counts and examples: of the units what their reader did, of the sample the rest."""
+
+    @property
+    def terms(self) -> Losses:
+        """Which identity and dialect terms lose most. Empty where the recipe does not count them."""
+        return which_lose(self.tally.terms("read"), self.tally.terms("kept"))
 
 
 def wilson(part: int, whole: int, population: float = inf) -> Share:
@@ -84,6 +99,8 @@ def dry_run(recipe: Recipe, *, documents: int = 2000, units: int = 32, seed: int
     everything = [(number, unit) for number, source in enumerate(recipe.sources) for unit in source.units(recipe.unit)]
     if not everything:
         raise ValueError(f"recipe {recipe.name!r}: its sources hold no files")
+    for path in files_read(recipe, ()):  # what steps read is there
+        path.stat()
     order = np.argsort([share(unit.name, str(number), str(seed)) for number, unit in everything])
     chosen = [everything[i] for i in sorted(order[:units].tolist())]
     tally, count = Tally(recipe.examples), 0
@@ -112,8 +129,8 @@ def _sizes(units: Sequence[tuple[int, Unit]]) -> dict[tuple[int, Unit], float]:
 
 
 def _forecast(recipe: Recipe, tally: Tally, sample: list, count: int, scale: float, chosen: list) -> Forecast:
-    judged = Tally(recipe.examples)
-    fates, extracted = _judge(recipe, sample, chosen, judged)
+    judged, cost = Tally(recipe.examples), Cost()
+    fates = _judge(recipe, sample, chosen, judged, cost)
     population, unit_of = count * scale, np.array([nth for nth, _ in sample])
     sizes = np.array([len(record.document.text.encode()) for _, record in sample], np.float64)
     kept = np.array([fate is None for fate, _ in fates])
@@ -132,10 +149,11 @@ def _forecast(recipe: Recipe, tally: Tally, sample: list, count: int, scale: flo
             more += most - least.value
     whole = predicted(kept)
     kept_bytes = sum(size for _, size in fates) / max(sizes.sum(), 1)
-    text = sizes.sum() / len(sample) * population
     up = population / len(sample)
     seconds = {source.name: tally.seconds[source.name] * scale for source in recipe.sources}
-    seconds |= {step.name: judged.seconds[step.name] * up for step in recipe.steps}
+    seconds |= {name: judged.seconds[name] * up for name in (*(step.name for step in recipe.steps), "identity terms")}
+    seconds |= {"setup": cost.setup, "records": cost.records * up, "tokens": cost.tokens * up}
+    tallies = len(json.dumps(judged.to_json(), indent=1)) * scale * len(chosen)
     return Forecast(
         sampled=len(sample),
         documents=population,
@@ -143,8 +161,8 @@ def _forecast(recipe: Recipe, tally: Tally, sample: list, count: int, scale: flo
         kept_bytes=kept_bytes,
         rules=rules,
         seconds=seconds,
-        disk=text * kept_bytes * (len(passes(recipe)) + 0.5),
-        memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + extracted * up,
+        disk=cost.disk * up + tallies,
+        memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + RESOLVING * population * bool(corpus_steps),
         tally=_sum(tally, judged),
     )
 
@@ -154,31 +172,64 @@ def _sum(a: Tally, b: Tally) -> Tally:
     return a
 
 
-def _judge(recipe: Recipe, sample: list, chosen: list, tally: Tally) -> tuple[list[tuple[tuple[str, str] | None, int]], int]:
-    """What became of each document of a sample: the rule that dropped it, if any, and its bytes then; and the bytes that were extracted."""
-    here: list[tuple[int, Record]] = [(i, record) for i, (_, record) in enumerate(sample)]
+@dataclass
+class Cost:
+    """What judging the sample took, beside the steps' own seconds."""
+
+    setup: float = 0.0
+    """Seconds."""
+    records: float = 0.0
+    tokens: float = 0.0
+    disk: float = 0.0
+    """Bytes."""
+
+
+def _judge(recipe: Recipe, sample: list, chosen: list, tally: Tally, cost: Cost) -> list[tuple[tuple[str, str] | None, int]]:
+    """What became of each document of a sample: the rule that dropped it, if any, and its bytes at the end."""
+    sources = [recipe.sources[chosen[nth][0]].name for nth, _ in sample]
+    clock = time.process_time()
+    for step in recipe.steps:  # models are loaded and tables built once, not once a sample
+        if is_corpus_step(step):
+            step.extract(sample[0][1].document)
+        else:
+            through(sample[0][1], (step,), sources[0], Tally(0), io.BytesIO())
+    cost.setup, clock = time.process_time() - clock, time.process_time()
+    here = [(i, count_read(record, sources[i], tally, terms=recipe.identity_terms)) for i, (_, record) in enumerate(sample)]
     fates: list[tuple[tuple[str, str] | None, int]] = [(None, 0)] * len(sample)
-    resolved, names, extracted = None, None, 0
+    resolved, names = None, None
     for before, steps, after in passes(recipe):
         left: list[tuple[int, Record]] = []
         for number, (i, record) in enumerate(here):
-            source, gone = recipe.sources[chosen[sample[i][0]][0]].name, io.BytesIO()
+            gone = io.BytesIO()
             one = (Resolved(before, resolved[number], names),) if before else ()
-            out = through(record, (*one, *steps), source, tally, gone)
+            out = through(record, (*one, *steps), sources[i], tally, gone)
             if out is None:
                 said = json.loads(gone.getvalue())
                 fates[i] = ((said["step"], said["reason"]), 0)
+                cost.disk += len(gone.getvalue())
             else:
-                left.append((i, out))
+                line = out.to_line()
+                cost.disk += len(line)
+                left.append((i, Record.from_line(line)))
         here = left
         if after:
-            values = [np.asarray(after.extract(record.document)) for _, record in here]
-            joined = _ragged(values)
-            extracted += joined.values.nbytes
-            resolved, names = after.resolve(joined), _ragged([np.frombuffer(r.document.id.encode(), np.uint8) for _, r in here])
+            start = time.process_time()
+            values = _ragged([np.asarray(after.extract(record.document)) for _, record in here])
+            resolved, names = after.resolve(values), _ragged([np.frombuffer(r.document.id.encode(), np.uint8) for _, r in here])
+            tally.seconds[after.name] += time.process_time() - start
+            # Of each unit and of all together; and the lengths.
+            cost.disk += 2 * (values.values.nbytes + names.values.nbytes + 16 * len(values)) + resolved.values.nbytes + 8 * len(values)
     for i, record in here:
+        count_kept(record, sources[i], tally)
         fates[i] = (None, len(record.document.text.encode()))
-    return fates, extracted
+    cost.records, clock = time.process_time() - clock - sum(tally.seconds.values()), time.process_time()
+    if here:
+        with TemporaryDirectory() as folder:
+            tokenizer = load_tokenizer("bytes" if trained(recipe.tokenizer) else recipe.tokenizer, name="tokenizer")
+            write_shard((record for _, record in here), tokenizer, Path(folder), 0, corpus="")
+            cost.disk += sum(path.stat().st_size for path in Path(folder).iterdir())
+    cost.tokens = time.process_time() - clock
+    return fates
 
 
 def _ragged(arrays: Sequence[np.ndarray]) -> Ragged:

@@ -11,14 +11,14 @@ import numpy as np
 
 from lmx.core.config import versions
 from lmx.data.clean.step import CorpusStep, Ragged
-from lmx.data.curate.recipe import Recipe, check, described, fingerprint, passes
+from lmx.data.curate.recipe import Recipe, check, described, files_read, fingerprint, passes
 from lmx.data.curate.records import open_ragged, read_records, write_ragged
 from lmx.data.curate.report import write_report
 from lmx.data.curate.tally import Tally, from_json
-from lmx.data.curate.work import Clean, Place, Tokenise, files, splits
+from lmx.data.curate.work import Clean, Place, Tokenise, splits
 from lmx.data.curate.workers import Local
 from lmx.data.learned import replace_file, train_tokenizer, trained
-from lmx.data.shards import index_of, is_shards, write_manifest
+from lmx.data.shards import file_hash, index_of, is_shards, write_manifest
 from lmx.data.sources.source import Unit
 from lmx.data.tokenizers import load_tokenizer
 from lmx.data.whole import alone, whole, write_json
@@ -79,7 +79,7 @@ def _root(units: Sequence[Unit]) -> str:
 
 def _claim(recipe: Recipe, folder: Path, units: Sequence[tuple[int, Unit]]) -> None:
     """Write down what the folder is for, or refuse one that is for something else."""
-    stats = {str(path): [(stat := path.stat()).st_size, stat.st_mtime_ns] for path in files(unit for _, unit in units)}
+    stats = {str(path): [(stat := path.stat()).st_size, stat.st_mtime_ns] for path in files_read(recipe, (unit for _, unit in units))}
     tokenizer = None if trained(recipe.tokenizer) else load_tokenizer(recipe.tokenizer, name="tokenizer").fingerprint
     claim = {"fingerprint": fingerprint(recipe), "files": stats, "tokenizer": tokenizer, "recipe": described(recipe)}
     path = folder / "recipe.json"
@@ -176,7 +176,7 @@ def _finish(recipe: Recipe, folder: Path, units: Sequence[tuple[int, Unit]], tok
         "fingerprint": fingerprint(recipe),
         "recipe": described(recipe),
         "versions": versions(),
-        "sources": dict(sorted(hashes.items())),
+        "sources": dict(sorted((hashes | {str(path): file_hash(path) for path in files_read(recipe, ())}).items())),
     }
     parts = {}
     for split in splits(recipe):
@@ -186,7 +186,7 @@ def _finish(recipe: Recipe, folder: Path, units: Sequence[tuple[int, Unit]], tok
             parts[split] = write_manifest(folder / split, range(len(units)), loaded, {"recipe": about["fingerprint"]})
     totals = {split: {key: part[key] for key in ("documents", "tokens", "bytes", "content")} for split, part in parts.items()}
     manifest = {**about, "tokenizer": {"name": Path(tokenizer).name, "fingerprint": loaded.fingerprint}, "splits": totals, "counts": counts}
-    write_report(recipe, folder, tally, parts)
+    write_report(recipe, folder, tally, parts, loaded, manifest)
     _claim(recipe, folder, units)  # what was read is still there
     write_json(folder / "manifest.json", manifest)
 

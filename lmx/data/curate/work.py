@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from lmx.data.clean.bias import count_terms
 from lmx.data.clean.step import Drop, Ragged
-from lmx.data.curate.recipe import Recipe, passes
+from lmx.data.clean.urls import host
+from lmx.data.curate.recipe import Recipe, files, passes
 from lmx.data.curate.records import Arrays, Record, open_ragged, read_records
-from lmx.data.curate.tally import Event, Tally
+from lmx.data.curate.tally import EXCERPT, Event, Group, Tally
 from lmx.data.documents import Document
 from lmx.data.shards import file_hash, write_shard
 from lmx.data.sources.source import Omitted, Source, Unit
@@ -67,12 +69,13 @@ class Clean:
                 kinds = (("extracted", f"step {after.name}"), ("ids", "ids"))
                 extracted, ids = (stack.enter_context(Arrays(place.of(self.number, unit, kind), what)) for kind, what in kinds)
 
+            last = self.number == len(passes(self.recipe)) - 1
+
             def judge(record: Record) -> None:
                 if record := through(record, steps, source.name, tally, dropped):
                     kept.write(record.to_line())
-                    if self.number == len(passes(self.recipe)) - 1:
-                        language = str(record.document.metadata.get("language", ""))
-                        tally.count(Event("corpus", "kept", "", source.name, language), 1, len(record.document.text.encode()))
+                    if last:
+                        count_kept(record, source.name, tally)
                     if after:
                         clock = time.process_time()
                         extracted.append(np.asarray(after.extract(record.document)))
@@ -81,7 +84,7 @@ class Clean:
 
             if before is None:
                 for record in read(source, self.units[unit][1], tally, damaged=self.recipe.damaged):
-                    judge(record)
+                    judge(count_read(record, source.name, tally, terms=self.recipe.identity_terms))
             else:
                 for number, record in enumerate(read_records(place.of(self.number - 1, unit, "kept.jsonl")), self.starts[unit]):
                     one = Resolved(before, resolved[number], names)
@@ -95,12 +98,6 @@ class Clean:
 def hashes(unit: Unit) -> dict[str, str]:
     """SHA-256 (hex) of the files of a unit; of a file that was cut with its first part."""
     return {str(path): file_hash(path) for path in files([unit])} if not unit.start else {}
-
-
-def files(units: Iterable[Unit]) -> list[Path]:
-    """The files that units are made of, sorted; of a folder all below it."""
-    paths = {path for unit in units for path in map(Path, unit.paths)}
-    return sorted({file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if not file.is_dir()})
 
 
 def read(source: Source, unit: Unit, tally: Tally, *, damaged: str) -> Iterator[Record]:
@@ -128,6 +125,44 @@ def read(source: Source, unit: Unit, tally: Tally, *, damaged: str) -> Iterator[
         clock = time.process_time()
 
 
+def count_read(record: Record, source: str, tally: Tally, *, terms: bool) -> Record:
+    """Count a document as it was read: its length and domain; and its identity terms, which the record then has."""
+    _group(record, "read", source, tally)
+    if not terms:
+        return record
+    clock = time.process_time()
+    found = tuple(sorted(count_terms([record.document.text]).having))
+    tally.groups.update(Group("read", "term", source, term) for term in found)
+    tally.seconds["identity terms"] += time.process_time() - clock
+    return replace(record, terms=found)
+
+
+def count_kept(record: Record, source: str, tally: Tally) -> None:
+    """Count a document that has come to the end: its length now, and the terms and domain that it came with."""
+    _group(record, "kept", source, tally)
+    tally.groups.update(Group("kept", "term", source, term) for term in record.terms)
+    language = str(record.document.metadata.get("language", ""))
+    tally.count(Event("corpus", "kept", "", source, language), 1, len(record.document.text.encode()))
+
+
+def _group(record: Record, what: str, source: str, tally: Tally) -> None:
+    tally.groups[Group(what, "length", source, str(1 << len(record.document.text.encode()).bit_length()))] += 1
+    if name := domain(record.document):
+        tally.groups[Group(what, "domain", source, name)] += 1
+
+
+def domain(document: Document) -> str:
+    """Where on the web a document is from, or what is nearest to it: the subreddit, the language of code, the host of its address. May be
+    empty."""
+    about = document.metadata
+    if about.get("subreddit"):
+        return f"r/{about['subreddit']}"
+    if "licenses" in about and about.get("language"):
+        return str(about["language"])
+    url = about.get("url")
+    return host(url).removeprefix("www.") if isinstance(url, str) else ""
+
+
 @dataclass(frozen=True)
 class Resolved:
     """A corpus step's verdict on one document, as a step."""
@@ -149,20 +184,21 @@ class Resolved:
 
 def through(record: Record, steps: tuple, source: str, tally: Tally, dropped: Any) -> Record | None:
     """A document through steps, with what happens counted, and written to `dropped`; None where one drops it."""
+    document = record.document
+    rank, size = share(document.id, source), len(document.text.encode())  # once: this is done for all documents of a corpus
     for step in steps:
-        document = record.document
         clock = time.process_time()
         try:
             verdict = step(document)
             text = getattr(verdict, "text", None)
-            length = 0 if text is None else len(text.encode())
+            length = size if text is None else len(text.encode())
         except Exception as error:
             raise RuntimeError(f"step {step.name} failed on document {document.id!r} of {document.source}: {error!r}") from error
         tally.seconds[step.name] += time.process_time() - clock
         language = str(document.metadata.get("language", ""))
-        rank = share(document.id, source)
-        size = len(document.text.encode())
         if isinstance(verdict, Drop):
+            if verdict.reason == "language":
+                language = str(verdict.value)  # which it is, as found by the step that drops it
             event = Event(step.name, "dropped", verdict.reason, source, language)
             value = verdict.value.item() if isinstance(verdict.value, np.generic) else verdict.value
             tally.count(event, 1, size)
@@ -180,16 +216,16 @@ def through(record: Record, steps: tuple, source: str, tally: Tally, dropped: An
         event = Event(step.name, "passed", "", source, language)
         tally.count(event, 1, size)
         tally.show(event, rank, document.text, id=document.id)
-        if verdict is not None and (verdict.text is not None or verdict.metadata):
+        if verdict is not None and (text is not None or verdict.metadata):
             if text is not None:
-                shorter = size - length
                 for kind, number in (verdict.counts or {"text": 1}).items():
                     event = Event(step.name, "changed", kind, source, language)
-                    tally.count(event, number, shorter)
-                    tally.show(event, rank, document.text, id=document.id, after=text[:1200])
-            after = replace(document, text=document.text if text is None else text, metadata={**document.metadata, **verdict.metadata})
+                    tally.count(event, number, size - length)
+                    tally.show(event, rank, document.text, id=document.id, after=text[:EXCERPT])
             decision = {"step": step.name, "counts": dict(verdict.counts), "metadata": dict(verdict.metadata), "bytes": size}
-            record = Record(after, (*record.decisions, decision))
+            metadata = {**document.metadata, **verdict.metadata}
+            document, size = replace(document, text=document.text if text is None else text, metadata=metadata), length
+            record = replace(record, document=document, decisions=(*record.decisions, decision))
     return record
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lmx.data.documents import Document
-from lmx.data.sources.paths import byte_parts, each, found, grouped, json_records
+from lmx.data.sources.paths import byte_parts, documented, each, found, grouped, json_records
 from lmx.data.sources.records import iso
 from lmx.data.sources.source import UNIT, Omitted, Unit
 
@@ -65,25 +65,18 @@ class Reddit:
 
     def _file(self, path: Path, relative: str, start: int, stop: int | None) -> Iterator[Document | Omitted]:
         only = None if self.subreddits is None else {name.lower() for name in self.subreddits}
-        for line in json_records(path, self.name, start, stop):
-            if isinstance(line, Omitted):
-                yield line
-                continue
-            offset, record = line
-            try:
-                body = _body(record)
-                reason = self._reason(record, body, only)
-            except ValueError as error:
-                yield Omitted(f"{path}, byte {offset}", str(error), damaged=True)
-                continue
-            if reason:
-                yield Omitted(f"{path}, byte {offset}", reason)
-                continue
+
+        def made(record: Any, id: str, source: str, where: str) -> Document | Omitted:
+            body = _body(record)
+            if reason := self._reason(record, body, only):
+                return Omitted(where, reason)
             comment = "body" in record
             text = body if comment else f"{record['title']}\n\n{body}" if body else record["title"]
-            id = f"{'t1' if comment else 't3'}_{record['id']}" if record.get("id") else f"{relative}@{offset}"
+            id = f"{'t1' if comment else 't3'}_{record['id']}" if record.get("id") else id
             metadata = {field: value for field in KEPT if (value := record.get(field)) is not None}
-            yield Document(id, unescaped(text), str(path), metadata, iso(record.get("created_utc")))
+            return Document(id, unescaped(text), source, metadata, iso(record.get("created_utc")))
+
+        return documented(json_records(path, self.name, start, stop), path, relative, made)
 
     def _reason(self, record: dict[str, Any], body: str, only: set[str] | None) -> str:
         if body in GONE:

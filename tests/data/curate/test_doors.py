@@ -31,7 +31,7 @@ def test_dry_run(made, capsys):
     run(recipe(raw), ["--dry-run", "true", "--documents", "100"])
     out = capsys.readouterr().out
     assert "100 of about 282 documents judged" in out
-    assert "dropped long words (lines)" in out
+    assert "dropped by long words (lines)" in out
 
 
 def test_a_wrong_knob_is_one_line(made, capsys):

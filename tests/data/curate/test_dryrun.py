@@ -59,13 +59,13 @@ def test_the_interval_holds_the_truth_19_times_in_20(corpus, tmp_path, units):
 def test_with_duplicates(corpus, tmp_path):
     plan = Recipe("all", (Lines(str(corpus)),), (Long(), Once(), Odd()))
     kept, rules = truth(plan, tmp_path / "corpus")
-    inside = 0
+    inside = duplicates = 0
     for seed in range(40):
         forecast = dry_run(plan, documents=400, seed=seed)
         inside += forecast.kept.low <= kept <= forecast.kept.high
         share = forecast.rules["once", "duplicate"]
-        assert share.low <= rules["once", "duplicate"] <= share.high
-    assert inside >= 36
+        duplicates += share.low <= rules["once", "duplicate"] <= share.high
+    assert min(inside, duplicates) >= 35  # less would be bad luck once in three hundred times
 
 
 def test_the_whole_is_known_exactly(corpus, tmp_path):
@@ -77,7 +77,7 @@ def test_the_whole_is_known_exactly(corpus, tmp_path):
     assert {rule: share.value for rule, share in forecast.rules.items()} == pytest.approx(rules)
     assert forecast.documents == forecast.sampled == sum(len(p.read_text().splitlines()) - 1 for p in corpus.glob("*.txt"))
     assert forecast.disk > 0 < forecast.memory
-    assert set(forecast.seconds) == {"lines", "long", "once", "upper"}
+    assert set(forecast.seconds) == {"lines", "long", "once", "upper", "identity terms", "setup", "records", "tokens"}
 
 
 def test_damage_is_counted(tmp_path):

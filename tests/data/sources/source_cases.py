@@ -194,8 +194,8 @@ def pg19(folder: Path) -> Case:
     (folder / "metadata.csv").write_text(
         '5,A Toy, and More,1901,http://toy.example/5\n6,"Quoted, too",1840,http://toy.example/6\n', encoding="utf-8"
     )
-    five = {"title": "A Toy, and More", "year": "1901", "link": "http://toy.example/5"}
-    six = {"title": "Quoted, too", "year": "1840", "link": "http://toy.example/6"}
+    five = {"title": "A Toy, and More", "year": "1901", "url": "http://toy.example/5"}
+    six = {"title": "Quoted, too", "year": "1840", "url": "http://toy.example/6"}
     return PG19(str(folder)), [
         Document("test/7", "Book 7 é\n", str(folder / "test" / "7.txt")),
         Document("train/5", "Book 5 é\n", str(folder / "train" / "5.txt"), five, "1901"),
