@@ -235,20 +235,35 @@ class Blocks:
 
     def __getitem__(self, at: Any) -> np.ndarray:
         if isinstance(at, slice):
-            at = np.arange(*at.indices(len(self)))
+            start, stop, step = at.indices(len(self))
+            if step == 1:
+                return self._span(start, stop)
+            at = np.arange(start, stop, step)
         at = np.asarray(at)
         if at.size and not (at.min() >= 0 and at.max() < len(self)):
             raise IndexError(f"tokens {at.min()} to {at.max()} of {len(self)}")
-        shard = np.searchsorted(self._ends, at, side="right")
-        block, within = np.divmod(at - self._begins[shard], BLOCK)
+        block, within = self._place(at)
         # What is asked for is a few runs of places, so runs of places in one block are told apart, not places.
-        numbers = (self._first[shard] + block).ravel()
+        numbers = block.ravel()
         begins = np.flatnonzero(np.diff(numbers, prepend=-1))
         wanted, inverse = np.unique(numbers[begins], return_inverse=True)
         blocks = self._read(wanted)
         starts = np.cumsum([0, *map(len, blocks)])[:-1]
         start = np.repeat(starts[inverse], np.diff(begins, append=len(numbers))).reshape(at.shape)
         return (np.concatenate(blocks) if blocks else np.zeros(0, self.dtype))[start + within]
+
+    def _place(self, at: Any) -> tuple[Any, Any]:
+        """The block among all, and the place in it."""
+        shard = np.searchsorted(self._ends, at, side="right")
+        block, within = np.divmod(at - self._begins[shard], BLOCK)
+        return self._first[shard] + block, within
+
+    def _span(self, start: int, stop: int) -> np.ndarray:
+        """Tokens in a row, at the cost of their own size: a document may be long."""
+        if start >= stop:
+            return np.zeros(0, self.dtype)
+        (first, last), (skipped, _) = self._place(np.array([start, stop - 1]))
+        return np.concatenate(self._read(np.arange(first, last + 1)))[skipped : skipped + stop - start]
 
     def _read(self, wanted: np.ndarray) -> list[np.ndarray]:
         with self._lock:

@@ -5,6 +5,7 @@ worker must see under the same path (a shared file system). The keys of exact an
 machine needs to hold them all.
 """
 
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from lmx.data.clean.minhash import MinHash
 from lmx.data.clean.step import CorpusStep, Ragged
 from lmx.data.curate.records import open_ragged
 
+TOLD = re.compile(
+    r"ValueError: ((?:(?!\\n).)*?) \[while running "
+)  # a task's error, in a runner's words or in the traceback that it quotes
 DOCUMENTS = 4096  # whose keys one element of Beam's reads
 
 
@@ -30,10 +34,15 @@ class Beam:
     """Beam's own command line: `--runner=FlinkRunner`, `--flink_master=..`, .. The default: two processes of this machine."""
 
     def each(self, task: Callable[[int], None], items: Sequence[int], what: str) -> None:
-        """Run a task for each item. Raises ValueError without the package, and what the runner makes of a task's error."""
+        """Run a task for each item. Raises ValueError without the package and for a task's; what the runner makes of other errors."""
         beam = _beam()
-        with self._pipeline() as pipeline:
-            pipeline | beam.Create(list(items)) | beam.Reshuffle() | beam.Map(task)
+        try:
+            with self._pipeline() as pipeline:
+                pipeline | beam.Create(list(items)) | beam.Reshuffle() | what >> beam.Map(task)
+        except Exception as error:
+            if said := TOLD.search(f"{type(error).__name__}: {error}"):
+                raise ValueError(said[1].replace("\\'", "'")) from error
+            raise
 
     def resolve(self, step: CorpusStep, folder: Path) -> Ragged:
         """What a corpus step finds. Documents that share a key are brought together by Beam; only the edges between them come back."""

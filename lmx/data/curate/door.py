@@ -27,7 +27,7 @@ class Options:
     workers: int = 1
     """Processes of this machine. What they make does not depend on it."""
     beam: str = ""
-    """Options of an Apache Beam runner that is to do the work, in one string: "--runner=FlinkRunner --flink_master=HOST:PORT"."""
+    """Options of an Apache Beam runner that is to do the work, in one string without dashes: "runner=FlinkRunner flink_master=HOST:PORT"."""
     dry_run: bool = False
     """Judge a sample only, and say what is to be expected: shares kept, time, disk, memory."""
     documents: int = 2000
@@ -51,7 +51,8 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None, *, description: str 
             show_forecast(recipe, dry_run(recipe, documents=options.documents), options.workers)
             return
         folder = options.folder / recipe.name
-        manifest = curate(recipe, folder, workers=Beam(tuple(shlex.split(options.beam))) if options.beam else Local(options.workers))
+        beam = tuple(f"--{option.lstrip('-')}" for option in shlex.split(options.beam))
+        manifest = curate(recipe, folder, workers=Beam(beam) if beam else Local(options.workers))
     for split, made in manifest["splits"].items():
         print(f"{folder / split}: {made['documents']:,} documents, {made['tokens']:,} tokens, {made['bytes']:,} bytes of text")
     print(f"report: {folder / 'report.html'}")

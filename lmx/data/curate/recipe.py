@@ -32,7 +32,8 @@ class Recipe:
     """As in `Data.tokenizer`: bytes, a path, or one to be trained on the text that is kept (`bpe:32000`)."""
 
     held_out: float = 0.0
-    """Share of the kept documents, drawn by a hash of their ids, that goes into `validation` instead of `train`."""
+    """Share of the kept documents, drawn by a hash of their source's name and their ids, that goes into `validation` instead of `train`: what
+    a source has twice under one id is not in both."""
 
     damaged: Literal["refuse", "skip"] = "refuse"
     """What happens where a source is damaged: the run ends with the place, or the place is listed in the report and left out."""

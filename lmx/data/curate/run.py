@@ -35,9 +35,10 @@ class Workers(Protocol):
 def curate(recipe: Recipe, folder: str | Path, *, workers: Workers | None = None) -> dict[str, Any]:
     """Make a recipe's corpus in a folder: `train/` (and `validation/`) of shards, `tally.json`, `manifest.json`; returns the manifest.
 
-    A run that ended early goes on where it was; one that is complete returns at once. What is in the folder does not depend on the workers
-    or on how often it was killed. Raises ValueError when the folder holds another recipe's work, or the sources have changed since; and what
-    sources, steps and tokenizers raise.
+    A run that ended early goes on where it was; one that is complete returns at once; one that another process is at is waited for. What is
+    in the folder does not depend on the workers or on how often it was killed, and its shards not on where sources lie. Raises ValueError
+    when the folder holds another recipe's work, or sources or tokenizer have changed since, or meanwhile, or where a split would be empty;
+    RuntimeError where a document is not accounted for; and what sources, steps and tokenizers raise.
     """
     check(recipe)
     folder, workers = Path(folder), workers or Local()

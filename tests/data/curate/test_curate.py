@@ -22,6 +22,7 @@ from corpora import WORDS, Killer, Lines, Long, Upper, contents, counts, expecte
 from lmx.data.clean.exact import Exact
 from lmx.data.clean.minhash import MinHash
 from lmx.data.curate import Local, Recipe, curate
+from lmx.data.curate.beam import Beam
 from lmx.data.curate.recipe import described
 from lmx.data.curate.records import Record
 from lmx.data.documents import Document
@@ -153,16 +154,12 @@ def test_a_killed_run_goes_on(corpus, deadly, tmp_path):
 
 def test_beam(corpus, made, tmp_path):
     pytest.importorskip("apache_beam", reason="the beam extra is not installed")
-    from lmx.data.curate.beam import Beam
-
     curate(recipe(corpus), tmp_path / "corpus", workers=Beam(("--runner=FnApiRunner",)))
     assert contents(tmp_path / "corpus") == contents(made)
 
 
 def test_beam_groups_keys_as_one_machine_does(tmp_path):
     pytest.importorskip("apache_beam", reason="the beam extra is not installed")
-    from lmx.data.curate.beam import Beam
-
     corpus = write_corpus(tmp_path / "raw", files=4)
     plan = Recipe("small", (Lines(str(corpus)),), (Exact(), MinHash(ngram=3, bands=20, rows=3)))
     curate(plan, tmp_path / "here")
@@ -170,6 +167,17 @@ def test_beam_groups_keys_as_one_machine_does(tmp_path):
     assert contents(tmp_path / "beam") == contents(tmp_path / "here")
     dropped = {(step, what) for step, what, *_ in counts(tmp_path / "here")["events"]}
     assert {("exact", "dropped"), ("minhash", "dropped")} <= dropped
+
+
+@pytest.mark.parametrize(
+    "options", [("--runner=FnApiRunner",), pytest.param(Beam.__dataclass_fields__["options"].default, marks=pytest.mark.slow)]
+)
+def test_a_task_that_fails_on_beam_says_what_one_here_does(tmp_path, monkeypatch, options):
+    pytest.importorskip("apache_beam", reason="the beam extra is not installed")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[3]), str(Path(__file__).parent)]))
+    corpus = write_corpus(tmp_path / "raw", files=1, damaged=True)
+    with pytest.raises(ValueError, match=r"^\S*0.txt, line 48: marked; mend the file, or let the recipe skip it with damaged='skip'$"):
+        curate(recipe(corpus), tmp_path / "corpus", workers=Beam(options))
 
 
 @pytest.mark.slow

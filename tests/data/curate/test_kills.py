@@ -1,11 +1,13 @@
 """Killed between any two file operations, a run goes on to the same bytes; and every document is accounted for."""
 
-import gc
 import json
 import os
 import random
 import sys
+import tracemalloc
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,10 @@ from lmx.data.clean.normalise import Normalise
 from lmx.data.clean.paragraphs import Paragraphs
 from lmx.data.clean.substrings import Substrings
 from lmx.data.curate import Local, Recipe, curate
+from lmx.data.curate.work import Clean
+from lmx.data.documents import Document
 from lmx.data.shards import open_shards
-from lmx.data.sources import Jsonl
+from lmx.data.sources import Jsonl, Unit
 
 PARTS = 7  # of the file operations; one of them every time
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "shutil.copyfile"}
@@ -35,32 +39,37 @@ def quick(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
+class Killed(BaseException):
+    pass
+
+
 class Watch:
-    """File operations below a folder, through Python's audit events; ends the process before the n-th."""
+    """File operations below a folder, through Python's audit events. At the n-th, before it is done, the program dies: that and all later ones
+    are refused, so that nothing can be cleaned up."""
 
-    def __init__(self, folder: Path, kill: int = -1):
-        self.folder, self.kill, self.seen, self.on = str(folder), kill, [], True
-        sys.addaudithook(self)
+    now: "Watch | None" = None
 
-    def __call__(self, event: str, arguments: tuple) -> None:
-        if self.on and event in FILE_EVENTS and str(arguments[0]).startswith(self.folder):
-            if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
-                return
-            if len(self.seen) == self.kill:
-                os._exit(9)
+    def __init__(self, folder: Path, kill: int = sys.maxsize):
+        self.folder, self.kill, self.seen = str(folder), kill, []
+
+    def __enter__(self) -> "Watch":
+        Watch.now = self
+        return self
+
+    def __exit__(self, *error) -> None:
+        Watch.now = None
+
+    def event(self, event: str, arguments: tuple) -> None:
+        reads = event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if event in FILE_EVENTS and not reads and str(arguments[0]).startswith(self.folder):
             self.seen.append((event, Path(str(arguments[0]))))
+            if len(self.seen) > self.kill:
+                raise Killed
 
 
-def forked(work) -> int:
-    """What a child process that does this exits with."""
-    gc.freeze()
-    if not (child := os.fork()):
-        try:
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+@pytest.fixture(scope="module")
+def audited():
+    sys.addaudithook(lambda event, arguments: Watch.now.event(event, arguments) if Watch.now else None)  # there is no taking it away
 
 
 def everything(folder: Path) -> dict[str, bytes]:
@@ -68,33 +77,22 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and "tally" not in p.name}
 
 
-@pytest.mark.filterwarnings("ignore:.*fork")
 @pytest.mark.parametrize("part", [pytest.param(0, id="some"), *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS))])
-def test_killed_between_any_two_file_operations(tmp_path, part):
+def test_killed_between_any_two_file_operations(tmp_path, audited, part):
     corpus = write_corpus(tmp_path / "raw", files=2, lines=9)
     plan = Recipe("small", (Lines(str(corpus)),), (Long(), Once(), Upper()), held_out=0.3)
-    watch = Watch(tmp_path / "whole")
-    curate(plan, tmp_path / "whole")
-    watch.on = False
+    with Watch(tmp_path / "whole") as watch:
+        curate(plan, tmp_path / "whole")
     # Nothing is ever written under the name that it is found by.
     assert [path for event, path in watch.seen if event == "open" and not path.name.startswith(".")] == []
     expected = everything(tmp_path / "whole")
     assert len(watch.seen) > 80
-
     for number in range(part, len(watch.seen), PARTS):
         folder = tmp_path / str(number)
-
-        def killed(folder: Path = folder, number: int = number) -> None:
-            Watch(folder, kill=number)
+        with Watch(folder, kill=number), pytest.raises(Killed):
             curate(plan, folder)
-
-        assert forked(killed) == 9, number
         curate(plan, folder)
         assert everything(folder) == expected, watch.seen[number]
-
-
-class Killed(BaseException):
-    pass
 
 
 class Unruly(Local):
@@ -148,7 +146,7 @@ def outcome(plan: Recipe, folder: Path, workers: Local) -> dict[str, bytes] | st
     return everything(folder)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_recipe_on_any_documents(tmp_path_factory, data):
     root = tmp_path_factory.mktemp("any")
@@ -180,3 +178,32 @@ def test_any_recipe_on_any_documents(tmp_path_factory, data):
     if isinstance(expected, dict):
         stores = [open_shards(path.parent, hashes=True) for path in (root / "plain").glob("*/manifest.json")]
         assert Counter(about["id"] for store in stores for about in store.about) == Counter(json.loads(line)["id"] for line in kept)
+
+
+def test_memory_does_not_grow_with_a_unit(tmp_path):
+    """A dump that cannot be cut is one unit, of any number of documents."""
+    peaks = []
+    for count in (1500, 15_000):
+        path = tmp_path / f"{count}.txt"
+        path.write_text("".join(f"line {n} of slings and arrows\n" for n in range(count)))
+        plan = Recipe("one", (Streamed(str(path)),), (Upper(), MinHash(), Upper("again")))
+        for number in (0, 1):
+            (tmp_path / str(count) / "work" / str(number)).mkdir(parents=True)
+        tracemalloc.start()
+        Clean(plan, tmp_path / str(count), ((0, Unit("all", (str(path),))),), 0)(0)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 100_000, peaks
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A document a line, one in memory at a time."""
+
+    path: str
+    name: str = "streamed"
+
+    def read(self, unit: Unit) -> Iterator[Document]:
+        with open(self.path) as file:
+            for number, line in enumerate(file):
+                yield Document(str(number), line, self.path)
