@@ -96,6 +96,7 @@ def test_shards_say_where_documents_came_from(corpus, made):
 def test_any_number_of_workers(corpus, made, tmp_path, workers):
     curate(recipe(corpus), tmp_path / "corpus", workers=Local(workers))
     assert contents(tmp_path / "corpus") == contents(made)
+    assert {**counts(tmp_path / "corpus"), "seconds": None} == {**counts(made), "seconds": None}
 
 
 @pytest.fixture(scope="module")
