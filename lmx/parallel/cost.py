@@ -172,7 +172,7 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
     anew = {name: size for name, size in kept(everything, mixture=work.mixed > 0, cpu=cpu).items() if layout.remat != "none"}
     if not cpu:
         return found + (work.period - 1) * sum(anew.values())
-    if anew and work.dense and not (work.dropout or work.source or work.mixed):
+    if _forms_again(work):
         found = _formed_again(work) + weights
     else:
         found += sum(size for name, size in anew.items() if name != "attention weights") + 4 * work.whole
@@ -181,6 +181,11 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
     if work.mixed and work.capacity is None:  # rows are padded before they are cut in tiles, for part of the time
         found += work.routed * work.embed * work.compute // 2
     return found + (work.period - 1) * (sum(kept(everything, cpu=cpu).values()) + attention // 2)
+
+
+def _forms_again(work: Work) -> bool:
+    """Whether `_formed_again` says what XLA:CPU holds."""
+    return work.layout.remat != "none" and work.dense and not (work.dropout or work.source or work.mixed)
 
 
 def _formed_again(work: Work) -> int:
@@ -196,7 +201,8 @@ def _formed_again(work: Work) -> int:
     attention = 4 * work.scores * (3 if here.rows > 1 else 2) + 4 * queries + (queries + keys if work.qk_norm else 0)
     hidden = tokens * here.mlp * work.compute
     # Hidden states and their gradients; then the gradient through each projection, before they are summed and split along the sequence.
-    feed = max(3 * work.whole + (6 if work.gated else 4) * hidden, 6 * work.whole + (4 if work.gated else 3) * hidden)
+    whole = work.between if work.layout.collective_matmul else work.whole
+    feed = max(3 * whole + (6 if work.gated else 4) * hidden, 6 * whole + (4 if work.gated else 3) * hidden)
     return attention + feed + (6 + work.norms) * work.between
 
 
@@ -299,7 +305,9 @@ def _of_a_pass(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
     table = work.here.vocab * work.embed
     read = table * (work.compute + (work.master if layout.zero == 3 and layout.fsdp > 1 else 0))
     masked = {"attention mask": mask(work)}
-    busy = working(work, specs, cpu=cpu) + (grads if cpu else largest)
+    # On XLA:CPU, gradients in another order, or parameters in the order in which they are gathered.
+    copied = cpu and (not _forms_again(work) or (layout.zero == 3 and layout.fsdp > 1))
+    busy = working(work, specs, cpu=cpu) + (grads if copied else largest)
     return [
         {**kept_here, **masked, "working set of a layer": _forward(work, specs) + read},
         {**kept_here, **masked, "head and loss": loss_working(work, cpu=cpu)},

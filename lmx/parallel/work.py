@@ -17,7 +17,6 @@ class Work:
       reads: how many normed inputs a layer reads (one where attention and feed-forward are parallel and share a norm).
       parallel: whether they are parallel.
       positions: rows of a table of learned positions, or 0.
-      shared_layers: whether all repeats of the pattern have the same parameters.
       period: layers of the pattern that the stack repeats, of which rematerialisation recomputes all at once.
       masks: kinds of attention masks (all earlier tokens, a window) that are arrays.
       dense: whether attention forms every score (else in tiles).
@@ -57,7 +56,6 @@ class Work:
     qk_norm: bool = False
     tied: bool = True
     positions: int = 0
-    shared_layers: bool = False
     period: int = 1
     masks: int = 1
     dense: bool = True

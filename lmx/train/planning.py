@@ -131,6 +131,11 @@ def settled(experiment: Experiment) -> Experiment:
             "layout.collective_matmul cannot be planned with an encoder-decoder or a mixture: what goes round there is not counted; plan "
             "without it"
         )
+    if layout.collective_matmul and model.parallel and layout.pipeline > 1:
+        raise ConfigError(
+            f"layout.collective_matmul with model.parallel and layout.pipeline={layout.pipeline} cannot be planned yet: what a stage holds has "
+            "not been measured; plan with one of them off"
+        )
     if experiment.precision == "fp64":
         raise ConfigError("precision=fp64 cannot be planned: no chip trains in it; plan with fp32")
     if not model.vocab:
@@ -189,7 +194,6 @@ def _work(experiment: Experiment, model: Transformer, length: int, kind: str) ->
         qk_norm=model.qk_norm,
         tied=model.tied,
         positions=model.context if model.positions == "learned" else 0,
-        shared_layers=model.shared_layers,
         period=min(len(model.pattern), model.layers),
         masks=0 if kernel == "flash" or (fused and not packed) else len({is_local(kind) for kind in model.pattern}),
         fused=fused,

@@ -72,7 +72,7 @@ def test_items(benchmark, found):
         (Benchmark("x", "math", ("question",), id="number"), "record 0: has no field id='number'; it has question, answer"),
         (Benchmark("x", "nowhere.jsonl", ("question",)), "benchmark x='nowhere.jsonl' does not exist"),
         (Benchmark("x", "bad.jsonl", ("question",)), "bad.jsonl, record 1: is damaged"),
-        (Benchmark("x", "cut.jsonl.gz", ("prompt",)), "cut.jsonl.gz, record 0: is damaged"),
+        (Benchmark("x", "cut.jsonl.gz", ("prompt",)), "cut.jsonl.gz, record 1: is damaged"),
     ],
 )
 def test_what_is_wrong_is_named(benchmark, message, tmp_path):

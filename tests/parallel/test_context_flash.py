@@ -135,6 +135,16 @@ def test_a_ring_of_eight_adds_up_what_kernels_give_of_each_hop(name, monkeypatch
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("exchange", ["ring", "alltoall"])
+def test_what_the_kernels_cannot_do_is_refused(exchange, monkeypatch):
+    a = Case().arrays(32, 64, jnp.bfloat16)
+    with pytest.raises(ValueError, match="attention='flash' runs on Hopper GPUs, not cpu; use auto"):
+        split(Case(), a, 2, exchange)
+    monkeypatch.setattr(devices, "kind", lambda: H100)
+    with pytest.raises(ValueError, match="attention='flash' computes in bfloat16 or float16, one for all, not float32"):
+        split(Case(), a | {name: a[name].astype(jnp.float32) for name in "qkvg"}, 2, exchange)
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
     """The kernels in Pallas' interpreter, which looks for races, as if the devices were H100s.

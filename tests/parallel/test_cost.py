@@ -87,6 +87,14 @@ CASES = {
     "tensor-full-microbatches": {"fsdp": 2, "tensor": 4, "remat": "full", "microbatches": 2},
     "collective": {"fsdp": 2, "tensor": 4, "collective_matmul": True},
     "collective-full": {"data": 2, "fsdp": 2, "tensor": 2, "collective_matmul": True, "remat": "full", "microbatches": 2},
+    "collective-parallel-full": {
+        "model": changed(parallel=True, norm="layernorm", bias=True),
+        "data": 2,
+        "tensor": 4,
+        "collective_matmul": True,
+        "remat": "full",
+        "batch": 32,
+    },
     "tensor-no-sequence": {"data": 2, "tensor": 4, "sequence": False, "remat": "dots"},
     "tensor-zero-1": {"fsdp": 4, "tensor": 2, "zero": 1, "remat": "full"},
     "tensor-zero-2": {"fsdp": 4, "tensor": 2, "zero": 2, "microbatches": 2},
@@ -140,6 +148,7 @@ CASES = {
 """On eight simulated devices. In fp32: XLA:CPU widens bf16 here and there."""
 
 
+@pytest.mark.usefixtures("cheaply_compiled")
 @pytest.mark.parametrize("name", CASES)
 def test_against_the_compiler(name):
     run = experiment(**CASES[name])
@@ -165,6 +174,7 @@ def check_collectives(plan, made):
     "optimizer", [AdamW(), Adam8bit(), Adafactor(), Lion(), Muon(), SGD(), SGD(momentum=0.0)], ids=lambda o: type(o).__name__
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16_pure", "fp16"])
+@pytest.mark.usefixtures("cheaply_compiled")
 def test_state_is_exact_whatever_the_optimizer(optimizer, precision):
     tiny = changed(vocab=64, layers=2, embed=64, heads=4, kv_heads=2, mlp=64)
     run = experiment(tiny, length=32, batch=8, optimizer=optimizer, precision=precision, fsdp=4, tensor=2)
@@ -251,6 +261,23 @@ GPU_CASES = {
     "tensor-full": {"fsdp": 2, "tensor": 4, "remat": "full"},
     "collective": {"fsdp": 2, "tensor": 4, "collective_matmul": True, "length": 4096, "batch": 4},
     "collective-full": {"fsdp": 2, "tensor": 4, "collective_matmul": True, "remat": "full", "length": 4096, "batch": 4},
+    "collective-parallel": {
+        "model": dataclasses.replace(LARGE, parallel=True),
+        "fsdp": 2,
+        "tensor": 4,
+        "collective_matmul": True,
+        "length": 4096,
+        "batch": 4,
+    },
+    "collective-parallel-full": {
+        "model": dataclasses.replace(LARGE, parallel=True),
+        "fsdp": 2,
+        "tensor": 4,
+        "collective_matmul": True,
+        "remat": "full",
+        "length": 4096,
+        "batch": 4,
+    },
     "long": {"fsdp": 2, "tensor": 4, "length": 4096, "batch": 4},
     "long-dots": {"fsdp": 2, "tensor": 4, "remat": "dots", "length": 4096, "batch": 4},
     "long-full": {"fsdp": 2, "tensor": 4, "remat": "full", "length": 4096, "batch": 4},
@@ -305,13 +332,11 @@ def test_against_the_compiler_for_h100(h100, name):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_our_own_kernels_against_the_compiler_for_h100(h100, remat, monkeypatch):
+def test_our_own_kernels_against_the_compiler_for_h100(h100, monkeypatch):
     """As if `auto` took them."""
     for place in (plans, door):
         monkeypatch.setattr(place, "why", lambda *_, **__: ("flash", "it has been measured"))
-    tiles = GPU_CASES["tiles"] | {"precision": "bf16", "remat": remat}
-    check_on_gpu(experiment(**tiles), h100)
+    check_on_gpu(experiment(**GPU_CASES["tiles"], precision="bf16"), h100)
 
 
 @pytest.mark.aot

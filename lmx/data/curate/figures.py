@@ -75,7 +75,8 @@ def lengths(panels: Mapping[str, Mapping[int, tuple[int, int]]]) -> Any:
         axes.set_title(source, fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
     first, last = (f(end.bit_length() - 1 for _, bins in shown for end in bins) for f in (min, max))
-    every[-1].set_xticks(range(first - 1, last + 1), [_bytes(1 << n) for n in range(first - 1, last + 1)])
+    ticks = range(max(first - 1, 0), last + 1)  # what is empty stands before the first
+    every[-1].set_xticks(ticks, [_bytes(1 << n) for n in ticks])
     every[-1].set_xlabel("bytes of a document, as it was read and as it is kept")
     figure.legend(*every[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return figure

@@ -111,9 +111,7 @@ def byte_parts(path: Path, count: int) -> list[tuple[int, int | None]]:
     return [] if kind(path) else parts(path.stat().st_size, count)
 
 
-def each(
-    unit: Unit, source: str, read: Callable[[Path, str, int, int | None], Iterator[Document | Omitted]]
-) -> Iterator[Document | Omitted]:
+def each[T](unit: Unit, source: str, read: Callable[[Path, str, int, int | None], Iterator[T | Omitted]]) -> Iterator[T | Omitted]:
     """What `read(path, path below the source, start, stop)` gives for each file of a unit. A file that cannot be read is yielded as that."""
     base = root(source)
     for path in map(Path, unit.paths):
@@ -123,13 +121,13 @@ def each(
             yield unreadable(str(path), error)
 
 
-def documented(
+def documented[T](
     records: Iterable[tuple[int | str, Any] | Omitted],
     path: Path,
     relative: str,
-    make: Callable[[Any, str, str, str], Document | Omitted],
+    make: Callable[[Any, str, str, str], T | Omitted],
     counted: str = "byte",
-) -> Iterator[Document | Omitted]:
+) -> Iterator[T | Omitted]:
     """What `make(record, id, source, where)` makes of numbered records; its ValueError is that record's damage. What they are counted in
     is `counted`: ids are `file@byte`, or `file:number` of a record or page."""
     sign, source = "@" if counted == "byte" else ":", str(path)

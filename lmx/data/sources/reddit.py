@@ -104,36 +104,30 @@ def links(
     `duplicate`. Remembers 8 bytes of a hash a URL: of a billion, about 3 in a hundred times one is wrongly left out.
     """
     source, seen = Reddit(path), set()
+
+    def made(record: Any, id: str, file: str, where: str) -> str | Omitted:
+        if not isinstance(record, dict) or not isinstance(record.get("url", ""), str):
+            raise ValueError("is no submission: expected an object with a `url`")
+        url, score = html.unescape(record.get("url", "")), _score(record)
+        if score is None or score < min_score:
+            reason = "no_score" if score is None else "low_score"
+        elif record.get("over_18"):
+            reason = "over_18"
+        elif record.get("is_self") or not url:
+            reason = "self"
+        elif is_bad_url(url, bad_sites, bad_endings):
+            reason = "bad_url"
+        else:
+            digest = blake2b(url.encode(), digest_size=8).digest()
+            reason = "duplicate" if digest in seen else ""
+            seen.add(digest)
+        return Omitted(where, reason) if reason else url
+
+    def read(file: Path, relative: str, start: int, stop: int | None) -> Iterator[str | Omitted]:
+        return documented(json_records(file, source.name, start, stop), file, relative, made)
+
     for unit in source.units():
-        for file in unit.paths:
-            for line in json_records(Path(file), source.name, unit.start, unit.stop):
-                yield line if isinstance(line, Omitted) else _link(line, file, min_score, bad_sites, bad_endings, seen)
-
-
-def _link(line: tuple[int, Any], path: str, min_score: int, bad_sites: frozenset[str], bad_endings: tuple[str, ...], seen: set[bytes]):
-    offset, record = line
-    where = f"{path}, byte {offset}"
-    if not isinstance(record, dict) or not isinstance(record.get("url", ""), str):
-        return Omitted(where, "is no submission: expected an object with a `url`", damaged=True)
-    url = html.unescape(record.get("url", ""))
-    try:
-        score = _score(record)
-    except ValueError as error:
-        return Omitted(where, str(error), damaged=True)
-    reason = ""
-    if score is None or score < min_score:
-        reason = "no_score" if score is None else "low_score"
-    elif record.get("over_18"):
-        reason = "over_18"
-    elif record.get("is_self") or not url:
-        reason = "self"
-    elif is_bad_url(url, bad_sites, bad_endings):
-        reason = "bad_url"
-    else:
-        digest = blake2b(url.encode(), digest_size=8).digest()
-        reason = "duplicate" if digest in seen else ""
-        seen.add(digest)
-    return Omitted(where, reason) if reason else url
+        yield from each(unit, path, read)
 
 
 def is_bad_url(url: str, sites: frozenset[str] = BAD_SITES, endings: tuple[str, ...] = BAD_ENDINGS) -> bool:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from corpora import WORDS, Killer, Lines, Long, Upper, contents, counts, expected, recipe, write_corpus
 from lmx.data.clean.exact import Exact
@@ -94,6 +96,7 @@ def test_shards_say_where_documents_came_from(corpus, made):
 def test_any_number_of_workers(corpus, made, tmp_path, workers):
     curate(recipe(corpus), tmp_path / "corpus", workers=Local(workers))
     assert contents(tmp_path / "corpus") == contents(made)
+    assert {**counts(tmp_path / "corpus"), "seconds": None} == {**counts(made), "seconds": None}
 
 
 @pytest.fixture(scope="module")
@@ -373,3 +376,11 @@ def test_secrets_are_not_written_down():
     a, b = (json.dumps(described(Keyed(key))) for key in ("opensesame", "sesame"))
     assert "sesame" not in a
     assert a != b
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])) | st.text('\\"\n\t\x00\x1f\x7f\u2028a'))
+def test_records_are_lines_of_json_as_the_library_writes_them(text):
+    record = Record(Document(text[:5], text, "source", {"title": text}, "2024"), ({"step": "x", "counts": {text: 1}},))
+    fields = {"id": text[:5], "source": "source", "created": "2024", "metadata": {"title": text}}
+    fields |= {"decisions": [{"step": "x", "counts": {text: 1}}], "text": text}
+    assert record.to_line() == json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"

@@ -2,11 +2,16 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from corpora import Lines, Long, Once, recipe, write_corpus
+from corpora import WORDS, Lines, Long, Once, recipe, write_corpus
 from lmx.data.clean.step import Drop, Verdict
 from lmx.data.curate import Recipe, curate
 from lmx.data.curate.dryrun import dry_run, wilson
@@ -78,6 +83,54 @@ def test_the_whole_is_known_exactly(corpus, tmp_path):
     assert forecast.documents == forecast.sampled == sum(len(p.read_text().splitlines()) - 1 for p in corpus.glob("*.txt"))
     assert forecast.disk > 0 < forecast.memory
     assert set(forecast.seconds) == {"lines", "long", "once", "upper", "identity terms", "setup", "records", "tokens"}
+
+
+COST = """
+import json, resource, sys, time
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from corpora import Lines, Long, Upper
+from lmx.data.clean.exact import Exact
+from lmx.data.clean.gopher import GopherRepetition
+from lmx.data.clean.minhash import MinHash
+from lmx.data.curate import Recipe, curate
+from lmx.data.curate.dryrun import dry_run
+import array_record.python.array_record_module, matplotlib.figure
+steps = Long(), GopherRepetition(), Upper(), Exact(), MinHash()
+plan = Recipe("cost", (Lines({corpus!r}),), steps, held_out=0.1)
+clock = time.process_time()
+if sys.argv[1] == "dry":
+    forecast = dry_run(plan, documents=800, units=4)
+    said = [sum(forecast.seconds.values()), forecast.disk, forecast.memory]
+else:
+    folder = Path({folder!r})
+    curate(plan, folder)
+    disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != "report.html")
+    said = [time.process_time() - clock, disk, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]
+print(json.dumps(said))
+"""
+
+
+def test_what_it_costs_is_as_predicted(tmp_path):
+    """A real run in a process of its own: disk within a quarter, memory within a third, CPU time within a factor of three (machines are busy)."""
+    corpus = tmp_path / "raw"
+    corpus.mkdir()
+    for number in range(8):
+        draw = np.random.default_rng(number)
+        made = [f"w{draw.integers(4000)}" if draw.random() < 0.5 else word for word in draw.choice(WORDS, 40_000)]
+        lines = [" ".join(part) for part in np.split(np.array(made), np.sort(draw.choice(40_000, 400, replace=False)))]
+        (corpus / f"{number}.txt").write_text("\n".join(lines) + "\n")
+    said = {}
+    for what in ("dry", "real"):
+        script = COST.format(tests=str(Path(__file__).parent), corpus=str(corpus), folder=str(tmp_path / "corpus"))
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+        out = subprocess.run([sys.executable, "-c", script, what], capture_output=True, text=True, env=environment)
+        assert out.returncode == 0, out.stderr[-2000:]
+        said[what] = json.loads(out.stdout)
+    seconds, disk, memory = (a / b for a, b in zip(said["dry"], said["real"], strict=True))
+    assert 1 / 1.25 < disk < 1.25, said
+    assert 1 / 1.33 < memory < 1.33, said
+    assert 1 / 3 < seconds < 3, said
 
 
 def test_damage_is_counted(tmp_path):

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from corpora import Lines, Long, Once, contents, counts, recipe, write_corpus
+from corpora import Lines, Long, Once, contents, counts
 from lmx.data.clean.bias import count_terms, which_lose
 from lmx.data.clean.exact import Exact
 from lmx.data.clean.minhash import MinHash
 from lmx.data.clean.step import Change, Drop, Verdict
-from lmx.data.curate import Local, Recipe, curate
+from lmx.data.curate import Recipe, curate
 from lmx.data.curate.clusters import clusters
 from lmx.data.curate.door import show_forecast
 from lmx.data.curate.dryrun import dry_run
@@ -80,7 +80,7 @@ def test_who_loses(lost, capsys):
 
 def test_terms_change_no_shard(lost, tmp_path):
     plan, folder, _ = lost
-    curate(replace(plan, identity_terms=False), tmp_path / "corpus", workers=Local(2))
+    curate(replace(plan, identity_terms=False), tmp_path / "corpus")
     shards = {name: digest for name, digest in contents(folder).items() if "manifest" not in name}
     assert {name: digest for name, digest in contents(tmp_path / "corpus").items() if "manifest" not in name} == shards
     assert from_json(counts(tmp_path / "corpus")).terms("read").having == {}
@@ -169,12 +169,3 @@ def test_rare_domains_become_one(monkeypatch):
     assert whole.groups[Group("read", "domain", "web", "a")] == 30
     assert whole.groups[Group("kept", "domain", "web", "a")] == 24
     assert whole.groups[Group("read", "domain", "web", "(others)")] > 40
-
-
-def test_any_number_of_workers_counts_the_same(tmp_path):
-    raw = write_corpus(tmp_path / "raw", files=4)
-    tallies = []
-    for workers in (1, 2):
-        curate(recipe(raw), tmp_path / str(workers), workers=Local(workers))
-        tallies.append({**counts(tmp_path / str(workers)), "seconds": None})
-    assert tallies[0] == tallies[1]
