@@ -41,12 +41,18 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """While nobody else does: waits for who is in such a block for the same folder, and removes what a killed one has left half written."""
+    """While nobody else does: waits for who is in such a block for the same folder, and removes what a killed one has left half written.
+
+    Raises ValueError on a file system without locks (Lustre has them with the option `flock`).
+    """
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # the system gives it back when its process ends, however that ends
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)  # the system gives it back when its process ends, however that ends
+        except OSError as error:
+            raise ValueError(f"{folder}: its file system has no locks ({error.strerror}); mount it with them, or use another") from error
         for part in folder.rglob(f".*{PART}"):
             part.unlink(missing_ok=True)
         yield
