@@ -88,7 +88,7 @@ def write_manifest(folder: Path, numbers: Sequence[int], tokenizer: Tokenizer, a
     indices = {number: json.loads(index_of(folder, number).read_bytes()) for number in numbers}
     shards = [{"number": number, **index} for number, index in indices.items() if index["documents"]]
     if not shards:
-        raise ValueError(f"{folder}: no document was kept; the report says which rules dropped them")
+        raise ValueError(f"{folder}: no document was kept; tally.json above it says which rules dropped them")
     manifest = {
         "format": FORMAT,
         **{what: sum(shard[what] for shard in shards) for what in ("documents", "tokens", "bytes")},

@@ -159,15 +159,22 @@ def _finish(recipe: Recipe, folder: Path, units: Sequence[tuple[int, Unit]], spl
         "versions": versions(),
         "sources": {path: file_hash(Path(path)) for path in files},
     }
+    write_json(folder / "tally.json", tally.to_json())
     parts = {}
     for split in splits:
+        if split == "validation" and not _drawn(folder / split, len(units)):
+            continue
         if is_shards(folder / split):
             parts[split] = json.loads((folder / split / "manifest.json").read_bytes())
         else:
             parts[split] = write_manifest(folder / split, range(len(units)), loaded, {"recipe": about["fingerprint"]})
     totals = {split: {key: part[key] for key in ("documents", "tokens", "bytes", "content")} for split, part in parts.items()}
-    write_json(folder / "tally.json", tally.to_json())
     manifest = {**about, "tokenizer": {"name": Path(tokenizer).name, "fingerprint": loaded.fingerprint}, "splits": totals, "counts": counts}
     write_report(recipe, folder, tally, parts, loaded, manifest)
     write_json(folder / "manifest.json", manifest)
     return manifest
+
+
+def _drawn(split: Path, units: int) -> bool:
+    """Whether a split has a document: of few ones none may be held out."""
+    return any(json.loads(index_of(split, unit).read_bytes())["documents"] for unit in range(units))

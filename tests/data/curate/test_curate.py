@@ -252,6 +252,14 @@ def test_a_step_that_fails_is_named(corpus, tmp_path):
         curate(Recipe("small", (Lines(str(corpus)),), (Fails(),)), tmp_path / "corpus")
 
 
+def test_none_held_out(corpus, tmp_path):
+    """A share that draws no document costs the validation set, not the run."""
+    manifest = curate(recipe(corpus, held_out=1e-9), tmp_path / "corpus")
+    assert list(manifest["splits"]) == ["train"]
+    assert sorted(texts(tmp_path / "corpus/train")) == sorted(expected(corpus))
+    assert curate(recipe(corpus, held_out=1e-9), tmp_path / "corpus") == manifest
+
+
 def test_nothing_kept(corpus, tmp_path):
     plan = recipe(corpus, held_out=0.0)
     steps = (dataclasses.replace(plan.steps[0], words=99),)
