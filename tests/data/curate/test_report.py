@@ -4,6 +4,7 @@ import base64
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,6 +22,16 @@ from lmx.data.curate.door import show_forecast
 from lmx.data.curate.dryrun import dry_run
 from lmx.data.curate.tally import Group, Tally, from_json
 from lmx.data.documents import Document
+from lmx.data.sources import Texts
+from lmx.data.sources.source import Unit
+
+
+@dataclass(frozen=True)
+class Blank(Lines):
+    """A document without text."""
+
+    def read(self, unit: Unit) -> Iterator[Document]:
+        yield Document(unit.name, "", unit.paths[0])
 
 
 @dataclass(frozen=True)
@@ -147,6 +158,16 @@ def test_clusters_are_those_that_were_planted(tmp_path):
         assert len({record.document.id for record in (kept, *dropped)}) == size
     assert clusters(plan, tmp_path / "corpus", "minhash") is None
     assert "14 bands of 8 rows" in (tmp_path / "corpus/report.html").read_text()
+
+
+def test_empty_and_long_texts(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "0.txt").write_text("\n" + "a word " * 20_000 + "\nshort\n")
+    curate(Recipe("lengths", (Texts(str(raw)), Blank(str(raw), name="blank"))), tmp_path / "corpus")
+    assert from_json(counts(tmp_path / "corpus")).groups == {
+        Group(what, "length", source, size): 1 for what in ("read", "kept") for source, size in (("texts", str(1 << 18)), ("blank", "1"))
+    }
 
 
 def test_examples_are_ten_for_each_source_and_language(lost):
