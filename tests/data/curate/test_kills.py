@@ -193,7 +193,7 @@ def test_memory_does_not_grow_with_a_unit(tmp_path):
         Clean(plan, tmp_path / str(count), ((0, Unit("all", (str(path),))),), 0)(0)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < peaks[0] + 100_000, peaks
+    assert peaks[1] < peaks[0] + 300_000, peaks  # less than a hundred bytes for each document more: less than one array
 
 
 @dataclass(frozen=True)
