@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import os
 import re
 from pathlib import Path
 
