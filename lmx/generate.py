@@ -1,8 +1,8 @@
 """Text from a model, as it comes.
 
-`python -m lmx.generate PATH PROMPT [PROMPT ...] [--temperature 0.8] [...]`: PATH is the folder of a run or of a Hugging Face checkpoint. Several
-prompts are continued together and shown one after another; `-` stands for the lines of the standard input. An encoder-decoder reads the
-prompt and writes its own text.
+`python -m lmx.generate PATH PROMPT [PROMPT ...] [--temperature 0.8] [...]`: PATH is the folder of a run, of a Hugging Face checkpoint, or of an
+adapter of PEFT's that names its base. Several prompts are continued together and shown one after another; `-` stands for the lines of the
+standard input. An encoder-decoder reads the prompt and writes its own text.
 """
 
 import re
@@ -19,11 +19,13 @@ from lmx.core.precision import PrecisionName, policy
 from lmx.infer.engine import Engine
 from lmx.infer.jobs import Job
 from lmx.infer.sampling import Sampling
-from lmx.infer.texts import context_of
+from lmx.infer.texts import context_of, lead_of
 from lmx.interop.tokenizers import CheckpointTokenizer
 from lmx.interop.writers import Writer, load_writer
 
 BOLD, DIM = 1, 2
+CHUNK = 256
+"""Tokens of prompts in one step, at most, where prompts may be cut."""
 USAGE = 'python -m lmx.generate PATH "Once upon a time" [--temperature 0.8] ... (--help lists all)'
 
 
@@ -55,6 +57,12 @@ class Wishes:
     """Strings that end a text; they are no part of it."""
     chat: bool = False
     """Prompts are what a user says, in the chat template of the checkpoint."""
+    bidirectional: bool = False
+    """The tokens of a prompt see each other in both directions, as a prefix decoder was trained."""
+    adapter: str | None = None
+    """The folder of an adapter of PEFT's over the checkpoint."""
+    merge: bool = False
+    """Whether the adapter is added into the weights, which is faster."""
     precision: PrecisionName = "fp32"
     """Types of parameters and activations."""
     cache: Literal["float32", "bfloat16", "float16", "int8"] | None = None
@@ -81,14 +89,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         prompts = read_prompts(words[1:])
         sampling = sampling_of(wishes)
         precision = policy(wishes.precision)
-        writer = load_writer(words[0], tokenizer=wishes.tokenizer, step=wishes.step, dtype=precision.params)
+        where = {"adapter": wishes.adapter, "merge": wishes.merge, "tokenizer": wishes.tokenizer, "step": wishes.step}
+        writer = load_writer(words[0], **where, dtype=precision.params)
         ids = [encoded(writer, prompt, chat=wishes.chat) for prompt in prompts]
         engine = engine_for(writer, ids, wishes)
-        how = {"max_new_tokens": wishes.max_new_tokens, "n": wishes.n, "stop": wishes.stop, "stop_ids": writer.stop_ids}
+        how = {"max_new_tokens": wishes.max_new_tokens, "n": wishes.n, "stop": wishes.stop, "bidirectional": wishes.bidirectional}
+        how |= {"stop_ids": writer.stop_ids, "start_id": writer.start_id}
         started = time.perf_counter()
         # With one seed for all, prompts that are alike would draw alike.
         draws = [replace(sampling, seed=(wishes.seed + number) % 2**32) for number in range(len(ids))]
-        jobs = [engine.submit(prompt, sampling=own, start_id=writer.start_id, **how) for prompt, own in zip(ids, draws, strict=True)]
+        jobs = [engine.submit(prompt, sampling=own, **how) for prompt, own in zip(ids, draws, strict=True)]
     continues = writer.start_id is None and not wishes.chat
     try:
         for number, job in enumerate(jobs):
@@ -129,13 +139,15 @@ def encoded(writer: Writer, prompt: str, *, chat: bool) -> list[int]:
 
 def engine_for(writer: Writer, prompts: Sequence[Sequence[int]], wishes: Wishes) -> Engine:
     """An engine with room for just these prompts, and for all of their texts at a time where `wishes.rows` allows."""
-    begun = 0 if writer.start_id is not None else max(map(len, prompts))
+    lead = lead_of(writer.model, writer.params)
+    begun = lead.prefix + (0 if writer.start_id is not None else lead.prompt + max(map(len, prompts)))
     return Engine(
         writer.model,
         writer.params,
         tokenizer=writer.tokenizer,
         rows=max(wishes.n, min(wishes.rows, wishes.n * len(prompts))),
         longest=min(context_of(writer.model), begun + wishes.max_new_tokens),
+        chunk=max(CHUNK, begun) if wishes.bidirectional else CHUNK,
         cache=wishes.cache,
         trace=wishes.stats,
         execution=Execution(precision=policy(wishes.precision)),

@@ -17,6 +17,7 @@ from lmx.core.tree import map_named
 from lmx.data.denoising import SpanCorruption
 from lmx.data.recipe import Data
 from lmx.infer import generate
+from lmx.infer.dense import continued
 from lmx.interop.checkpoint import Model
 from lmx.interop.families import FAMILIES
 from lmx.interop.writers import load_writer
@@ -27,6 +28,8 @@ from lmx.train.experiment import Experiment
 from lmx.train.logging import write_record
 from lmx.train.objectives import CausalLM, Seq2Seq
 from lmx.train.state import TrainState
+
+pytestmark = pytest.mark.usefixtures("cheaply_compiled")
 
 SMALL = Transformer(vocab=257, layers=2, embed=16, heads=2, mlp=16, context=64)
 T5 = {
@@ -175,6 +178,61 @@ def test_an_encoder_decoder_s_run_begins_as_it_was_trained(capsys, tmp_path):
     write_run(tmp_path / "t5", Experiment(name="t5", data=data, model=model, objective=Seq2Seq()), 1)
     writer = load_writer(tmp_path / "t5")
     assert (writer.start_id, writer.stop_ids) == (257, (256,))
+
+
+@pytest.fixture(scope="module")
+def adapters(hub):
+    """Beside their base: LoRA, a soft prompt and a prefix."""
+    model, params = interop.load(hub)
+    shape = {"token_dim": 16, "num_layers": 2, "num_attention_heads": 2, "num_transformer_submodules": 1, "num_virtual_tokens": 3}
+    settings = {
+        "lora": {"peft_type": "LORA", "target_modules": ["q_proj", "down_proj"], "r": 2, "lora_alpha": 4},
+        "prompt": {"peft_type": "PROMPT_TUNING"} | shape,
+        "prefix": {"peft_type": "PREFIX_TUNING"} | shape,
+    }
+    for seed, (name, said) in enumerate(settings.items()):
+        adapter = interop.new_adapter(model, params, said | {"base_model_name_or_path": hub.name}, jax.random.key(0))
+        rng = np.random.default_rng(seed)
+        values = jax.tree.map(lambda a, rng=rng: jnp.asarray(0.5 * rng.normal(size=a.shape), a.dtype), adapter.values)
+        interop.save_adapter(adapter.replace(values=values), hub.parent / name)
+    return hub.parent
+
+
+@pytest.mark.parametrize("name", ["lora", "prompt", "prefix"])
+def test_an_adapter_is_over_the_checkpoint_that_is_named_or_that_it_names(hub, adapters, capsys, name):
+    tokenizer, (model, params) = interop.load_tokenizer(hub), interop.load(hub)
+    adapted = interop.adapt(params, interop.load_adapter(adapters / name, model))
+    prompts = ["the king", "and so"]
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    how = {"max_new_tokens": 6, "stop_ids": tokenizer.stop_ids, "limit": tokenizer.vocab}
+    wanted, bare = continued(model, adapted, ids, **how), continued(model, params, ids, **how)
+    assert all(a != b for a, b in zip(wanted, bare, strict=True))
+    texts = [f"--- prompt {i + 1}\n{tokenizer.decode([*before, *new])}\n" for i, (before, new) in enumerate(zip(ids, wanted, strict=True))]
+    assert printed(capsys, hub, *prompts, "--max-new-tokens", 6, "--adapter", adapters / name) == "".join(texts)
+    if name == "lora":
+        assert printed(capsys, adapters / name, *prompts, "--max-new-tokens", 6, "--merge", True) == "".join(texts)
+
+
+def test_prompts_may_be_read_in_both_directions(hub, capsys):
+    tokenizer, (model, params) = interop.load_tokenizer(hub), interop.load(hub)
+    ids = tokenizer.encode("the king and the queen")
+    new, other = (
+        generate(model, params, [ids], max_new_tokens=6, stop_ids=tokenizer.stop_ids, tokenizer=tokenizer, bidirectional=both)[0]
+        for both in (True, False)
+    )
+    assert new != other
+    said = printed(capsys, hub, "the king and the queen", "--max-new-tokens", 6, "--bidirectional", True)
+    assert said == f"{tokenizer.decode([*ids, *new])}\n"
+
+
+def test_an_adapter_whose_base_is_elsewhere_says_so(adapters, run, tmp_path):
+    shutil.copytree(adapters / "lora", tmp_path / "lora")
+    with pytest.raises(ValueError, match="is an adapter over base_model_name_or_path='hub0', which is no folder here; name the base's"):
+        load_writer(tmp_path / "lora")
+    with pytest.raises(ValueError, match=r"is an adapter over a checkpoint, and .* is a run that began with none"):
+        load_writer(run, adapter=adapters / "lora")
+    with pytest.raises(ValueError, match="merge=True, and there is no adapter"):
+        load_writer(run, merge=True)
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,14 @@ def test_an_rwkv_is_planned_but_for_what_is_not_counted():
         plans.plan(on(made, pipeline=2, tensor=2))
 
 
+def test_parallel_blocks_go_round_but_in_a_pipeline():
+    made = dataclasses.replace(gpt2, model=dataclasses.replace(gpt2.model, parallel=True))
+    apart = plans.plan(on(gpt2, tensor=2, collective_matmul=True))
+    assert plans.plan(on(made, tensor=2, collective_matmul=True)).total < apart.total
+    with pytest.raises(ConfigError, match=r"model.parallel and layout.pipeline=2 cannot be planned yet"):
+        plans.plan(on(made, pipeline=2, tensor=2, collective_matmul=True))
+
+
 def test_an_encoder_decoder_counts_the_tokens_of_both_sides(capsys):
     longer = dataclasses.replace(t5, data=dataclasses.replace(t5.data, length=256))
     short, long = (plans.plan(one) for one in (t5, longer))

@@ -93,14 +93,14 @@ def work(contender: str, size: str, folder: str) -> None:
     """A contender's process: answers `tokens` with its continuation, `time` with the seconds of one call."""
     new, ids = SIZES[size][5], prompt(size)
     if contender == "lmx":
-        from lmx.infer import generate
+        from lmx.infer.dense import continued
         from lmx.infer.weights import decoding_params
 
         model, params = random_model(size)
         params = decoding_params(params)
 
         def call() -> list[int]:
-            return generate(model, params, [ids], max_new_tokens=new)[0]
+            return continued(model, params, [ids], max_new_tokens=new)[0]
     else:
         import torch
         import transformers

@@ -1,7 +1,6 @@
 """Tokenizers learned from text: SentencePiece's, and byte-level ones that the `tokenizers` library runs."""
 
 import math
-import os
 import random
 import re
 from collections import Counter
@@ -9,9 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Literal
-from uuid import uuid4
 
 from lmx.data.tokenizers import HuggingFace, SentencePiece
+from lmx.data.whole import whole
 
 SENTENCE_BYTES = 4000  # SentencePiece leaves out longer sentences (its limit is 4192)
 END = "<|endoftext|>"
@@ -156,9 +155,8 @@ def replace_file(path: str | Path, data: bytes) -> None:
     """Write a file whole, or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    with whole(path) as file:
+        file.write(data)
 
 
 class _Buffer:

@@ -171,7 +171,16 @@ def check(data: Data) -> None:
     if made and trained(data.tokenizer, name="data.tokenizer"):
         raise ValueError(f"data.tokenizer={data.tokenizer!r} cannot be trained on {made[0]}, which is tokens already; use 'corpus'")
     if data.tokenizer != "corpus" and not trained(data.tokenizer, name="data.tokenizer"):
-        load_tokenizer(data.tokenizer, name="data.tokenizer")
+        loaded = load_tokenizer(data.tokenizer, name="data.tokenizer")
+        for name, source in sources.items():
+            if source.startswith(RECIPE):  # said before the corpus is made
+                of = _recipe(source, name)[0].tokenizer
+                _same_tokenizer(None if trained(of) else load_tokenizer(of).fingerprint, loaded, source, name, data)
+
+
+def _same_tokenizer(fingerprint: str | None, tokenizer: Tokenizer, source: str, name: str, data: Data) -> None:
+    if fingerprint != tokenizer.fingerprint:
+        raise ValueError(f"{name}={source!r} was not made with data.tokenizer={data.tokenizer!r}; use data.tokenizer='corpus'")
 
 
 def prepare(data: Data) -> Prepared:
@@ -185,8 +194,7 @@ def prepare(data: Data) -> Prepared:
     def store(source: str, name: str) -> TokenStore:
         if folder := corpus(source, data.cache, name):
             shards = open_shards(folder)
-            if shards.index["tokenizer"] != tokenizer.fingerprint:
-                raise ValueError(f"{name}={source!r} was not made with data.tokenizer={data.tokenizer!r}; use data.tokenizer='corpus'")
+            _same_tokenizer(shards.index["tokenizer"], tokenizer, source, name, data)
             return shards
         return cached_store(source, tokenizer, cache=data.cache, field=data.field, name=name)
 
@@ -217,10 +225,14 @@ def _recipe(source: str, name: str) -> tuple[Any, str]:
     module, _, split = source.removeprefix(RECIPE).partition(":")
     try:
         recipe = importlib.import_module(module).recipe
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{name}={source!r}: no recipe there ({error}); name a module that has one, recipe:experiments.data.plays"
         ) from error
+    from lmx.data.curate.recipe import Recipe
+
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"{name}={source!r}: {module}.recipe is {recipe!r}, not a Recipe")
     split = split or "train"
     if split != "train" and not (split == "validation" and recipe.held_out):
         raise ValueError(f"{name}={source!r}: the recipe makes no {split}; it makes train, and validation where held_out is above 0")

@@ -7,10 +7,11 @@ from, and what was decided of it on the way.
 
 import hashlib
 import json
-import os
 import threading
+from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from lmx.data.store import TokenStore
 from lmx.data.tokenizers import Tokenizer, load_tokenizer
+from lmx.data.whole import placed, whole, write_json
 
 FORMAT = 1
 BLOCK = 4096  # tokens in a record: about as long as an example, so that one needs few of them
@@ -25,56 +27,63 @@ BATCH_BYTES = 1 << 20
 OPTIONS = "group_size:1,zstd:1"
 READ = "readahead_buffer_size:0,max_parallelism:0"
 KEPT_BLOCKS = 256  # blocks that stay in memory, about a megabyte
+KINDS = ("tokens", "documents")
 ARRAYS = ("lengths", "bytes")
 
 
 def write_shard(records: Iterable[Any], tokenizer: Tokenizer, folder: Path, number: int, *, corpus: str) -> None:
     """Write documents (`lmx.data.curate.records.Record`) as shard `number` of a folder; its index file comes last, when all is there."""
-    from array_record.python.array_record_module import ArrayRecordWriter
-
     folder.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype("<u2" if tokenizer.vocab <= 1 << 16 else "<u4")
     end = np.asarray([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype)
-    names = {kind: folder / f"{kind}-{number:06d}.array_record" for kind in ("tokens", "documents")}
-    parts = {kind: path.with_name(f".{path.name}.{os.getpid()}") for kind, path in names.items()}
-    writers = {kind: ArrayRecordWriter(str(path), OPTIONS) for kind, path in parts.items()}
-    lengths, sizes, rest = [], [], np.zeros(0, dtype)
-    try:
+    lengths, sizes, rest = array("q"), array("q"), np.zeros(0, dtype)
+    with _writers(folder, number) as writers:
         for batch in _batches(records):
             rows = tokenizer.encode_batch([record.document.text for record in batch])
             arrays = [np.frombuffer(row, np.uint8) if isinstance(row, bytes) else np.asarray(row, np.int64) for row in rows]
-            for record, array in zip(batch, arrays, strict=True):
+            for record, tokens in zip(batch, arrays, strict=True):
                 d = record.document
                 size = len(d.text.encode())
                 about = {"id": d.id, "source": d.source, "corpus": corpus, "created": d.created, "metadata": d.metadata, "bytes": size}
                 writers["documents"].write(json.dumps({**about, "decisions": record.decisions}, ensure_ascii=False).encode())
-                lengths.append(len(array) + len(end))
+                lengths.append(len(tokens) + len(end))
                 sizes.append(size)
-            stream = np.concatenate([rest, *(part.astype(dtype) for array in arrays for part in (array, end))])
+            stream = np.concatenate([rest, *(part.astype(dtype) for tokens in arrays for part in (tokens, end))])
             full = len(stream) // BLOCK * BLOCK
             for start in range(0, full, BLOCK):
                 writers["tokens"].write(stream[start : start + BLOCK].tobytes())
             rest = stream[full:]
         if len(rest):
             writers["tokens"].write(rest.tobytes())
-    finally:
-        for writer in writers.values():
-            writer.close()
-    if lengths:
-        for kind, path in names.items():
-            os.replace(parts[kind], path)
-    else:  # a shard without documents is none: no empty files
-        for path in parts.values():
-            path.unlink()
     index: dict[str, Any] = {"corpus": corpus, "documents": len(lengths), "tokens": sum(lengths), "bytes": sum(sizes)}
-    if lengths:
-        np.save(folder / f"lengths-{number:06d}.npy", np.asarray(lengths, "<i8"))
-        np.save(folder / f"bytes-{number:06d}.npy", np.asarray(sizes, "<i8"))
-        files = [*names.values(), *(folder / f"{kind}-{number:06d}.npy" for kind in ARRAYS)]
+    if lengths:  # a shard without documents is none: no files but its index
+        for kind, values in zip(ARRAYS, (lengths, sizes), strict=True):
+            with whole(folder / f"{kind}-{number:06d}.npy") as file:
+                np.save(file, np.asarray(values, "<i8"))
+        files = [*(_file(folder, kind, number) for kind in KINDS), *(folder / f"{kind}-{number:06d}.npy" for kind in ARRAYS)]
         index["files"] = {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in files}
-    temporary = folder / f".index-{number:06d}.{os.getpid()}"
-    temporary.write_text(json.dumps(index))
-    os.replace(temporary, index_of(folder, number))
+    else:
+        for kind in KINDS:
+            _file(folder, kind, number).unlink()
+    write_json(index_of(folder, number), index)
+
+
+@contextmanager
+def _writers(folder: Path, number: int) -> Iterator[dict[str, Any]]:
+    """Of a shard's records by kind; its files are there when the block ends."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    with ExitStack() as stack:
+        writers = {kind: ArrayRecordWriter(str(stack.enter_context(placed(_file(folder, kind, number)))), OPTIONS) for kind in KINDS}
+        try:
+            yield writers
+        finally:
+            for writer in writers.values():
+                writer.close()
+
+
+def _file(folder: Path, kind: str, number: int) -> Path:
+    return folder / f"{kind}-{number:06d}.array_record"
 
 
 def index_of(folder: Path, number: int) -> Path:
@@ -88,7 +97,7 @@ def write_manifest(folder: Path, numbers: Sequence[int], tokenizer: Tokenizer, a
     indices = {number: json.loads(index_of(folder, number).read_bytes()) for number in numbers}
     shards = [{"number": number, **index} for number, index in indices.items() if index["documents"]]
     if not shards:
-        raise ValueError(f"{folder}: no document was kept; tally.json above it says which rules dropped them")
+        raise ValueError(f"{folder}: no document was kept")
     manifest = {
         "format": FORMAT,
         **{what: sum(shard[what] for shard in shards) for what in ("documents", "tokens", "bytes")},
@@ -100,9 +109,7 @@ def write_manifest(folder: Path, numbers: Sequence[int], tokenizer: Tokenizer, a
         **about,
         "shards": shards,
     }
-    temporary = folder / f".manifest.{os.getpid()}"
-    temporary.write_text(json.dumps(manifest, indent=1) + "\n")
-    os.replace(temporary, folder / "manifest.json")
+    write_json(folder / "manifest.json", manifest)
     return manifest
 
 
@@ -135,8 +142,9 @@ def open_shards(folder: str | Path, *, hashes: bool = False) -> TokenStore:
     numbers = [shard["number"] for shard in manifest["shards"]]
     lengths, sizes = (np.concatenate([np.load(folder / f"{kind}-{n:06d}.npy") for n in numbers]) for kind in ARRAYS)
     counts = [shard["tokens"] for shard in manifest["shards"]]
-    blocks = Blocks(tuple(folder / f"tokens-{n:06d}.array_record" for n in numbers), counts, np.dtype(manifest["dtype"]))
-    about = Documents(tuple(folder / f"documents-{n:06d}.array_record" for n in numbers), [s["documents"] for s in manifest["shards"]])
+    tokens, documents = (tuple(_file(folder, kind, number) for number in numbers) for kind in KINDS)
+    blocks = Blocks(tokens, counts, np.dtype(manifest["dtype"]))
+    about = Documents(documents, [shard["documents"] for shard in manifest["shards"]])
     return ShardStore(folder, manifest, blocks, np.append(0, np.cumsum(lengths)), sizes, about)
 
 
@@ -227,16 +235,35 @@ class Blocks:
 
     def __getitem__(self, at: Any) -> np.ndarray:
         if isinstance(at, slice):
-            at = np.arange(*at.indices(len(self)))
+            start, stop, step = at.indices(len(self))
+            if step == 1:
+                return self._span(start, stop)
+            at = np.arange(start, stop, step)
         at = np.asarray(at)
         if at.size and not (at.min() >= 0 and at.max() < len(self)):
             raise IndexError(f"tokens {at.min()} to {at.max()} of {len(self)}")
-        shard = np.searchsorted(self._ends, at, side="right")
-        block, within = np.divmod(at - self._begins[shard], BLOCK)
-        wanted, inverse = np.unique(self._first[shard] + block, return_inverse=True)
+        block, within = self._place(at)
+        # What is asked for is a few runs of places, so runs of places in one block are told apart, not places.
+        numbers = block.ravel()
+        begins = np.flatnonzero(np.diff(numbers, prepend=-1))
+        wanted, inverse = np.unique(numbers[begins], return_inverse=True)
         blocks = self._read(wanted)
         starts = np.cumsum([0, *map(len, blocks)])[:-1]
-        return (np.concatenate(blocks) if blocks else np.zeros(0, self.dtype))[starts[inverse.reshape(at.shape)] + within]
+        start = np.repeat(starts[inverse], np.diff(begins, append=len(numbers))).reshape(at.shape)
+        return (np.concatenate(blocks) if blocks else np.zeros(0, self.dtype))[start + within]
+
+    def _place(self, at: Any) -> tuple[Any, Any]:
+        """The block among all, and the place in it."""
+        shard = np.searchsorted(self._ends, at, side="right")
+        block, within = np.divmod(at - self._begins[shard], BLOCK)
+        return self._first[shard] + block, within
+
+    def _span(self, start: int, stop: int) -> np.ndarray:
+        """Tokens in a row, at the cost of their own size: a document may be long."""
+        if start >= stop:
+            return np.zeros(0, self.dtype)
+        (first, last), (skipped, _) = self._place(np.array([start, stop - 1]))
+        return np.concatenate(self._read(np.arange(first, last + 1)))[skipped : skipped + stop - start]
 
     def _read(self, wanted: np.ndarray) -> list[np.ndarray]:
         with self._lock:
@@ -260,7 +287,7 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _batches(records: Iterable[Any]) -> Iterable[list[Any]]:
+def _batches(records: Iterable[Any]) -> Iterator[list[Any]]:
     """Records in groups that one call of a tokenizer does well with."""
     batch, size = [], 0
     for record in records:

@@ -31,7 +31,7 @@ from lmx.infer.sampling import Drawn, History, Knobs, Sampling
 from lmx.infer.scheduler import Scheduler
 from lmx.infer.steps import Chunk, Request, Sequence
 from lmx.infer.stopping import Stopper
-from lmx.infer.texts import check_continues, check_tokens_alone, context_of
+from lmx.infer.texts import VIRTUAL, check_continues, context_of, lead_of, opening
 from lmx.infer.weights import fingerprint
 from lmx.models.config import RWKV, EncoderDecoder, Model
 from lmx.models.losses import logits
@@ -44,7 +44,7 @@ class Engine(Door):
     """Continuous batching over the one forward.
 
     Args:
-      params: as of `lmx.infer.generate`, wherever they are; they are kept in a form of the engine's own.
+      params: as of `lmx.infer.generate`, wherever they are, under an adapter or not; they are kept in a form of the engine's own.
       layout: tensor and pipeline devices, as of training (`lmx.infer.places`).
       devices: which; this process's first by default.
       sharing: an engine of the same model, layout and devices, whose weights this one reads too, in place of `params`; it is updated first.
@@ -64,7 +64,7 @@ class Engine(Door):
       trace: whether `timeline` is kept.
 
     Raises:
-      ValueError: a model that continues nothing, or that reads more than tokens; a layout that does not fit it.
+      ValueError: a model that continues nothing; a layout that does not fit it.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Engine(Door):
     ):
         model = getattr(model, "config", model)
         check_continues(model)
-        check_tokens_alone(model, params)
+        self._lead = lead_of(model, params)
         context = context_of(model)
         longest = context if longest is None else longest
         for name, value in (("rows", rows), ("page", page), ("chunk", chunk), ("prompts", prompts), ("longest", longest)):
@@ -121,7 +121,7 @@ class Engine(Door):
             rows,
             chunk=chunk,
             prompts=sizes.prompts,
-            window=None if recurrent else _window(model),
+            window=None if recurrent or self._lead.prefix else _window(model),
             states=recurrent or reading,
             host_pages=host_pages,
         )
@@ -152,6 +152,8 @@ class Engine(Door):
         top: int = 0,
         priority: int = 0,
         start_id: int | None = None,
+        bidirectional: bool = False,
+        images: Array | np.ndarray | None = None,
     ) -> Job:
         """A prompt waits for its turn. For an encoder-decoder it is what the encoder reads, and the text begins behind `start_id`.
 
@@ -161,47 +163,51 @@ class Engine(Door):
           stop_ids: tokens that do.
           top: so many alternatives with each token's log-probability, which `sampling.log_probs` asks for.
           priority: lower comes first.
+          bidirectional: whether the prompt's tokens see each other in both directions, as those of a prefix decoder (Dong et al., 2019). It is
+            then read in one step, so it has `chunk` tokens at most.
+          images: `[images, channels, height, width]`, for a model that reads them: in the order in which the prompt has places for them, each
+            as many image tokens as an image takes (`LLaVA.image_tokens`).
 
         Raises:
           ValueError: what cannot be done, by name; the engine goes on with the rest.
         """
         if stop and self.tokenizer is None:
             raise ValueError(f"stop={list(stop)!r} are strings, so the engine needs a tokenizer; or give stop_ids")
-        ids = self.read(prompt)
-        if not ids:
-            raise ValueError("the prompt is empty; begin it with at least one token")
+        begun = opening(self.model, self._lead, self.read(prompt), start_id=start_id, bidirectional=bidirectional, images=images)
         if not 0 <= top <= self.top:
             raise ValueError(f"top={top} alternatives, and the engine was made for top={self.top}")
         if top and sampling.log_probs is None:
             raise ValueError(f"top={top} alternatives are of log-probabilities; say of which kind, in sampling.log_probs")
         draws.check(sampling, self.limit)
-        reads = isinstance(self.model, EncoderDecoder)
-        if reads != (start_id is not None):
-            raise ValueError(f"start_id={start_id}: the texts of an encoder-decoder begin behind one, others have none")
-        vocab = self.model.vocab
-        if strange := [token for token in (*ids, *((start_id,) if reads else ())) if not 0 <= token < vocab]:
-            raise ValueError(f"the prompt has token {strange[0]}, outside the model's vocabulary of {vocab}")
-        if reads and len(ids) > self.model.encoder.context:
-            raise ValueError(f"the prompt has {len(ids)} tokens, and model.encoder.context={self.model.encoder.context}")
-        begun = (start_id,) if reads else ids
-        if len(begun) + max_new_tokens > self.longest + (1 if reads else 0):
+        if (count := len(begun.tokens)) + max_new_tokens > self.longest + (start_id is not None):
+            soft = f", {some} of them virtual," if (some := begun.tokens.count(VIRTUAL)) else ""
             raise ValueError(
-                f"a prompt of {len(begun)} tokens and max_new_tokens={max_new_tokens} are longer than the engine's longest={self.longest}"
+                f"a prompt of {count} tokens{soft} and max_new_tokens={max_new_tokens} are longer than the engine's longest={self.longest}"
                 f" (model.context={self.model.context})"
             )
         stoppers = [Stopper(self.tokenizer, stop, stop_ids) if self.tokenizer else None for _ in range(n)]
         seed = int(self._seeds.integers(2**32)) if sampling.seed is None else sampling.seed
-        request = Request(begun, max_new_tokens, n, priority, self._context(len(begun), long=False), self.reuse)
+        request = Request(
+            begun.tokens,
+            max_new_tokens,
+            n,
+            priority,
+            self._context(count, begun.key, long=False),
+            self.reuse,
+            begun.whole,
+            begun.prefix,
+            begun,
+        )
         completions = [Completion() for _ in range(n)]
         sequence = self._scheduler.add(request)
         job = Job(
-            next(self._numbers), request, sampling, seed, top, tuple(stop), tuple(stop_ids), ids if reads else None, completions,
-            time.perf_counter(), stoppers=stoppers,
+            next(self._numbers), request, sampling, seed, top, tuple(stop), tuple(stop_ids), completions, time.perf_counter(),
+            stoppers=stoppers,
         )  # fmt: skip
         self._jobs[request] = job
         self._samples[sequence] = 0
         if self._turned(sequence):
-            sequence.fingerprint = self._context(len(begun), long=True)
+            sequence.fingerprint = self._context(count, begun.key, long=True)
         return job
 
     def read(self, prompt: Several[int] | str) -> tuple[int, ...]:
@@ -216,7 +222,8 @@ class Engine(Door):
         here = sum(s.remaining + s.request.max_new_tokens - (len(s.tokens) - len(s.request.prompt)) for s in self._all())
         found = 0
         if self.pages is not None and self.reuse and prompt and not isinstance(self.model, EncoderDecoder):
-            found = self.pages.size * len(self.pages.match(self._context(len(prompt), long=False), prompt))
+            tokens = (VIRTUAL,) * (self._lead.prefix + self._lead.prompt) + tuple(prompt)
+            found = self.pages.size * len(self.pages.match(self._context(len(tokens), b"", long=False), tokens))
         return here + len(prompt) - found
 
     def holds(self, job: Job) -> bool:
@@ -246,8 +253,9 @@ class Engine(Door):
 
     def update(self, params: Tree) -> None:
         """Other weights from here on. Texts that are running go on, what they have read and written being read again; nothing that was cached
-        under the old weights is found again."""
-        check_tokens_alone(self.model, params)
+        under the old weights is found again. Raises ValueError for another number of virtual tokens than the engine began with."""
+        if (lead := lead_of(self.model, params)) != self._lead:
+            raise ValueError(f"params have {lead}, and the engine was made for {self._lead}; make another")
         new = _fingerprint(params) if self._sharing is None else self._sharing._fingerprint
         old, self._fingerprint = self._fingerprint, new
         self._scheduler.restart(lambda known: known.replace(old, new, 1))
@@ -274,7 +282,7 @@ class Engine(Door):
         self._runner.move(step)
         back = {move.target for move in step.slots_in}  # what an encoder said is read again rather than kept on the host
         for sequence in [*step.started, *(c.sequence for c in step.chunks if c.sequence.slot in back)]:
-            self._runner.start(sequence, self._jobs[sequence.request].source)
+            self._runner.start(sequence)
         rows = [(i, chunk.sequence, k) for i, chunk in enumerate(step.chunks) if chunk.draws for k in range(chunk.sequence.rows)]
         begun, take = Begun(step, started, rows), sorted({i for i, _, _ in rows})
         hidden = self._runner.compute(step, take, self._spans(step.chunks))
@@ -335,7 +343,7 @@ class Engine(Door):
             elif (
                 sequence.status == "running"
                 and self._turned(sequence)
-                and sequence.fingerprint != (there := self._context(len(sequence.request.prompt), long=True))
+                and sequence.fingerprint != (there := self._context(len(sequence.request.prompt), sequence.request.beside.key, long=True))
             ):
                 self._scheduler.renew(sequence, there)
 
@@ -440,10 +448,10 @@ class Engine(Door):
         dynamic = self._by_length == "dynamic"
         return [len(c.sequence.request.prompt) if dynamic else long if self._turned(c.sequence) else 0 for c in chunks]
 
-    def _context(self, prompt: int, *, long: bool) -> bytes:
-        """What keys and values of a text depend on besides its tokens: weights, and how wavelengths are stretched."""
+    def _context(self, prompt: int, key: bytes, *, long: bool) -> bytes:
+        """What keys and values of a text depend on besides its tokens: weights, how wavelengths are stretched, and its opening's `key`."""
         stretched = prompt if self._by_length == "dynamic" and prompt > self.model.rope_scaling.original_context else int(long)
-        return self._fingerprint + stretched.to_bytes(8, "little")
+        return self._fingerprint + stretched.to_bytes(8, "little") + key
 
     def _mark(self, step, started: float) -> None:
         self.timeline.append(

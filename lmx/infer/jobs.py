@@ -54,7 +54,6 @@ class Job:
     top: int
     stop: tuple[str, ...]
     stop_ids: tuple[int, ...]
-    source: tuple[int, ...] | None
     completions: list[Completion]
     arrived: float
     pieces: list[Piece] = field(default_factory=list, repr=False)

@@ -24,6 +24,7 @@ from lmx.core.weights import Adapted, Twofold, Weight
 from lmx.models import config as model_config
 from lmx.models.config import RWKV, EncoderDecoder, Model
 from lmx.models.families import functions
+from lmx.models.llava import SEEING
 from lmx.parallel import layout as layouts
 from lmx.parallel.host import compiled_here
 from lmx.parallel.layout import Layout, make_mesh
@@ -35,7 +36,7 @@ UNUSED = {
     "expert": "a step's tokens are one batch; layout.tensor splits each expert",
 }
 """Axes of training that an engine does not have, and what it has instead."""
-READ_FIRST = ("positions", "block_positions", "token_types", "embed_norm", "embed_projection", "encoder")
+READ_FIRST = ("positions", "block_positions", "token_types", "embed_norm", "embed_projection", "encoder", *SEEING)
 """Parameters that stand before the layers, beside the embedding, which a tied head reads too."""
 
 
@@ -85,7 +86,9 @@ class Place:
             own, table = (
                 _stage(tree, model, self.layers) for tree in (params, table | {"layers": _unstacked(table["layers"], params["layers"])})
             )
-        return own if self.mesh is None else {name: self._placed(table[name], own[name]) for name in own}
+        if self.mesh is None:
+            return own
+        return {name: self._placed(table[name], own[name]) if name in table else self.put(own[name]) for name in own}
 
     def _placed(self, table: Tree, tree: Tree) -> Tree:
         if isinstance(table, dict) and "layers" in table:  # an encoder
@@ -131,7 +134,7 @@ def _stage(tree: Tree, model: Model, layers: tuple[int, int]) -> Tree:
     outside = [name for name in tree if name != "layers"]
     before = {*READ_FIRST, "embed", "relative"}
     behind = {*outside} - {*READ_FIRST, "embed"} | ({"embed"} if model.tied else set())
-    wanted = {"relative"} | (before if first == 0 else set()) | (behind if last == model.layers else set())
+    wanted = {"relative", "virtual"} | (before if first == 0 else set()) | (behind if last == model.layers else set())
     return own | {name: tree[name] for name in outside if name in wanted}
 
 

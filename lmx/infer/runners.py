@@ -15,16 +15,20 @@ from jax import Array
 from jaxtyping import Float
 
 from lmx.core.tree import Tree, map_named
+from lmx.infer.given import Given
 from lmx.infer.places import Place, where
 from lmx.infer.steps import Chunk, Move, Sequence, Step
+from lmx.infer.texts import NONE, Opening, lead_of
 from lmx.infer.weights import reading_params
 from lmx.kernels.paged import View
-from lmx.models import rwkv, transformer
+from lmx.models import llava, rwkv, transformer
 from lmx.models.attention import Pages
 from lmx.models.config import RWKV, EncoderDecoder, Model, Transformer
+from lmx.models.families import functions
 from lmx.models.rope import by_length
-from lmx.models.transformer import Paged, Source
-from lmx.parallel.attention import page_heads
+from lmx.models.transformer import Embedded, Paged, Source
+from lmx.models.vision_config import LLaVA
+from lmx.parallel.attention import page_heads, write_pages
 from lmx.parallel.rules import constrain
 
 MOVES = 16
@@ -114,10 +118,21 @@ class Stage:
         with self.place.entered():
             self.layers = _read(self._static, self.params, self.layers, source, slots)
 
-    def compute(self, x: Array, pages: Pages, take: np.ndarray) -> Array:
-        """What the layers make of tokens, or of what the stage before gave; of the last stage the rows `take`."""
+    def write(self, slots: np.ndarray) -> None:
+        """The keys and values of an adapter's prefix go to pages."""
         with self.place.entered():
-            self.layers, x = _compute(self._static, self.params, self.layers, x, pages, take)
+            self.layers = _written(self._static, self.params["virtual"], self.layers, slots)
+
+    def look(self, image: np.ndarray) -> Array:
+        """What stands in an image's places."""
+        with self.place.entered():
+            return _seen(self._static, self.params, image)
+
+    def compute(self, x: Array, pages: Pages, take: np.ndarray, given: Embedded | None) -> Array:
+        """What the layers make of tokens, some with vectors in their place, or of what the stage before gave; of the last stage the rows
+        `take`."""
+        with self.place.entered():
+            self.layers, x = _compute(self._static, self.params, self.layers, x, pages, take, given)
         return x
 
 
@@ -155,6 +170,7 @@ class PagedRunner:
         kept = {"pages": pages + sizes.rows * self._source, "page": page, "dtype": dtype, "host_pages": host_pages}
         self.stages = tuple(Stage(model, place, **kept) for place in places)
         self._sources: dict[int, int] = {}  # tokens of each slot's source
+        self._given = Given(model.table_size, sizes.rows, self.stages[0].look)
         self._spans = by_length(model.rope_scaling) is not None
 
     @property
@@ -173,11 +189,13 @@ class PagedRunner:
         read = _read_params(self.model, params, self.place)
         for stage in self.stages:
             stage.params = stage.place.weights(self.model, read)
+        self._given.load(self.stages[0].params)
 
     def share(self, other: "PagedRunner") -> None:
         """Takes the parameters that another, over the same places, has."""
         for stage, there in zip(self.stages, other.stages, strict=True):
             stage.params = there.params
+        self._given.load(self.stages[0].params)
 
     def move(self, step: Step) -> None:
         """What stands before the step."""
@@ -187,21 +205,32 @@ class PagedRunner:
             stage.copy(forks)
             stage.move(step)
 
-    def start(self, sequence: Sequence, source: Several[int] | None) -> None:
-        """Reads the source of a sequence that begins to run."""
-        if not self._source:
-            return
-        self._sources[sequence.slot] = len(source)
-        self._read(source, self._of_source(sequence.slot))
+    def start(self, sequence: Sequence) -> None:
+        """What its pages are to have before a sequence begins to run: an adapter's prefix, but for pages that were found; its source."""
+        opening: Opening = sequence.request.beside
+        if count := opening.prefix:
+            places = np.arange(count)
+            pages = np.array(sequence.pages, np.int32)
+            pages[: sequence.registered] = 0
+            for stage in self.stages:
+                stage.write(pages[places // self.page] * self.page + places % self.page)
+        if self._source:
+            self._sources[sequence.slot] = len(opening.source)
+            self._read(opening, self._of_source(sequence.slot))
 
-    def _read(self, source: Several[int], pages: np.ndarray) -> None:
+    def _read(self, opening: Opening, pages: np.ndarray) -> None:
+        source = np.array(opening.source, np.int32)
         length = next(n for n in self._source_lengths() if n >= len(source))
         tokens, segments, at = (np.zeros((1, length), np.int32) for _ in range(3))
         here = np.arange(len(source))
-        tokens[0, : len(source)], segments[0, : len(source)] = source, 1
+        tokens[0, : len(source)], segments[0, : len(source)] = np.maximum(source, 0), 1
         at[0, : len(source)] = pages[here // self.page] * self.page + here % self.page
+        given = None
+        if opening.vectors is not None:
+            given = self._given.blank(length)
+            self._given.put(given, here, opening, here)
         (stage,) = self.stages
-        stage.read(Source(tokens, segments=segments), at[0])
+        stage.read(Source(tokens, segments=segments, given=given), at[0])
 
     def _source_lengths(self) -> list[int]:
         """Of sources, in the programs that read them: twice the last each time."""
@@ -216,21 +245,35 @@ class PagedRunner:
 
     def warm_up(self) -> None:
         """Compiles every program."""
+        lead = lead_of(self.model, self.stages[0].params)
         self.move(Step(copies=[Move(0, 0)]))
         if self._swaps:
             self.move(Step(pages_out=[Move(0, 0)], pages_in=[Move(0, 0)]))
         for length in self._source_lengths() if self._source else []:
-            self._read([0] * min(length, self.model.encoder.context), np.zeros(self._source, np.int32))
+            source = (0,) * min(length, self.model.encoder.context)
+            vectors = np.full(len(source), NONE) if lead.prompt else None
+            self._read(Opening((), source, vectors=vectors), np.zeros(self._source, np.int32))
+        if lead.prefix:
+            for stage in self.stages:
+                stage.write(np.zeros(lead.prefix, np.int32))
+        sees = isinstance(self.model, LLaVA)
+        if sees:
+            image = self.model.image
+            self.stages[0].look(np.zeros((1, image.channels, *image.image_size), np.float32))
         for size in self.sizes.all:
-            self._run(Step(), size, [], [] if self._spans else None)
+            for given in (False, True) if sees or (lead.prompt and not self._source) else (False,):
+                self._run(Step(), size, [], [] if self._spans else None, given=given)
 
-    def _run(self, step: Step, size: tuple[int, int], take: Several[int], spans: Several[int] | None) -> Float[Array, "rows embed"]:
+    def _run(
+        self, step: Step, size: tuple[int, int], take: Several[int], spans: Several[int] | None, *, given: bool = False
+    ) -> Float[Array, "rows embed"]:
         decodes, prefills, (singles, chunk) = step.decodes, step.prefills, size
+        vectors = self._given.blank(singles + chunk) if given else None
         rows = singles + (self.sizes.prompts if chunk else 0)
         tokens, slots, lengths = np.zeros((1, singles + chunk), np.int32), np.zeros(singles + chunk, np.int32), np.zeros(rows, np.int32)
         queries, pages, first = np.arange(rows + 1, dtype=np.int32), np.zeros(self._most, np.int32), np.zeros(rows + 1, np.int32)
         source_pages, source_lengths = np.zeros((rows, self._source), np.int32), np.zeros(rows, np.int32)
-        at_least = np.zeros(singles + chunk, np.int32)
+        at_least, prefix = np.zeros(singles + chunk, np.int32), np.zeros(rows, np.int32)
         used, last, token = 0, [], singles
         for i, one in enumerate([*decodes, *[None] * (singles - len(decodes)), *prefills]):
             first[i] = used
@@ -242,7 +285,12 @@ class PagedRunner:
             held = one.start + one.count
             own = np.asarray(sequence.pages[: -(-held // self.page)], np.int32)
             places, here = np.arange(one.start, held), slice(begin, begin + one.count)
-            tokens[0, here] = sequence.tokens[one.start : held]
+            tokens[0, here] = np.maximum(sequence.tokens[one.start : held], 0)
+            opening, begun = sequence.request.beside, places[places < len(sequence.request.prompt)]
+            if opening.vectors is not None and not self._source and (opening.vectors[begun] != NONE).any():
+                vectors = vectors or self._given.blank(singles + chunk)
+                self._given.put(vectors, begin + np.arange(len(begun)), opening, begun)
+            prefix[i] = opening.whole
             slots[here] = own[places // self.page] * self.page + places % self.page
             pages[used : used + len(own)] = own
             at_least[here] = 0 if spans is None else spans[len(last)]
@@ -256,13 +304,14 @@ class PagedRunner:
         source = None
         if self._source:
             source = View(source_pages.reshape(-1), np.arange(rows + 1, dtype=np.int32) * self._source, source_lengths, queries, singles)
-        view = View(pages, first, lengths, queries, singles)
+        view = View(pages, first, lengths, queries, singles, prefix)
         taken = np.zeros(self.sizes.rows, np.int32)
         taken[: len(take)] = [last[i] for i in take]
         there = Pages(view, slots, source, None if spans is None else at_least)
         hidden = tokens
         for stage in self.stages:
-            hidden = stage.compute(hidden if stage is self.stages[0] else stage.place.put(hidden), there, taken)
+            begins = stage is self.stages[0]
+            hidden = stage.compute(hidden if begins else stage.place.put(hidden), there, taken, vectors if begins else None)
         return hidden
 
     def _of_source(self, slot: int) -> np.ndarray:
@@ -294,7 +343,7 @@ class StateRunner:
             for moves in _some(step.forks):
                 self.states = _copied(self.states, _ids(moves, 0), _ids(moves, 1))
 
-    def start(self, sequence: Sequence, source: Several[int] | None) -> None:
+    def start(self, sequence: Sequence) -> None:
         """An empty state for a sequence that begins to run."""
         self._clear(sequence.slot)
 
@@ -346,13 +395,13 @@ def _read_params(model: Model, params: Tree, place: Place) -> Tree:
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _compute(static, params: Tree, layers: Tree, x: Array, pages: Pages, take: Array) -> tuple[Tree, Array]:
+def _compute(static, params: Tree, layers: Tree, x: Array, pages: Pages, take: Array, given: Embedded | None) -> tuple[Tree, Array]:
     model, place = static
     cache, execution = Paged(layers, pages), place.execution
     if place.whole:
-        output = transformer.forward(params, model, x, cache=cache, execution=execution)
+        output = functions(model).forward(params, model, x, given=given, cache=cache, execution=execution)
         return output.cache.layers, output.hidden[0, take]
-    x, cache = transformer.over_pages(params, model, x, cache, execution, first=place.layers[0])
+    x, cache = transformer.over_pages(params, model, x, cache, execution, first=place.layers[0], given=given)
     return cache.layers, x[0, take] if place.layers[1] == model.layers else x
 
 
@@ -384,6 +433,23 @@ def _kept(states: Tree, place: Place) -> Tree:
 def _read(static, params: Tree, layers: Tree, source: Source, slots: Array) -> Tree:
     model, place = static
     return transformer.read_source(params, model, source, layers, slots, place.execution)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _written(static, virtual: Tree, layers: Tree, slots: Array) -> Tree:
+    _, place = static
+    several, which = jax.tree.flatten(layers, is_leaf=lambda part: isinstance(part, dict))
+    own = [
+        write_pages(kept, *(virtual[name][layer].swapaxes(0, 1) for name in ("key", "value")), slots, place.execution)
+        for layer, kept in enumerate(several, place.layers[0])
+    ]
+    return jax.tree.unflatten(which, own)
+
+
+@partial(jax.jit, static_argnums=0)
+def _seen(static, params: Tree, image: Array) -> Array:
+    model, place = static
+    return llava.features(params, model, image, place.execution)
 
 
 @jax.jit

@@ -80,11 +80,13 @@ class Scheduler:
             need = -(-tokens // size)
             if self.window is not None:
                 need = min(need, max((self.window - 2) // size + 2, -(-request.whole // size)))
-            need *= request.n if request.together else 1
-            if need > self.pages.count - 1:
-                beams = f", n={request.n} together," if request.together else ""
+            if request.written and self.window is not None:
                 raise ValueError(
-                    f"a prompt of {len(request.prompt)} tokens and max_new_tokens={request.max_new_tokens}{beams} need {need} pages of {size} tokens,"
+                    f"the first {request.written} tokens are given (written), which a window={self.window} would give up; leave it out"
+                )
+            if need > self.pages.count - 1:
+                raise ValueError(
+                    f"a prompt of {len(request.prompt)} tokens and max_new_tokens={request.max_new_tokens} need {need} pages of {size} tokens,"
                     f" and the pool has {self.pages.count - 1}; raise pages.count={self.pages.count}, or ask for fewer tokens"
                 )
         sequence = Sequence(request, (request.priority, next(self._arrivals), 0), list(request.prompt), request.fingerprint)
@@ -123,7 +125,7 @@ class Scheduler:
         sequence.fingerprint, sequence.keys, sequence.computed = fingerprint, [], 0
 
     def plan(self) -> Step:
-        """The next step. Nothing is computed in it only when nothing waits, and all that run are to be decided."""
+        """The next step. Nothing is computed in it only when nothing is left."""
         if self._planned is not None:
             raise ValueError("plan() before the last step was advanced")
         step, left = Step(forks=self._forks), self.budget
@@ -146,19 +148,15 @@ class Scheduler:
             if not tokens:
                 break
             left -= tokens
-        # All who run may wait for a sibling, and it for room.
-        while not step.chunks and self.running and self.waiting:
-            self._preempt(self.running[-1], step)
-            self._admit(self.waiting[0], left, step)
         self._planned = step
         return step
 
-    def advance(self, step: Step, drawn: Several[Several[int] | None]) -> Outcome:
+    def advance(self, step: Step, drawn: Several[Several[int]]) -> Outcome:
         """What `plan` gave has been computed. For each of `step.draws`, in their order, `drawn` has its next tokens: none (an empty list) ends the
-        sequence, one is how it goes on, of several each goes on as a sequence of its own. Of a request whose sequences are chosen together
-        it may be None: the sequence stays as it is until `decide`. (What is drawn for a sequence cancelled meanwhile does not matter.)
+        sequence, one is how it goes on, of several each goes on as a sequence of its own. (What is drawn for a sequence cancelled meanwhile
+        does not matter.)
 
-        Raises ValueError, and changes nothing, for another step, another number of draws, more sequences than rows, or a None out of place.
+        Raises ValueError, and changes nothing, for another step, another number of draws, or more sequences than rows.
         """
         if step is not self._planned:
             raise ValueError("advance() of a step that is not the one that plan() gave last")
@@ -166,38 +164,15 @@ class Scheduler:
         if len(drawn) != len(draws):
             raise ValueError(f"drawn has {len(drawn)} entries for the {len(draws)} sequences of step.draws")
         drawing = [(s, new) for s, new in zip(draws, drawn, strict=True) if s.status == "running"]
-        if any(new is None and not s.request.together for s, new in drawing):
-            raise ValueError("drawn is None for a sequence whose request has together=False; give its next token, or [] to end it")
-        drawing = [(s, new) for s, new in drawing if new is not None]
-        self._check_rows(drawing)
-        self._planned = None
-        for chunk in step.chunks:
-            if chunk.sequence.status == "running":
-                self._computed(chunk.sequence, chunk.count)
-        return self._go_on(drawing)
-
-    def decide(self, drawn: Several[tuple[Sequence, Several[int]]]) -> Outcome:
-        """What becomes of sequences for which `advance` got None, as it says there. Of one that has been preempted since, the next token is drawn
-        once more; the others keep their pages meanwhile.
-
-        Raises ValueError, and changes nothing, for a sequence that waits for no decision, or more sequences than rows.
-        """
-        for sequence, _ in drawn:
-            if sequence.status != "running" or sequence.remaining:
-                raise ValueError(
-                    f"a sequence that is {sequence.status} with {sequence.remaining} tokens not computed is not to be decided; await its draw"
-                )
-        self._check_rows(drawn)
-        return self._go_on(drawn)
-
-    def _check_rows(self, drawing: Several[tuple[Sequence, Several[int]]]) -> None:
         rows = self._rows_taken() + sum(len(new) - s.rows for s, new in drawing)
         if rows > self.rows:
             raise ValueError(
                 f"drawn goes on as {rows} sequences, and rows={self.rows}; a request of n may become n when it is first drawn for"
             )
-
-    def _go_on(self, drawing: Several[tuple[Sequence, Several[int]]]) -> Outcome:
+        self._planned = None
+        for chunk in step.chunks:
+            if chunk.sequence.status == "running":
+                self._computed(chunk.sequence, chunk.count)
         outcome = Outcome([], [])
         for sequence, new in drawing:
             if not len(new):  # before others fork into their rows
@@ -266,7 +241,7 @@ class Scheduler:
         self.running.remove(sequence)
         held = [page for page in sequence.pages if page]
         fits = len(held) <= self._host_pages.available and (not self.states or self._host_slots.available)
-        if fits and sequence.computed and sequence.remaining:  # what is not decided is lost with the logits: it is computed and drawn again
+        if fits and sequence.computed:
             sequence.host_pages = [self._host_pages.take() if page else 0 for page in sequence.pages]
             step.pages_out += [Move(page, host) for page, host in zip(sequence.pages, sequence.host_pages, strict=True) if page]
             if self.states:
@@ -312,7 +287,7 @@ class Scheduler:
         # What waits and is computed waits in host memory.
         keys = self._keys(sequence, (len(sequence.tokens) - 1) // size) if self._finds and request.reuse and not sequence.computed else []
         found = self.pages.found(keys) if keys else []
-        start = sequence.computed or len(found) * size
+        start = sequence.computed or max(len(found) * size, request.written)
         wanted = min(left, len(sequence.tokens) - start)
         if start + wanted < request.whole:
             return 0
@@ -334,10 +309,12 @@ class Scheduler:
             self._swap_in(sequence, step)
         else:
             step.started.append(sequence)
+            sequence.computed = start
             if keys:
-                sequence.pages, sequence.computed, sequence.registered = self.pages.take(keys, behind), start, len(found)
+                sequence.pages, sequence.registered = self.pages.take(keys, behind), len(found)
         if self.pages is not None:
             self._grow(sequence, wanted)
+            self.pages.fill(sequence.pages, sequence.registered * size, start)
         chunks = step.decodes if sequence.remaining == 1 else step.prefills
         chunks.append(Chunk(sequence, start, wanted, wanted == sequence.remaining))
         return wanted

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +23,10 @@ class Request:
     computed."""
     whole: int = 0
     """So many of the first tokens attend to each other in both directions, and are computed in one step."""
-    together: bool = False
-    """Whether its sequences are chosen among each other, as in beam search: one may then wait for the rest (`Scheduler.decide`)."""
+    written: int = 0
+    """The K and V of so many of the first tokens are given, and written when it starts: they are not computed."""
+    beside: Any = None
+    """What its prompt has besides tokens; only who computes it looks at it (`lmx.infer.texts.Opening`)."""
 
     def __post_init__(self):
         if not self.prompt:
@@ -34,6 +36,8 @@ class Request:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.whole <= len(self.prompt):
             raise ValueError(f"whole={self.whole} is not between 0 and the {len(self.prompt)} tokens of the prompt")
+        if not 0 <= self.written < len(self.prompt):
+            raise ValueError(f"written={self.written} of the {len(self.prompt)} tokens of the prompt; the last at least is computed")
 
 
 @dataclass(eq=False, slots=True)
@@ -72,7 +76,7 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Tokens not computed. One: the next step draws its next token. None: what comes next is not decided."""
+        """Tokens not computed. One: the next step draws its next token."""
         return len(self.tokens) - self.computed
 
     @property
@@ -114,7 +118,7 @@ class Step:
     """Host pages to pages."""
     slots_in: list[Move] = field(default_factory=list)
     started: list[Sequence] = field(default_factory=list)
-    """Whose slot still holds what another left: an empty state goes there, or the encoder's output."""
+    """Whose slot still holds what another left: an empty state goes there, or the encoder's output; and to its pages what is `written`."""
     decodes: list[Chunk] = field(default_factory=list)
     """Of those who lack just their last token."""
     prefills: list[Chunk] = field(default_factory=list)

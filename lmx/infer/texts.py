@@ -1,9 +1,22 @@
-"""What can be continued, and how far."""
+"""What can be continued, how far, and what a text begins with: tokens, and what is read beside or in place of them."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jax import Array
 
 from lmx.core.tree import Tree
 from lmx.models import virtual
-from lmx.models.config import Model
+from lmx.models.config import RWKV, EncoderDecoder, Model
 from lmx.models.vision_config import LLaVA
+
+VIRTUAL = -1
+"""Stands for a virtual token among tokens."""
+NONE = -1
+"""No vector."""
 
 
 def context_of(model: Model) -> int:
@@ -20,9 +33,156 @@ def check_continues(model: Model) -> None:
         )
 
 
-def check_tokens_alone(model: Model, params: Tree) -> None:
-    """Raises ValueError for a model that reads more than tokens: the engine has no place for it yet."""
+@dataclass(frozen=True)
+class Lead:
+    """The virtual tokens before every text, by how many there are: keys and values alone (`prefix`), then vectors (`prompt`), which of an
+    encoder-decoder the encoder reads."""
+
+    prefix: int
+    prompt: int
+
+
+def lead_of(model: Model, params: Tree) -> Lead:
+    """Those of an adapter. Raises ValueError for a model that has no place for them."""
+    lead = Lead(virtual.prefix(params), virtual.prompt(params))
+    if isinstance(model, RWKV) and lead != Lead(0, 0):
+        raise ValueError(
+            f"params have {lead.prefix + lead.prompt} virtual tokens, and a recurrent model reads none; leave out their entry `virtual`"
+        )
+    return lead
+
+
+@dataclass(frozen=True, eq=False)
+class Opening:
+    """What a text begins with.
+
+    Attributes:
+      tokens: what comes before anything that is drawn, as pages or a state hold it.
+      source: what an encoder reads; None where there is none.
+      prefix: so many of the first tokens are keys and values that are given.
+      whole: so many of them see each other in both directions.
+      vectors: of each token of what the model reads first (the source, or the text), which vector stands in its place, of a soft prompt's and
+        behind them the images'; `NONE`: its own. None: so it is of all.
+      images: `[images, channels, height, width]`, or None.
+      key: stands for what keys and values depend on besides weights and tokens before (`lmx.infer.pages`).
+    """
+
+    tokens: tuple[int, ...]
+    source: tuple[int, ...] | None = None
+    prefix: int = 0
+    whole: int = 0
+    vectors: np.ndarray | None = None
+    images: np.ndarray | None = None
+    key: bytes = b""
+
+
+def opening(
+    model: Model,
+    lead: Lead,
+    prompt: Sequence[int],
+    *,
+    start_id: int | None = None,
+    bidirectional: bool = False,
+    images: Array | np.ndarray | None = None,
+) -> Opening:
+    """Of a prompt.
+
+    Raises:
+      ValueError: an empty prompt, a token outside the vocabulary, an encoder-decoder without `start_id` or another model with one, more than an
+        encoder reads, images that are not as many as the prompt has places for, a model that reads none, or that reads no prompt in both
+        directions.
+    """
+    reads = isinstance(model, EncoderDecoder)
+    if not prompt:
+        raise ValueError("the prompt is empty; begin it with at least one token")
+    if reads != (start_id is not None):
+        raise ValueError(
+            f"start_id={start_id} of model={type(model).__name__}: an encoder-decoder begins its texts behind one, others have none"
+        )
+    begun = () if start_id is None else (start_id,)
+    if strange := [token for token in (*prompt, *begun) if not 0 <= token < model.vocab and token != getattr(model, "image_token", None)]:
+        raise ValueError(f"the prompt has token {strange[0]}, outside the model's vocabulary of {model.vocab}")
+    read = (*(VIRTUAL,) * lead.prompt, *prompt)
+    if reads and len(read) > model.encoder.context:
+        raise ValueError(f"the prompt has {len(read)} tokens, and model.encoder.context={model.encoder.context}")
+    tokens = (*(VIRTUAL,) * lead.prefix, *(begun if reads else read))
+    if bidirectional:
+        _check_bidirectional(model)
+    images = _images(model, prompt, images)
+    whole, key = len(tokens) if bidirectional else 0, hashlib.blake2b(digest_size=16)
+    if bidirectional:
+        key.update(np.array(tokens).tobytes())
+    if images is not None:
+        key.update(str(images.shape).encode() + images.tobytes())
+    given = bidirectional or images is not None
+    return Opening(
+        tokens,
+        source=read if reads else None,
+        prefix=lead.prefix,
+        whole=whole,
+        vectors=_vectors(model, lead, read if reads else tokens),
+        images=images,
+        key=key.digest() if given else b"",
+    )
+
+
+def openings(
+    model: Model,
+    lead: Lead,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    images: Sequence[np.ndarray | None] | None = None,
+    **wishes: Any,
+) -> list[Opening]:
+    """Of several prompts, each with its images. Raises ValueError as `opening`, with the prompt's number; and for texts longer than the model's."""
+    check_continues(model)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    found, most = [], context_of(model)
+    for i, prompt in enumerate(prompts):
+        try:
+            found.append(opening(model, lead, prompt, images=None if images is None else images[i], **wishes))
+        except ValueError as error:
+            raise ValueError(f"prompt {i}: {error}") from None
+        begun = found[-1].tokens
+        if len(begun) + max_new_tokens > most + isinstance(model, EncoderDecoder):
+            soft = f", {some} of them virtual," if (some := begun.count(VIRTUAL)) else ""
+            raise ValueError(
+                f"prompt {i} begins with {len(begun)} tokens{soft} and max_new_tokens={max_new_tokens}: longer than model.context={model.context}"
+            )
+    return found
+
+
+def _vectors(model: Model, lead: Lead, read: Sequence[int]) -> np.ndarray | None:
+    found, soft = np.full(len(read), NONE, np.int32), lead.prompt
+    before = len(read) - len([token for token in read if token != VIRTUAL]) - soft  # those of the prefix
+    found[before : before + soft] = np.arange(soft)
     if isinstance(model, LLaVA):
-        raise ValueError("the engine reads no images; lmx.infer.generate does")
-    if virtual.prompt(params) or virtual.prefix(params):
-        raise ValueError("the engine knows no soft prompts and prefixes; lmx.infer.generate does")
+        there = np.array(read) == model.image_token
+        found[there] = soft + np.arange(there.sum())
+    return found if (found != NONE).any() else None
+
+
+def _check_bidirectional(model: Model) -> None:
+    if isinstance(model, RWKV | EncoderDecoder):
+        raise ValueError(
+            f"bidirectional=True of model={type(model).__name__}: a decoder's attention can read its prompt in both directions; leave it out"
+        )
+    if model.window is not None:
+        raise ValueError(f"bidirectional=True and model.window={model.window}: a window hides what a prefix shows; leave it out")
+
+
+def _images(model: Model, prompt: Sequence[int], images: Array | np.ndarray | None) -> np.ndarray | None:
+    if not isinstance(model, LLaVA):
+        if images is not None:
+            raise ValueError(f"images for a {type(model).__name__}, which reads none; leave them out")
+        return None
+    places, count = sum(token == model.image_token for token in prompt), 0 if images is None else len(images)
+    if places != count * model.image_tokens:
+        raise ValueError(
+            f"the prompt has {places} image tokens ({model.image_token}), and there are {count} images, each of {model.image_tokens}"
+        )
+    if count and images.shape[1:] != (size := (model.image.channels, *model.image.image_size)):
+        raise ValueError(f"images are {list(images.shape[1:])} (channels, height, width), and the model's are {list(size)}")
+    return np.asarray(images, np.float32) if count else None

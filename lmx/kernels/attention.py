@@ -62,9 +62,7 @@ def attention(
             raise ValueError(f"attention='cudnn' {reason}; use auto")
         return cudnn.attention(q, k, v, mask, scale=scale)
     if implementation == "flash":
-        reason = flash.refusal(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes, bias=bias, keep=keep)
-        if reason or not devices.on_hopper():
-            raise ValueError(f"attention='flash' {reason or f'runs on Hopper GPUs, not {devices.kind()}'}; use auto")
+        flash.check(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes, bias=bias, keep=keep)
         return flash.attention(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes)
     if implementation == "chunked":
         if keep is not None:

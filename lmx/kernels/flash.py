@@ -10,7 +10,7 @@ import jax
 from jax import Array
 from jaxtyping import Float
 
-from lmx.kernels import chunked, flash_blocks
+from lmx.kernels import chunked, devices, flash_blocks
 from lmx.kernels.masks import Mask
 
 TYPES = ("bfloat16", "float16")
@@ -32,6 +32,13 @@ def refusal(q: Array, k: Array, v: Array, mask: Mask, *, scale=1.0, softcap=None
         if value is not None:
             return f"takes no {name}"
     return None
+
+
+def check(q: Array, k: Array, v: Array, mask: Mask, **asked) -> None:
+    """Raises ValueError where a call cannot be done by these kernels, or they cannot run."""
+    reason = refusal(q, k, v, mask, **asked)
+    if reason or not devices.on_hopper():
+        raise ValueError(f"attention='flash' {reason or f'runs on Hopper GPUs, not {devices.kind()}'}; use auto")
 
 
 def attention(

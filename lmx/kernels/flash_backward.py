@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Float
 
 from lmx.kernels import flash_pipeline as pipeline
 from lmx.kernels import flash_sight as sights
@@ -21,79 +20,44 @@ from lmx.kernels.masks import Mask
 ROWS, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
-def queries_gradient(
-    q: Float[Array, "batch queries heads head_dim"],
-    k: Float[Array, "batch keys kv_heads head_dim"],
-    v: Float[Array, "batch keys kv_heads head_dim"],
-    mask: Mask,
-    slopes: Float[Array, "heads"] | None,
-    lse: Float[Array, "batch heads queries"],
-    delta: Float[Array, "batch heads queries"],
-    g: Float[Array, "batch queries heads head_dim"],
-    *,
-    scale: float,
-    softcap: float | None,
-    blocks: Blocks,
-    interpret: object = None,
-) -> Float[Array, "batch queries heads head_dim"]:
-    """The gradient of the queries, given the log-sum-exp over all keys and the sum of `g * out` of each query."""
+def queries_gradient(q, k, v, mask: Mask, slopes, lse, delta, g, *, scale, softcap, blocks: Blocks, interpret=None) -> Array:
+    """The gradient of the queries, of what `flash.gradients` takes; but `lse` and `delta` are `[batch, heads, queries]`."""
     (batch, queries, heads, head_dim), keys = q.shape, k.shape[1]
     rows, width, stages, tile = blocks.queries, blocks.keys, blocks.stages, WORKERS * blocks.queries
     tiles, steps = pl.cdiv(queries, tile), pl.cdiv(keys, width)
-    of_q, of_k = sights.about(mask, q, k, tiles * tile, steps * width, slopes)
-    sight = sights.sight(mask, keys, steps * width)
-    table = None
-    if sights.told(mask):
-        table = sights.runs(*sights.blocks_seen(sight, of_q, of_k, (tiles, tile), (steps, width)))
+    sight, said = sights.walked(mask, q, k, (tiles, tile), (steps, width), slopes)
     q, g = (pipeline.padded(a, tiles * tile) for a in (q, g))
     k, v = (pipeline.padded(a, steps * width) for a in (k, v))
     lse, delta = _lines(lse, delta, tiles * tile)
-    dq = plgpu.kernel(
-        partial(
-            _queries_kernel, sight=sight, scale=scale, softcap=softcap, blocks=blocks, tiles=tiles, steps=steps, group=heads // k.shape[2]
-        ),
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        grid=(batch, heads, tiles),
-        grid_names=("batch", "heads", "tiles"),
-        num_threads=WORKERS + blocks.carrier,
-        thread_name="warpgroup",
-        scratch_types={
+    group = heads // k.shape[2]
+    dq = pipeline.kernel(
+        partial(_queries_kernel, sight=sight, scale=scale, softcap=softcap, blocks=blocks, tiles=tiles, steps=steps, group=group),
+        "lmx_flash_queries_gradient",
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        {
             "q_held": pipeline.tiled((WORKERS, rows, head_dim), q.dtype),
             "g_held": pipeline.tiled((WORKERS, rows, head_dim), g.dtype),
-            "k_smem": pipeline.tiled((stages, width, head_dim), k.dtype),
-            "v_smem": pipeline.tiled((stages, width, head_dim), v.dtype),
             "held_here": plgpu.Barrier(num_arrivals=2, num_barriers=WORKERS),
-            "k_here": plgpu.Barrier(num_barriers=stages),
-            "v_here": plgpu.Barrier(num_barriers=stages),
-            "k_used": plgpu.Barrier(num_arrivals=WORKERS, num_barriers=stages),
-            "v_used": plgpu.Barrier(num_arrivals=WORKERS, num_barriers=stages),
+            "of_keys": pipeline.room(stages, width, head_dim, k.dtype),
+            "of_values": pipeline.room(stages, width, head_dim, v.dtype),
             **pipeline.staging((rows, width), k.dtype, interpret),
         },
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name="lmx_flash_queries_gradient",
+        grid=(batch, heads, tiles),
+        carrier=blocks.carrier,
         interpret=interpret,
-    )(q, k, v, g, lse, delta, of_q, of_k, slopes, table)
+    )(q, k, v, g, lse, delta, slopes, *said)
     return dq[:, :queries]
 
 
 def _queries_kernel(
-    q_gmem, k_gmem, v_gmem, g_gmem, lse_gmem, delta_gmem, of_q, of_k, slopes, table, dq_gmem,
-    *, q_held, g_held, k_smem, v_smem, held_here, k_here, v_here, k_used, v_used, staging=None,
+    q_gmem, k_gmem, v_gmem, g_gmem, lse_gmem, delta_gmem, slopes, of_q, of_k, table, dq_gmem,
+    *, q_held, g_held, held_here, of_keys, of_values, staging=None,
     sight, scale, softcap, blocks, tiles, steps, group,
 ):  # fmt: skip
     batch, head, me = (lax.axis_index(name) for name in ("batch", "heads", "warpgroup"))
-    tile = tiles - 1 - lax.axis_index("tiles") if sight.causal else lax.axis_index("tiles")
     rows, width = blocks.queries, blocks.keys
-    placed = (sight, tile * (WORKERS * rows), WORKERS * rows, width, steps)
-    run = sights.keys_run(*placed) if table is None else sights.read_run(table, batch, tile)
-    kv_head = lax.div(head, jnp.int32(group))
-
-    def source(gmem):
-        return lambda step: gmem.at[batch, pl.ds((run.first + step) * width, width), kv_head]
-
-    keys = pipeline.Lane((source(k_gmem),), (k_smem,), k_here, k_used)
-    values = pipeline.Lane((source(v_gmem),), (v_smem,), v_here, v_used)
-    belt = pipeline.Belt((keys, values), run.last - run.first, blocks.stages)
+    tile, run, belt = pipeline.over_keys(sight, table, blocks, tiles, steps, group, (k_gmem, of_keys), (v_gmem, of_values))
+    (k_smem, k_here, k_used), (v_smem, v_here, v_used) = of_keys, of_values
 
     def work(done):
         start = tile * (WORKERS * rows) + me * rows
@@ -142,22 +106,8 @@ def _queries_kernel(
     pipeline.run(belt, me, blocks.carrier, work)
 
 
-def keys_gradient(
-    q: Float[Array, "batch queries heads head_dim"],
-    k: Float[Array, "batch keys kv_heads head_dim"],
-    v: Float[Array, "batch keys kv_heads head_dim"],
-    mask: Mask,
-    slopes: Float[Array, "heads"] | None,
-    lse: Float[Array, "batch heads queries"],
-    delta: Float[Array, "batch heads queries"],
-    g: Float[Array, "batch queries heads head_dim"],
-    *,
-    scale: float,
-    softcap: float | None,
-    blocks: Blocks,
-    interpret: object = None,
-) -> tuple[Float[Array, "batch keys kv_heads head_dim"], Float[Array, "batch keys kv_heads head_dim"]]:
-    """The gradients of keys and values, summed over the query heads that share them."""
+def keys_gradient(q, k, v, mask: Mask, slopes, lse, delta, g, *, scale, softcap, blocks: Blocks, interpret=None) -> tuple[Array, Array]:
+    """The gradients of keys and values, summed over the query heads that share them, of the same."""
     (batch, queries, heads, head_dim), (keys, kv_heads) = q.shape, k.shape[1:3]
     rows, width, stages, tile = blocks.keys, blocks.queries, blocks.stages, WORKERS * blocks.keys
     tiles, steps = pl.cdiv(keys, tile), pl.cdiv(queries, width)
@@ -169,14 +119,11 @@ def keys_gradient(
     q, g = (pipeline.padded(a, steps * width) for a in (q, g))
     k, v = (pipeline.padded(a, tiles * tile) for a in (k, v))
     lse, delta = _lines(lse, delta, steps * width)
-    dk, dv = plgpu.kernel(
+    dk, dv = pipeline.kernel(
         partial(_keys_kernel, sight=sight, scale=scale, softcap=softcap, blocks=blocks, group=heads // kv_heads),
-        out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
-        grid=(batch, kv_heads, tiles),
-        grid_names=("batch", "kv_heads", "tiles"),
-        num_threads=WORKERS + blocks.carrier,
-        thread_name="warpgroup",
-        scratch_types={
+        "lmx_flash_keys_gradient",
+        (jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
+        {
             "k_held": pipeline.tiled((WORKERS, rows, head_dim), k.dtype),
             "v_held": pipeline.tiled((WORKERS, rows, head_dim), v.dtype),
             "q_smem": pipeline.tiled((stages, width, head_dim), q.dtype),
@@ -190,19 +137,19 @@ def keys_gradient(
             "g_used": plgpu.Barrier(num_arrivals=WORKERS, num_barriers=stages),
             **pipeline.staging((rows, width), q.dtype, interpret),
         },
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name="lmx_flash_keys_gradient",
+        grid=(batch, kv_heads, tiles),
+        carrier=blocks.carrier,
         interpret=interpret,
-    )(q, k, v, g, lse, delta, of_q, of_k, slopes, table)
+    )(q, k, v, g, lse, delta, slopes, of_q, of_k, table)
     return dk[:, :keys], dv[:, :keys]
 
 
 def _keys_kernel(
-    q_gmem, k_gmem, v_gmem, g_gmem, lse_gmem, delta_gmem, of_q, of_k, slopes, table, dk_gmem, dv_gmem,
+    q_gmem, k_gmem, v_gmem, g_gmem, lse_gmem, delta_gmem, slopes, of_q, of_k, table, dk_gmem, dv_gmem,
     *, k_held, v_held, q_smem, g_smem, lse_smem, delta_smem, held_here, q_here, g_here, q_used, g_used, staging=None,
     sight, scale, softcap, blocks, group,
 ):  # fmt: skip
-    batch, kv_head, tile, me = (lax.axis_index(name) for name in ("batch", "kv_heads", "tiles", "warpgroup"))
+    batch, kv_head, tile, me = (lax.axis_index(name) for name in ("batch", "heads", "tiles", "warpgroup"))
     rows, width = blocks.keys, blocks.queries
     run = sights.read_run(table, batch, tile)
 

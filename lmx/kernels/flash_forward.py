@@ -42,59 +42,38 @@ def forward(
     (batch, queries, heads, head_dim), (keys, kv_heads) = q.shape, k.shape[1:3]
     rows, width, stages, tile = blocks.queries, blocks.keys, blocks.stages, WORKERS * blocks.queries
     tiles, steps = pl.cdiv(queries, tile), pl.cdiv(keys, width)
-    of_q, of_k = sights.about(mask, q, k, tiles * tile, steps * width, slopes, spelled=sights.told(mask))
-    sight = sights.sight(mask, keys, steps * width)
-    table = None
-    if sights.told(mask):
-        table = sights.runs(*sights.blocks_seen(sight, of_q, of_k, (tiles, tile), (steps, width)))
+    sight, said = sights.walked(mask, q, k, (tiles, tile), (steps, width), slopes)
     q = pipeline.padded(q, tiles * tile)
     k, v = (pipeline.padded(a, steps * width) for a in (k, v))
-    out, lse = plgpu.kernel(
+    out, lse = pipeline.kernel(
         partial(_kernel, sight=sight, scale=scale, softcap=softcap, blocks=blocks, tiles=tiles, steps=steps, group=heads // kv_heads),
-        out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, heads, tiles * tile), jnp.float32)),
-        grid=(batch, heads, tiles),
-        grid_names=("batch", "heads", "tiles"),
-        num_threads=WORKERS + blocks.carrier,
-        thread_name="warpgroup",
-        scratch_types={
+        "lmx_flash_forward",
+        (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, heads, tiles * tile), jnp.float32)),
+        {
             "held": pipeline.tiled((WORKERS, rows, head_dim), q.dtype),
-            "k_smem": pipeline.tiled((stages, width, head_dim), k.dtype),
-            "v_smem": pipeline.tiled((stages, width, head_dim), v.dtype),
             "lse_smem": plgpu.SMEM((WORKERS, rows), jnp.float32),
             "q_here": plgpu.Barrier(num_barriers=WORKERS),
-            "k_here": plgpu.Barrier(num_barriers=stages),
-            "v_here": plgpu.Barrier(num_barriers=stages),
-            "k_used": plgpu.Barrier(num_arrivals=WORKERS, num_barriers=stages),
-            "v_used": plgpu.Barrier(num_arrivals=WORKERS, num_barriers=stages),
+            "of_keys": pipeline.room(stages, width, head_dim, k.dtype),
+            "of_values": pipeline.room(stages, width, head_dim, v.dtype),
             "turn": plgpu.Barrier(num_arrivals=WORKERS),
             **pipeline.staging((rows, width), v.dtype, interpret),
         },
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name="lmx_flash_forward",
+        grid=(batch, heads, tiles),
+        carrier=blocks.carrier,
         interpret=interpret,
-    )(q, k, v, of_q, of_k, slopes, table)
+    )(q, k, v, slopes, *said)
     return out[:, :queries], lse[:, :, :queries]
 
 
 def _kernel(
-    q_gmem, k_gmem, v_gmem, of_q, of_k, slopes, table, out_gmem, lse_gmem,
-    *, held, k_smem, v_smem, lse_smem, q_here, k_here, v_here, k_used, v_used, turn, staging=None,
+    q_gmem, k_gmem, v_gmem, slopes, of_q, of_k, table, out_gmem, lse_gmem,
+    *, held, lse_smem, q_here, of_keys, of_values, turn, staging=None,
     sight, scale, softcap, blocks, tiles, steps, group,
 ):  # fmt: skip
     batch, head, me = (lax.axis_index(name) for name in ("batch", "heads", "warpgroup"))
-    # Under a causal mask the last tiles have the most to do, and so they come first.
-    tile = tiles - 1 - lax.axis_index("tiles") if sight.causal else lax.axis_index("tiles")
     rows, width = blocks.queries, blocks.keys
-    placed = (sight, tile * (WORKERS * rows), WORKERS * rows, width, steps)
-    run = sights.keys_run(*placed) if table is None else sights.read_run(table, batch, tile)
-    kv_head = lax.div(head, jnp.int32(group))
-
-    def source(gmem):
-        return lambda step: gmem.at[batch, pl.ds((run.first + step) * width, width), kv_head]
-
-    keys = pipeline.Lane((source(k_gmem),), (k_smem,), k_here, k_used)
-    values = pipeline.Lane((source(v_gmem),), (v_smem,), v_here, v_used)
-    belt = pipeline.Belt((keys, values), run.last - run.first, blocks.stages)
+    tile, run, belt = pipeline.over_keys(sight, table, blocks, tiles, steps, group, (k_gmem, of_keys), (v_gmem, of_values))
+    (k_smem, k_here, k_used), (v_smem, v_here, v_used) = of_keys, of_values
 
     def take_turns():
         plgpu.barrier_arrive(turn)

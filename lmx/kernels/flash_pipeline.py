@@ -13,6 +13,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from lmx.kernels import flash_sight as sights
+from lmx.kernels.flash_blocks import Blocks
+
 WORKERS = 2
 """Warpgroups that compute."""
 
@@ -73,6 +76,29 @@ class Belt:
         pl.loop(0, self.total)(self.renew)
 
 
+def over_keys(sight, table, blocks: Blocks, tiles: int, steps: int, group: int, *keys_and_values: tuple) -> tuple[Array, sights.Run, Belt]:
+    """In a kernel whose programs are of `(batch, heads, tiles)` of queries: which tile its is, the blocks of keys that it walks over, and what
+    brings these; of keys and of values, where they are and what `room` gives."""
+    batch, head = lax.axis_index("batch"), lax.axis_index("heads")
+    # Under a causal mask the last tiles have the most to do, and so they come first.
+    tile = tiles - 1 - lax.axis_index("tiles") if sight.causal else lax.axis_index("tiles")
+    size, width = WORKERS * blocks.queries, blocks.keys
+    run = sights.keys_run(sight, tile * size, size, width, steps) if table is None else sights.read_run(table, batch, tile)
+    kv_head = lax.div(head, jnp.int32(group))
+
+    def source(gmem):
+        return lambda step: gmem.at[batch, pl.ds((run.first + step) * width, width), kv_head]
+
+    lanes = tuple(Lane((source(gmem),), (slots,), here, used) for gmem, (slots, here, used) in keys_and_values)
+    return tile, run, Belt(lanes, run.last - run.first, blocks.stages)
+
+
+def room(stages: int, width: int, head_dim: int, dtype) -> tuple:
+    """Of a lane of one array: slots for its blocks, and the barriers `here` and `used`."""
+    barriers = plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_arrivals=WORKERS, num_barriers=stages)
+    return tiled((stages, width, head_dim), dtype), *barriers
+
+
 def run(belt: Belt, me: Array, carrier: bool, work: Callable[[Callable[[Array], None]], None]) -> None:
     """Runs a kernel: `work` in each worker, which is to call the function it is given at the end of every step."""
     if not carrier:
@@ -90,6 +116,22 @@ def run(belt: Belt, me: Array, carrier: bool, work: Callable[[Callable[[Array], 
     def _():
         plgpu.set_max_registers(40, action="decrease")
         belt.carry()
+
+
+def kernel(body: Callable, name: str, out_type, scratch: dict, *, grid: tuple[int, int, int], carrier: bool, interpret: object) -> Callable:
+    """The function of arrays that a kernel is, of programs of `(batch, heads, tiles)`."""
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=grid,
+        grid_names=("batch", "heads", "tiles"),
+        num_threads=WORKERS + carrier,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name=name,
+        interpret=interpret,
+    )
 
 
 def tiled(shape: tuple[int, ...], dtype):

@@ -5,6 +5,7 @@ from places alone, inside the kernel, or from a small table that XLA computes be
 compares in each block.
 """
 
+import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -136,6 +137,16 @@ def runs(some: Bool[Array, "batch tiles blocks"], clear: Bool[Array, "batch tile
     begin = jnp.where(clear, place, blocks).min(-1)
     end = jnp.where(~clear & (place >= begin[..., None]), place, blocks).min(-1)
     return jnp.stack([first, last, begin, end], -1).astype(jnp.int32)
+
+
+def walked(
+    mask: Mask, q: Array, k: Array, queries: tuple[int, int], keys: tuple[int, int], slopes: Array | None
+) -> tuple[Sight, tuple[dict[str, Array], dict[str, Array], Array | None]]:
+    """What a kernel that walks over blocks of keys is to know of a mask, and read: what `about` gives, and the table of runs if they are not
+    simply places'. `queries` and `keys` are the numbers of tiles and blocks, and their sizes."""
+    of_q, of_k = about(mask, q, k, math.prod(queries), math.prod(keys), slopes, spelled=told(mask))
+    known = sight(mask, k.shape[1], math.prod(keys))
+    return known, (of_q, of_k, runs(*blocks_seen(known, of_q, of_k, queries, keys)) if told(mask) else None)
 
 
 def keys_run(sight: Sight, start: Array, size: int, block: int, number: int) -> Run:

@@ -40,6 +40,7 @@ class View:
       lengths: how many tokens of a row its pages hold, new ones included; 0 for a row that is not there.
       queries: where each row's new tokens begin, and behind the last row's; they are the last of its text.
       singles: so many rows come first that have one new token each, or are not there: token i is row i's. Static.
+      prefix: so many of each row's first tokens see each other in both directions; None: none of any row's.
     """
 
     pages: Int[Array, "n"]
@@ -47,6 +48,7 @@ class View:
     lengths: Int[Array, "rows"]
     queries: Int[Array, "rows_and_one"]
     singles: int = flax.struct.field(pytree_node=False)
+    prefix: Int[Array, "rows"] | None = None
 
     def owners(self) -> tuple[Int[Array, "n"], Int[Array, "n"]]:
         """Of each of `pages` its row, or how many rows there are where it is none's; and the position of its first token, by pages."""
@@ -103,10 +105,11 @@ def attention(
     bias: Bias | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "tokens heads head_dim"]:
-    """Attention of each new token to its own row's pages, up to itself (`causal`), or to all of them (to an encoder's text).
+    """Attention of each new token to its own row's pages, up to itself or to the end of the view's prefix, if that comes later (`causal`), or to
+    all of them (to an encoder's text).
 
     Args:
-      window: a token sees only the last `window` up to and including itself.
+      window: a token sees only the last `window` up to and including itself; with a prefix there is none.
       scale, softcap, slopes: as of `lmx.kernels.attention.attention`.
       implementation: one of `IMPLEMENTATIONS`.
 
@@ -124,9 +127,10 @@ def attention(
             raise ValueError(f"paged attention='gpu' {reason}; use auto or xla")
         return paged_gpu.attention(q, cache, view, scale=scale, causal=causal, window=window, softcap=softcap, slopes=slopes)
     rows, positions = view.tokens(q.shape[0])
-    if not causal:
-        count = view.lengths.shape[0]
-        positions = jnp.where(rows < count, view.lengths[jnp.minimum(rows, count - 1)] - 1, -1)
+    count = view.lengths.shape[0]
+    ends = view.prefix if causal else view.lengths
+    if ends is not None:  # ALiBi's slopes may count from there as well: that adds the same to all scores of a query
+        positions = jnp.where(rows < count, jnp.maximum(positions, ends[jnp.minimum(rows, count - 1)] - 1), -1)
     queries = _Queries(widened(q) * scale, rows, positions)
     static = (window, softcap, slopes, bias)
     found = []

@@ -109,6 +109,8 @@ def chunk_tiles(view: View, count: int, group: int, most: int, causal: bool) -> 
     tokens = (begins[row] + (tiles - (ends - number)[row]) * per)[:, None] + jnp.arange(per, dtype=jnp.int32)
     there = there[:, None] & (tokens < begins[row + 1][:, None])
     last = lengths[row][:, None] - ((begins[row + 1][:, None] - tokens) if causal else 1)
+    if view.prefix is not None:
+        last = jnp.maximum(last, view.prefix[view.singles + row][:, None] - 1)
     places = jnp.arange(count, dtype=jnp.int32)
     mine, owned = _stretch(places, begins[1:])
     tile, at = jnp.divmod(places - begins[mine], per)

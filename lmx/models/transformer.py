@@ -317,7 +317,7 @@ def leave(params: Tree, config: Transformer, x: Array, execution: Execution) -> 
 
 
 def over_pages(
-    params: Tree, config: Transformer, x: Array, cache: Paged, execution: Execution, *, first: int
+    params: Tree, config: Transformer, x: Array, cache: Paged, execution: Execution, *, first: int, given: Embedded | None = None
 ) -> tuple[Float[Array, "1 tokens embed"], Paged]:
     """A part of `forward` over pages: consecutive layers from the layer `first` on, a stage of a pipeline.
 
@@ -326,9 +326,10 @@ def over_pages(
         where it is the last.
       x: the first stage's are tokens `[1, tokens]`, others' what the one before gave.
       cache: its own layers' as one tuple.
+      given: as of `forward`, for the first.
     """
     positions, context = _over_pages(params, config, cache, x.shape[1], execution)
-    x = x if first else enter(params, config, x, positions, None, execution)
+    x = x if first else enter(params, config, x, positions, None, execution, given=given)
     x, layers = stack.run_some(x, params["layers"], config, context, execution, first, cache.layers)
     return x if first + len(layers) < config.layers else leave(params, config, x, execution), cache.replace(layers=layers)
 

@@ -77,7 +77,7 @@ def attention(
             return run(q, k, v, mask, slopes=slopes, bias=bias, keep=keep)
         if execution.exchange == "alltoall":
             return context.alltoall(run, q, k, v, mask, slopes)
-        return context.ring(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes)
+        return context.ring(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes, implementation=execution.attention)
 
     used = set(names(of_q)) | set(names(of_k))
     if not used:  # a mesh of one device, or rows that do not divide

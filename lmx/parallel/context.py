@@ -1,9 +1,10 @@
 """Attention over sequences that the `context` axis splits: inside a manual region, on each device's part.
 
-Two ways. In a ring (Liu et al., 2023) each device keeps its queries, and keys and values go round, each hop's attention going on from
-the last. Causal work is balanced by giving device i of n the 2n-ths i and 2n-1-i of each sequence ("zig-zag"): `arrange` puts a batch in that
-order, and everything else in a forward is indifferent to it, since positions and segments are data. In an all-to-all (DeepSpeed-Ulysses,
-Jacobs et al., 2023) devices trade their parts of all heads for all of their part of the heads; sequences stay in order.
+Two ways. In a ring (Liu et al., 2023) each device keeps its queries, and keys and values go round. In tiles each hop's attention goes on from
+the last; of the flash kernels each hop's output is weighed by its log-sum-exp. Causal work is balanced by giving device i of n the 2n-ths i and
+2n-1-i of each sequence ("zig-zag"): `arrange` puts a batch in that order, and everything else in a forward is indifferent to it, since positions
+and segments are data. In an all-to-all (DeepSpeed-Ulysses, Jacobs et al., 2023) devices trade their parts of all heads for all of their part of
+the heads; sequences stay in order.
 """
 
 from collections.abc import Callable
@@ -13,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float
 
 from lmx.core.execution import Execution
-from lmx.kernels import chunked
+from lmx.kernels import chunked, flash
 from lmx.kernels.masks import Mask
+from lmx.kernels.wide import widened
 from lmx.parallel.layout import divisors
 from lmx.parallel.manual import axes
 
@@ -66,9 +69,21 @@ def repeats(heads: int, kv_heads: int, n: int) -> int:
     return next(often for often in divisors(heads // kv_heads) if kv_heads * often % n == 0)
 
 
-def ring(q: Array, k: Array, v: Array, mask: Mask, *, scale: float, softcap: float | None, slopes: Array | None) -> Array:
-    """Attention of each device's part `[batch, length / n, heads, head_dim]`, in zig-zag order, over the whole sequence."""
-    return _ring((scale, softcap), q, k, v, mask, slopes)
+def ring(
+    q: Array, k: Array, v: Array, mask: Mask, *, scale: float, softcap: float | None, slopes: Array | None, implementation: str = "auto"
+) -> Array:
+    """Attention of each device's part `[batch, length / n, heads, head_dim]`, in zig-zag order, over the whole sequence.
+
+    Args:
+      implementation: `"flash"` takes the kernels for Hopper GPUs, any other name tiles (`lmx.kernels.chunked`).
+
+    Raises:
+      ValueError: `"flash"` cannot do what is asked, or not here.
+    """
+    by_flash = implementation == "flash"
+    if by_flash:
+        flash.check(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes)
+    return _ring((by_flash, scale, softcap), q, k, v, mask, slopes)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -77,22 +92,49 @@ def _ring(static, q, k, v, mask, slopes):
 
 
 def _forward(static, q, k, v, mask, slopes):
-    def hop(found, k, v, mask):
-        return chunked.forward(static, q, k, v, mask, slopes, found)
+    by_flash, scale, softcap = static
 
-    out, lse = chunked.untiled(_round(hop, chunked.nothing(q, k, v), (k, v), mask), q)
+    def in_tiles(found, k, v, mask):
+        return chunked.forward((scale, softcap), q, k, v, mask, slopes, found)
+
+    def by_kernel(found, k, v, mask):
+        return joined(found, flash.with_lse(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes))
+
+    if by_flash:
+        nothing = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], chunked.NONE, jnp.float32)
+        out, lse = _round(by_kernel, nothing, (k, v), mask)
+        out = out.astype(q.dtype)
+    else:
+        out, lse = chunked.untiled(_round(in_tiles, chunked.nothing(q, k, v), (k, v), mask), q)
     return out, (q, k, v, mask, slopes, out, lse)
 
 
+def joined(
+    first: tuple[Float[Array, "batch queries heads head_dim"], Float[Array, "batch queries heads"]],
+    second: tuple[Float[Array, "batch queries heads head_dim"], Float[Array, "batch queries heads"]],
+) -> tuple[Float[Array, "batch queries heads head_dim"], Float[Array, "batch queries heads"]]:
+    """Output and log-sum-exp over two sets of keys, from those over each; `chunked.NONE` is the log-sum-exp of no key."""
+    (out, lse), (other, its) = first, second
+    both = jnp.logaddexp(lse, its)
+    return out * jnp.exp(lse - both)[..., None] + other * jnp.exp(its - both)[..., None], both
+
+
 def _backward(static, saved, g):
+    by_flash, scale, softcap = static
     q, k, v, mask, slopes, out, lse = saved
     delta = chunked.weigh(g, out)
+
+    def through(k, v, mask):
+        if by_flash:
+            found = flash.gradients(q, k, v, mask, lse, delta, g, scale=scale, softcap=softcap, slopes=slopes)
+            return tuple(widened(a) for a in found)
+        return chunked.backward((scale, softcap), q, k, v, mask, slopes, lse, delta, g)[:3]
 
     n = jax.lax.axis_size(AXIS)
 
     def hop(dq, keys, h):
         k, v, about = keys
-        more, dk, dv, _ = chunked.backward(static, q, k, v, _at(mask, about, h), slopes, lse, delta, g)
+        more, dk, dv = through(k, v, _at(mask, about, h))
         return dq + more, (dk, dv)
 
     # The gradients of keys and values travel with them, one hop behind, and come home with one more.

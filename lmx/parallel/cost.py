@@ -170,16 +170,40 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
         found += (8 if layout.remat in ("sites", "full") else 2) * work.whole
     everything = replace(work, layout=replace(layout, remat="none"))
     anew = {name: size for name, size in kept(everything, mixture=work.mixed > 0, cpu=cpu).items() if layout.remat != "none"}
-    if cpu:
+    if not cpu:
+        return found + (work.period - 1) * sum(anew.values())
+    if _forms_again(work):
+        found = _formed_again(work) + weights
+    else:
         found += sum(size for name, size in anew.items() if name != "attention weights") + 4 * work.whole
         # Of attention to another text, and of the layer's own, one's weights are there while the other is worked on.
         found += work.across * work.compute + (min(work.scores, work.across) * work.compute if anew else 0)
-        others = sum(kept(everything, cpu=cpu).values()) + attention // 2
-        if work.mixed and work.capacity is None:  # rows are padded before they are cut in tiles, for part of the time
-            found += work.routed * work.embed * work.compute // 2
-    else:
-        others = sum(anew.values())
-    return found + (work.period - 1) * others
+    if work.mixed and work.capacity is None:  # rows are padded before they are cut in tiles, for part of the time
+        found += work.routed * work.embed * work.compute // 2
+    return found + (work.period - 1) * (sum(kept(everything, cpu=cpu).values()) + attention // 2)
+
+
+def _forms_again(work: Work) -> bool:
+    """Whether `_formed_again` says what XLA:CPU holds."""
+    return work.layout.remat != "none" and work.dense and not (work.dropout or work.source or work.mixed)
+
+
+def _formed_again(work: Work) -> int:
+    """Bytes that a layer's backward pass holds on XLA:CPU where it begins by forming what the layer does not keep.
+
+    All of attention is there by the feed-forward's turn, which is the fullest moment: exponentials, weights and, of several rows, the zeros
+    that a product is added to, all fp32; queries, keys, values and what they give, as each head reads them. Read from the live ranges of
+    compiled steps.
+    """
+    here = work.here
+    tokens = here.rows * here.length
+    queries, keys = (tokens * heads * work.head_dim * work.compute for heads in (here.heads, here.kv_heads))
+    attention = 4 * work.scores * (3 if here.rows > 1 else 2) + 4 * queries + (queries + keys if work.qk_norm else 0)
+    hidden = tokens * here.mlp * work.compute
+    # Hidden states and their gradients; then the gradient through each projection, before they are summed and split along the sequence.
+    whole = work.between if work.layout.collective_matmul else work.whole
+    feed = max(3 * whole + (6 if work.gated else 4) * hidden, 6 * whole + (4 if work.gated else 3) * hidden)
+    return attention + feed + (6 + work.norms) * work.between
 
 
 def _attending(work: Work, length: int, scores: int, *, dense: bool, fused: bool, cpu: bool) -> int:
@@ -281,7 +305,9 @@ def _of_a_pass(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
     table = work.here.vocab * work.embed
     read = table * (work.compute + (work.master if layout.zero == 3 and layout.fsdp > 1 else 0))
     masked = {"attention mask": mask(work)}
-    busy = working(work, specs, cpu=cpu) + (grads if cpu else largest)
+    # On XLA:CPU, gradients in another order, or parameters in the order in which they are gathered.
+    copied = cpu and (not _forms_again(work) or (layout.zero == 3 and layout.fsdp > 1))
+    busy = working(work, specs, cpu=cpu) + (grads if copied else largest)
     return [
         {**kept_here, **masked, "working set of a layer": _forward(work, specs) + read},
         {**kept_here, **masked, "head and loss": loss_working(work, cpu=cpu)},

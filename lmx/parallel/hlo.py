@@ -18,7 +18,7 @@ _BRANCHES = re.compile(r"(?:branch_computations|called_computations|calls)=\{([^
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _ASYNC = re.compile(r"= .*? (?:async|call|fusion)(?:-start)?\(")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
-_PRODUCT = re.compile(r' (?:dot|convolution)\(|custom_call_target="__(?:cublas|cudnn|triton)')
+_PRODUCT = re.compile(r' (?:dot|convolution)\(|custom_call_target="(?:__(?:cublas|cudnn|triton)|mosaic_gpu)')
 _TRIPS = re.compile(r'known_trip_count\W+n\W+"?(\d+)')
 
 

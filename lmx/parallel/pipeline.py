@@ -8,6 +8,12 @@ kept between the two, at most `2 stages - 1` of them under 1F1B; the backward pa
 
 The program has three phases, ticks of forwards only, of both, and of backwards only, so that what is idle is what theory says: with p
 devices, M microbatches and v rounds a share `(p - 1) / (M v + p - 1)` of the time.
+
+Zero bubble (ZB-H1, Qi et al., 2023, arXiv 2401.10241) is not there. In lockstep, where a device cannot form weights' gradients while another
+is at inputs', it would save `(p - 1) w` of the `(p - 1)(2 f + b + w)` that are idle (f, b, w: a stage's forward, inputs' gradients, weights'),
+not the paper's `2 (p - 1) w`. And weights' gradients later need the gradient of every product within the stage: found again they cost
+`M (f + b)` more, at least as much as is saved once there are as many microbatches as devices; kept, they and the inputs of products are
+twice a stage's activations for up to p microbatches, where 1F1B here keeps stage inputs.
 """
 
 from collections.abc import Callable

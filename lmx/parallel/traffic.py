@@ -179,7 +179,9 @@ def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
         (work.depth - work.depth // work.period) * work.ticks if remat == "full" and not work.after else 0
     )  # layers of a repeat but its last
     if work.layout.collective_matmul:  # each product back and forth, and of the backward pass inputs and gradients once more
-        n, rounds = work.layout.tensor, (4 * work.forwards + 6 + again) * times + between
+        # What both sublayers read goes round once, and on GPUs the gradient of what both give.
+        shared = (work.forwards + 1 if work.reads == 1 else 0) + (not cpu) if work.parallel else 0
+        n, rounds = work.layout.tensor, (4 * work.forwards + 6 + again - shared) * times + between
         return [*found, Traffic("collective-permute", axes, size // n, (n - 1) * rounds, "parts of the residual stream")]
     # XLA:CPU sums the gradients of several projections of one input one by one.
     across = 1 if work.source else 0  # which reads the residual stream for its queries alone

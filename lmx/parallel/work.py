@@ -20,7 +20,7 @@ class Work:
       period: layers of the pattern that the stack repeats, of which rematerialisation recomputes all at once.
       masks: kinds of attention masks (all earlier tokens, a window) that are arrays.
       dense: whether attention forms every score (else in tiles).
-      fused: whether attention is cuDNN's, which forms neither; a mask of segments is an array all the same.
+      fused: whether attention is a kernel's, cuDNN's or our own, which forms neither; to cuDNN's a mask of segments is an array all the same.
       embed_norm: whether embeddings are normalised.
       after: whether a norm reads what a sublayer gives.
       head_bias: whether logits have one.

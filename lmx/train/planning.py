@@ -10,14 +10,13 @@ from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 
 from lmx.core.config import ConfigError
 from lmx.core.precision import POLICIES
 from lmx.core.tree import Tree, named_leaves
 from lmx.data.recipe import padding
-from lmx.kernels import cudnn
-from lmx.kernels.attention import LONG
+from lmx.kernels.attention import LONG, why
 from lmx.kernels.masks import Mask
 from lmx.models import experts, stack
 from lmx.models.config import RWKV, EncoderDecoder, Model, Transformer, is_local
@@ -85,7 +84,7 @@ def plan(experiment: Experiment, *, chip: str = "h100", compiled: bool = False, 
     """
     experiment = settled(experiment)
     kind = chips.chip(chip)
-    found = work(experiment, on_gpu=not cpu and kind.kind.startswith("NVIDIA"))
+    found = work(experiment, "cpu" if cpu else kind.kind)
     specs = _specs(experiment.model)
     whole = state_bytes(experiment.model, experiment.optimizer, experiment.steps, experiment.precision, _of_state(experiment.layout))
     rest = whole["rest"] + _batch_bytes(experiment)
@@ -127,10 +126,15 @@ def settled(experiment: Experiment) -> Experiment:
             f"model=RWKV with layout.pipeline={layout.pipeline} and layout.tensor={layout.tensor} cannot be planned: what XLA moves between "
             "tensor devices inside a stage is not counted; plan it with one of them at 1"
         )
-    if layout.collective_matmul and (isinstance(model, EncoderDecoder) or model.experts or model.parallel):
+    if layout.collective_matmul and (isinstance(model, EncoderDecoder) or model.experts):
         raise ConfigError(
-            "layout.collective_matmul cannot be planned with an encoder-decoder, a mixture or parallel blocks: what goes round there is not "
-            "counted; plan without it"
+            "layout.collective_matmul cannot be planned with an encoder-decoder or a mixture: what goes round there is not counted; plan "
+            "without it"
+        )
+    if layout.collective_matmul and model.parallel and layout.pipeline > 1:
+        raise ConfigError(
+            f"layout.collective_matmul with model.parallel and layout.pipeline={layout.pipeline} cannot be planned yet: what a stage holds has "
+            "not been measured; plan with one of them off"
         )
     if experiment.precision == "fp64":
         raise ConfigError("precision=fp64 cannot be planned: no chip trains in it; plan with fp32")
@@ -151,35 +155,26 @@ def settled(experiment: Experiment) -> Experiment:
     return experiment
 
 
-def work(experiment: Experiment, *, on_gpu: bool = False) -> Work:
-    """What the cost of an experiment's step depends on; `on_gpu`: whether `lmx.kernels.cudnn` is there."""
+def work(experiment: Experiment, kind: str = "cpu") -> Work:
+    """What the cost of an experiment's step depends on; `kind`: JAX's name of the devices, on which it depends what computes attention."""
     model, (source, length) = experiment.model, columns(experiment)
     if isinstance(model, RWKV):
         return _recurrent(experiment, model)
-    found = _work(experiment, model, length, on_gpu=on_gpu)
+    found = _work(experiment, model, length, kind)
     if not source:
         return found
-    encoder = _work(experiment, model.encoder, source, on_gpu=on_gpu)
+    encoder = _work(experiment, model.encoder, source, kind)
     norms = found.norms * 3 // 2
     return replace(found, source=source, dense_across=source <= LONG and not model.attention_softcap, encoder=encoder, norms=norms, reads=3)
 
 
-def _work(experiment: Experiment, model: Transformer, length: int, *, on_gpu: bool) -> Work:
+def _work(experiment: Experiment, model: Transformer, length: int, kind: str) -> Work:
     """The same of one stack, on rows of `length`."""
     layout, precision = experiment.layout, POLICIES[experiment.precision]
-    stream = experiment.data.packing == "stream" and experiment.data.denoising is None
     ring = layout.context > 1 and layout.exchange == "ring"
-    heads = jax.ShapeDtypeStruct((1, length, 1, model.head_size), precision.compute)
-    refused = cudnn.refusal(
-        heads,
-        heads,
-        Mask(query_segments=None if stream else jax.ShapeDtypeStruct(heads.shape[:2], "int32")),
-        softcap=model.attention_softcap,
-        slopes=model.positions if model.positions == "alibi" else None,
-        bias=model.positions if model.positions == "relative" else None,
-        keep=model.dropout or None,
-    )
-    fused = on_gpu and not ring and not layout.offload and refused is None
+    packed = experiment.data.packing != "stream" or experiment.data.denoising is not None
+    kernel = "chunked" if ring else _attention(model, length, precision.compute, packed, "cpu" if layout.offload else kind)
+    fused = kernel in ("cudnn", "flash")
     return Work(
         layout=layout,
         rows=experiment.batch // experiment.microbatches,
@@ -200,7 +195,7 @@ def _work(experiment: Experiment, model: Transformer, length: int, *, on_gpu: bo
         tied=model.tied,
         positions=model.context if model.positions == "learned" else 0,
         period=min(len(model.pattern), model.layers),
-        masks=0 if stream and fused else len({is_local(kind) for kind in model.pattern}),
+        masks=0 if kernel == "flash" or (fused and not packed) else len({is_local(kind) for kind in model.pattern}),
         fused=fused,
         dense=not fused and not ring and length <= LONG and model.attention_softcap is None,
         embed_norm=model.embed_norm,
@@ -219,6 +214,21 @@ def _work(experiment: Experiment, model: Transformer, length: int, *, on_gpu: bo
         master=jnp.dtype(precision.params).itemsize,
         multiplies=precision.multiplies,
     )
+
+
+def _attention(model: Transformer, length: int, dtype, packed: bool, kind: str) -> str:
+    """What `lmx.kernels.attention` takes on devices of a kind."""
+    heads = jax.ShapeDtypeStruct((1, length, 1, model.head_size), dtype)
+    segments = jax.ShapeDtypeStruct(heads.shape[:2], "int32") if packed else None
+    asked = {
+        "softcap": model.attention_softcap,
+        "slopes": model.positions if model.positions == "alibi" else None,
+        "bias": model.positions if model.positions == "relative" else None,
+        "keep": model.dropout or None,
+    }
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform=None)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("chip",), abstract_device=device)):
+        return why(heads, heads, Mask(query_segments=segments, key_segments=segments), **asked)[0]
 
 
 def _recurrent(experiment: Experiment, model: RWKV) -> Work:

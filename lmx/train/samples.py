@@ -8,7 +8,8 @@ from lmx.core.tree import Tree
 from lmx.data.denoised import denoise
 from lmx.data.recipe import has_two_sides
 from lmx.data.tokenizers import Tokenizer
-from lmx.infer import generate
+from lmx.infer.dense import continued
+from lmx.infer.sampling import Sampling
 from lmx.train.experiment import Experiment
 
 
@@ -17,16 +18,24 @@ def written(experiment: Experiment, tokenizer: Tokenizer, params: Tree) -> str:
     and, behind an arrow, what it writes, tokens that are no text as `<id>`.
 
     Raises:
-      ValueError: as `corrupted` and `lmx.infer.generate` do.
+      ValueError: as `corrupted` and `lmx.infer.dense.continued` do.
     """
     wanted = experiment.samples
-    how = {"max_new_tokens": wanted.tokens, "temperature": wanted.temperature, "seed": experiment.seed}
+    how = {"max_new_tokens": wanted.tokens, "sampling": Sampling(wanted.temperature), "seed": experiment.seed}
     if not has_two_sides(experiment.data):
         stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        return wanted.prompt + generate(experiment.model, params, [wanted.prompt], stop_ids=stop, tokenizer=tokenizer, **how)[0]
+        (new,) = continued(
+            experiment.model,
+            params,
+            [tokenizer.encode(wanted.prompt)],
+            stop_ids=stop,
+            limit=min(tokenizer.vocab, experiment.model.vocab),
+            **how,
+        )
+        return wanted.prompt + tokenizer.decode(new)
     objective, read = experiment.data.denoising, corrupted(experiment, tokenizer)
     stop = () if objective.eos is None else (objective.eos,)
-    (new,) = generate(experiment.model, params, [read], start_id=objective.start, stop_ids=stop, **how)
+    (new,) = continued(experiment.model, params, [read], start_id=objective.start, stop_ids=stop, **how)
     return f"{_shown(tokenizer, read)} \u2192 {_shown(tokenizer, new)}"
 
 

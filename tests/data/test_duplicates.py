@@ -3,6 +3,7 @@
 import pickle
 import random
 import re
+import unicodedata
 from itertools import combinations
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from lmx.data.clean import groups
 from lmx.data.clean.exact import Exact
-from lmx.data.clean.hashing import fold, mix, spans, windows, words
+from lmx.data.clean.hashing import _is_apart, fold, joined, mix, spans, windows, words
 from lmx.data.clean.minhash import MinHash, draw_s_curve, optimum, s_curve
 from lmx.data.clean.paragraphs import Paragraphs
 from lmx.data.clean.step import Change, Drop
@@ -44,6 +45,24 @@ def test_any_text_folds_to_words_whose_places_are_known(text, length):
     assert len(spans(text)) == len(words(folded)) == len(folded.split())
     assert all(fold(text[a:b]).split() == [word] for (a, b), word in zip(spans(text), folded.split(), strict=True))
     assert len(windows(words(folded), length)) == (max(1, len(words(folded)) - length + 1) if folded.split() else 0)
+
+
+@pytest.mark.parametrize(("lowercase", "punctuation"), [(True, True), (False, True), (True, False)])
+def test_every_character_folds_by_the_plain_rule(lowercase, punctuation):
+    """The short cuts that `fold` takes for texts without marks that combine change nothing, whatever stands beside a character."""
+
+    def plainly(text):
+        text = text.casefold() if lowercase else text
+        text = "".join(" " if c > "\x7f" and _is_apart(c, punctuation) else c for c in text)
+        text = re.sub(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff]", r" \g<0> ", text)
+        folded = "".join(" " if c < "\x80" and _is_apart(c, punctuation) else c for c in unicodedata.normalize("NFC", text))
+        return (re.sub("[A-Z]", lambda letter: letter[0].lower(), folded) if lowercase else folded).encode().split()
+
+    for character in map(chr, [*range(0x3100), 0xFB01, 0x1D400, 0x1F600]):
+        text = f"A{character}E\u00e9  x{character}"
+        folded = fold(text, lowercase, punctuation)
+        assert folded.split() == plainly(text), hex(ord(character))
+        assert joined(folded) == b" ".join(folded.split())
 
 
 def test_folding():

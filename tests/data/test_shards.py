@@ -44,6 +44,16 @@ def test_tokens(both):
         np.testing.assert_array_equal(shards.tokens[at], store.tokens[at])
     for number in range(len(documents)):
         np.testing.assert_array_equal(shards.document(number), store.document(number))
+    for start, stop in [
+        (0, 0),
+        (7, 3),
+        (BLOCK, BLOCK),
+        (BLOCK - 1, BLOCK + 1),
+        (-5, None),
+        *draw.integers(0, len(store.tokens), (40, 2)).tolist(),
+    ]:
+        np.testing.assert_array_equal(shards.tokens[start:stop], store.tokens[start:stop])
+        np.testing.assert_array_equal(shards.tokens[start:stop:-3], store.tokens[start:stop:-3])
     with pytest.raises(IndexError):
         shards.tokens[[len(store.tokens)]]
     with pytest.raises(IndexError):

@@ -82,3 +82,18 @@ def prompts_of(count: int, seed: int = 0, low: int = 1, high: int = 20, vocab: i
     """Random ones of mixed lengths."""
     rng = np.random.default_rng(seed)
     return [rng.integers(0, vocab, rng.integers(low, high + 1)).tolist() for _ in range(count)]
+
+
+def arriving(engine, prompts, *, seed: int = 0, **wishes) -> list:
+    """Each prompt some steps after the last; their jobs, at the end."""
+    rng, jobs = np.random.default_rng(seed), []
+    for prompt in prompts:
+        jobs.append(engine.submit(prompt, **wishes))
+        for _ in range(rng.integers(0, 4)):
+            engine.step()
+    engine.run()
+    return jobs
+
+
+def tokens_of(jobs) -> list:
+    return [job.completions[0].tokens for job in jobs]

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 from lmx import interop
-from lmx.infer import generate, score
+from lmx.infer import score
+from lmx.infer.dense import continued
 from lmx.infer.engine import Engine
 from lmx.infer.sampling import Sampling
 from lmx.interop.families import FAMILIES
 from lmx.interop.files import mapped
 from lmx.models.config import RWKV, EncoderDecoder, Transformer
 from lmx.models.rope import RopeScaling
-from plain import Plain, prompts_of, weights
+from plain import Plain, arriving, prompts_of, tokens_of, weights
 
 pytestmark = pytest.mark.usefixtures("cheaply_compiled")
 
@@ -45,21 +46,6 @@ PROMPTS = [
     [5, 3, 8, 1, 9, 2, 2, 7, 11, 4, 6, 12, 13],
 ]
 ROOM = {"rows": 2, "page": 4, "chunk": 6, "pages": 8, "host_pages": 4, "longest": 24}
-
-
-def arriving(engine, prompts, *, seed: int = 0, **wishes) -> list:
-    """Each prompt some steps after the last; their jobs, at the end."""
-    rng, jobs = np.random.default_rng(seed), []
-    for prompt in prompts:
-        jobs.append(engine.submit(prompt, **wishes))
-        for _ in range(rng.integers(0, 4)):
-            engine.step()
-    engine.run()
-    return jobs
-
-
-def tokens_of(jobs) -> list:
-    return [job.completions[0].tokens for job in jobs]
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -102,7 +88,7 @@ CROSSING = [PROMPTS[0][:9], PROMPTS[5], [7, *PROMPTS[0][:8]], [*PROMPTS[5][:11],
 @pytest.mark.parametrize("model", [DYNAMIC, LONG], ids=["dynamic", "longrope"])
 def test_where_wavelengths_depend_on_a_texts_length_each_text_is_as_alone(model):
     params = weights(model, seed=1, scale=0.5)
-    wanted = [generate(model, params, [prompt], max_new_tokens=NEW)[0] for prompt in CROSSING]
+    wanted = [continued(model, params, [prompt], max_new_tokens=NEW)[0] for prompt in CROSSING]
     engine = Engine(model, params, **ROOM | {"pages": 7}, trace=True)
     assert tokens_of(arriving(engine, CROSSING, max_new_tokens=NEW)) == wanted
     assert any(moment.preempted for moment in engine.timeline)

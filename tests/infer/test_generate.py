@@ -16,6 +16,8 @@ from lmx.models.config import Transformer
 from lmx.models.losses import logits
 from lmx.models.transformer import forward, specs
 
+pytestmark = pytest.mark.usefixtures("cheaply_compiled")
+
 MODEL = Transformer(vocab=24, layers=3, embed=16, heads=4, kv_heads=2, mlp=16, context=48, window=4, pattern=("local", "global"))
 A, B, C = [1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11] * 12
 
@@ -132,10 +134,10 @@ def test_strings_go_in_and_come_out_through_the_tokenizer(params):
 @pytest.mark.parametrize(
     ("prompts", "knobs", "said"),
     [
-        ([A, []], {}, "prompt 1 is empty"),
-        ([A, [1, 24]], {}, "prompt 1 has token 24, outside the model's vocabulary of 24"),
-        ([[3, -1, 5]], {}, "prompt 0 has token -1, outside the model's vocabulary of 24"),
-        ([A, [1] * 41], {"max_new_tokens": 8}, "prompt 1 has 41 tokens and max_new_tokens=8: longer than model.context=48"),
+        ([A, []], {}, "prompt 1: the prompt is empty"),
+        ([A, [1, 24]], {}, "prompt 1: the prompt has token 24, outside the model's vocabulary of 24"),
+        ([[3, -1, 5]], {}, "prompt 0: the prompt has token -1, outside the model's vocabulary of 24"),
+        ([A, [1] * 41], {"max_new_tokens": 8}, "prompt 1 begins with 41 tokens and max_new_tokens=8: longer than model.context=48"),
         ([A], {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ([A], {"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
         ([A], {"top_p": 0.0}, "top_p=0.0 must be above 0"),

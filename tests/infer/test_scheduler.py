@@ -31,7 +31,7 @@ REQUESTS = {
     "image": [b"", b"", b"image"],
     "reuse": [True, True, False],
     "whole": [0, 0, 3],
-    "together": [False, False, True],
+    "written": [0, 0, 5],
 }
 
 
@@ -87,13 +87,12 @@ def test_under_load_every_text_is_computed_from_itself_and_ends():
     for seed in range(200):
         rng = random.Random(seed)
         world = World(**{name: rng.choice(several) for name, several in SIZES.items()})
-        beams = {"n": [2, 3], "together": [True], "new": range(2, 7)} if seed % 4 == 0 else {}
         beginning = rng.choices([1, 2], k=6)
         for _ in range(60):
             what = rng.random()
             if what < 0.4:
                 prompt = beginning[: rng.randrange(7)] + rng.choices([1, 2], k=rng.randrange(1, 9))
-                world.add(prompt, **{name: rng.choice(several) for name, several in (REQUESTS | beams).items()})
+                world.add(prompt, **{name: rng.choice(several) for name, several in REQUESTS.items()})
             elif what < 0.45 and world.requests:
                 world.cancel(rng.randrange(len(world.requests)))
             elif what < 0.47:
@@ -232,74 +231,6 @@ def test_who_came_last_gives_way_and_comes_back(host_pages):
     engine.nothing_is_held()
 
 
-def test_beams_wait_for_each_other_and_make_way_when_nobody_else_runs():
-    scheduler = Scheduler(Pages(7, 2), rows=5)
-    engine = Engine(scheduler)
-    for _ in range(2):
-        engine.add(Request((1, 2, 3), 3, n=2, together=True, reuse=False))
-    scheduler.advance(scheduler.plan(), [[5, 6], [5, 6]])
-    scheduler.advance(scheduler.plan(), [None] * 4)
-    first, second, third, last = scheduler.running
-    idle = scheduler.plan()
-    assert not idle.chunks  # all wait to be decided
-    scheduler.advance(idle, [])
-
-    with pytest.raises(ValueError, match="6 sequences, and rows=5"):
-        scheduler.decide([(first, [7, 8, 9])])
-    assert first.remaining == 0
-
-    # Nobody else is running whose end this one could await.
-    urgent = engine.add(Request((1, 2), 1, priority=-1))
-    step = scheduler.plan()
-    assert step.preempted == [last]
-    assert [c.sequence for c in step.chunks] == [urgent]
-    scheduler.advance(step, [[7]])
-
-    with pytest.raises(ValueError, match="waiting with 4 tokens not computed"):
-        scheduler.decide([(third, [8]), (last, [8])])
-    outcome = scheduler.decide([(first, []), (second, [8, 9])])
-    assert outcome.finished == [first]
-    assert [s.tokens for s in (second, outcome.forked[0][1])] == [[1, 2, 3, 6, 8], [1, 2, 3, 6, 9]]
-    while last not in (step := scheduler.plan()).draws:
-        scheduler.advance(step, [None if s.request is last.request else [7] for s in step.draws])
-    scheduler.advance(step, [None])
-    assert third.status == "running"  # it kept its pages
-    assert scheduler.decide([(third, [4]), (last, [4])]).finished == []
-    assert third.tokens[3:] == [5, 4]
-    assert last.tokens[3:] == [6, 4]
-    scheduler.cancel(last.request)
-    engine.nothing_is_held()
-
-
-@pytest.mark.parametrize("whole", [0, 3])
-def test_a_prompt_that_comes_first_takes_the_room_of_who_waits_to_be_decided(whole):
-    scheduler = Scheduler(Pages(7, 2), rows=5, chunk=6)
-    for _ in range(2):
-        add(scheduler, 3, 3, n=2, together=True, reuse=False)
-    scheduler.advance(scheduler.plan(), [[5, 6], [5, 6]])
-    scheduler.advance(scheduler.plan(), [None] * 4)
-    scheduler.chunk = 3
-    *_, third, last = scheduler.running
-    urgent = add(scheduler, 6, 1, priority=-1, reuse=False, whole=whole)
-    # The last gives one page, for two tokens; the third two.
-    for victims, chunk in [([last, third], (0, 3))] if whole else [([last], (0, 2)), ([third], (2, 3))]:
-        step = scheduler.plan()
-        assert step.preempted == victims
-        assert step.chunks == [(urgent, *chunk, False)]
-        scheduler.advance(step, [])
-
-
-def test_room_for_beams_is_room_for_all():
-    scheduler = Scheduler(Pages(9, 2), rows=5)
-    with pytest.raises(ValueError, match=r"n=3 together, need 9 pages of 2 tokens, and the pool has 8"):
-        add(scheduler, 3, 3, n=3, together=True)
-    add(scheduler, 3, 3, n=3)
-    one = scheduler.plan()
-    with pytest.raises(ValueError, match="together=False"):
-        scheduler.advance(one, [None])
-    scheduler.advance(one, [[1, 2, 3]])
-
-
 def test_pages_behind_the_window_of_every_layer_are_given_up():
     scheduler = Scheduler(Pages(5, 2), rows=1, chunk=3, window=4)
     engine = Engine(scheduler)
@@ -424,6 +355,8 @@ def test_what_no_step_can_hold_is_refused_and_the_rest_goes_on():
         (lambda: Request((1,), 0), "max_new_tokens=0"),
         (lambda: Request((1,), 1, n=0), "n=0"),
         (lambda: Request((1,), 1, whole=2), "whole=2"),
+        (lambda: Request((1, 1), 1, written=2), "written=2 of the 2 tokens"),
+        (lambda: Scheduler(Pages(4, 2), 1, window=2).add(Request((1, 1), 1, written=1)), r"\(written\), which a window=2 would give up"),
         (lambda: Scheduler(Pages(4, 2), 0), "rows=0"),
         (lambda: Scheduler(Pages(4, 2), 1, chunk=0), "chunk=0"),
         (lambda: Scheduler(Pages(4, 2), 1, window=0), "window=0"),

@@ -44,9 +44,12 @@ class Engine:
             assert len({move.target for move in moves}) == len(moves)
             assert 0 not in {place for move in moves for place in move}
             self.move(moves, source, target)
-        for sequence in step.started:
-            self.states[sequence.slot] = [(sequence.fingerprint, ())]
         written = set()
+        for sequence in step.started:
+            given = sequence.request.written
+            self.states[sequence.slot] = [(sequence.fingerprint, tuple(sequence.tokens[:given]))]
+            for i in range(sequence.registered * self.pages.size if given else 0, given):
+                self.put(sequence, i, written)
         for sequence, start, count, _ in step.chunks:
             texts = [(sequence.fingerprint, tuple(sequence.tokens[:i])) for i in range(start + count + 1)]
             if self.scheduler.states:
@@ -56,37 +59,22 @@ class Engine:
                 continue
             size, window = self.pages.size, self.scheduler.window or len(texts)
             for i in range(start, start + count):
-                place = (sequence.pages[i // size], i % size)
-                assert place[0]
-                assert self.pages.readers[place[0]] == 1, "who writes in a page is alone there"
-                assert place not in written
-                written.add(place)
-                self.cells.setdefault(place[0], [None] * size)[i % size] = texts[i + 1]
+                self.put(sequence, i, written)
             for i in range(max(0, start - window + 1), start):
                 assert self.cells[sequence.pages[i // size]][i % size] == texts[i + 1], "each token attends to its own text"
 
-    def decide(self) -> None:
-        """Of a request whose sequences are chosen together, once each has its draw: some end, others fork into their places."""
-        alive = self.scheduler.running + self.scheduler.waiting
-        for request in {s.request: None for s in alive if s.request.together and s.forked}:
-            beams = [s for s in alive if s.request is request]
-            if any(s.remaining for s in beams):
-                self.seen["waits for its siblings"] += any(not s.remaining for s in beams)
-                continue
-            draws = [drawn_after(s.tokens) for s in beams]
-            if len(beams) > 1 and draws[0] % 2:
-                several = [(beams[0], []), (beams[1], [1, 2]), *((s, [1]) for s in beams[2:])]
-            else:
-                several = [(s, [d + 1] if d else []) for s, d in zip(beams, draws, strict=True)]
-            before = {s: list(s.tokens) for s in beams}
-            self.note(before, several, self.scheduler.decide(several))
+    def put(self, sequence: Sequence, i: int, written: set) -> None:
+        """A token's K and V go to its page."""
+        page, at = sequence.pages[i // self.pages.size], i % self.pages.size
+        assert page
+        assert self.pages.readers[page] == 1, "who writes in a page is alone there"
+        assert (page, at) not in written
+        written.add((page, at))
+        self.cells.setdefault(page, [None] * self.pages.size)[at] = (sequence.fingerprint, tuple(sequence.tokens[: i + 1]))
 
-    def draw(self, step: Step) -> list[list[int] | None]:
+    def draw(self, step: Step) -> list[list[int]]:
         free, drawn = self.scheduler.rows - sum(s.rows for s in self.scheduler.running), []
         for sequence in step.draws:
-            if sequence.request.together and sequence.forked:
-                drawn.append(None)
-                continue
             first = drawn_after(sequence.tokens)
             several = sequence.request.n if not sequence.forked else 1 + self.forks(max(free, 0))
             if sequence.forked:
@@ -94,11 +82,10 @@ class Engine:
             drawn.append([first + i for i in range(several)] if first else [])
         return drawn
 
-    def advance(self, step: Step, drawn: list[list[int] | None]) -> None:
+    def advance(self, step: Step, drawn: list[list[int]]) -> None:
         before = {s: list(s.tokens) for s in step.draws}
-        live = [(s, new) for s, new in zip(step.draws, drawn, strict=True) if s.status == "running" and new is not None]
+        live = [(s, new) for s, new in zip(step.draws, drawn, strict=True) if s.status == "running"]
         self.note(before, live, self.scheduler.advance(step, drawn))
-        self.decide()
 
     def note(self, before: dict[Sequence, list[int]], drawn: list, outcome: Outcome) -> None:
         for sequence, new in drawn:
@@ -155,14 +142,15 @@ class World:
         self.engine = Engine(self.scheduler, (lambda free: min(free, 1)) if forks else (lambda free: 0), self.seen)
         self.step, self.requests, self.version = None, [], 0
 
-    def add(self, prompt: list[int], new: int, n: int, priority: int, image: bytes, reuse: bool, whole: int, together: bool) -> None:
+    def add(self, prompt: list[int], new: int, n: int, priority: int, image: bytes, reuse: bool, whole: int, written: int) -> None:
         whole = min(whole, len(prompt))
         fingerprint = b"%d %b %b" % (self.version, image, bytes(prompt[:whole]))
-        request = Request(tuple(prompt), new, min(n, self.scheduler.rows), priority, fingerprint, reuse, whole, together)
         pages, scheduler = self.scheduler.pages, self.scheduler
+        written = 0 if pages is None or scheduler.window else min(written, len(prompt) - 1)
+        request = Request(tuple(prompt), new, min(n, scheduler.rows), priority, fingerprint, reuse, whole, written)
         if whole > min(scheduler.chunk, scheduler.budget) or (whole and scheduler.window):
             return
-        need = 0 if pages is None else -(-(len(prompt) + new - 1) // pages.size) * (request.n if together else 1)
+        need = 0 if pages is None else -(-(len(prompt) + new - 1) // pages.size)
         if pages is not None and scheduler.window is None and need > pages.count - 1:
             with pytest.raises(ValueError, match=r"pages\.count"):
                 scheduler.add(request)
@@ -191,19 +179,18 @@ class World:
             assert start >= sequence.request.whole or start + count >= sequence.request.whole
         assert all(c.sequence.remaining == 1 for c in step.decodes)
         survivors = [s for s in ran if s.status == "running"]
-        beams = any(s.request.together for s in ran)
-        assert not ran or ran[0] in survivors or beams, "the first goes on"
+        assert not ran or ran[0] in survivors, "the first goes on"
         decoding = {c.sequence for c in step.decodes}
         for sequence in step.preempted:
             seen["swapped" if sequence.computed else "recomputed"] += 1
             assert all(s.order < sequence.order or s in decoding for s in survivors), "who comes last gives way"
         admitted = [s for s in waited if s.status == "running"]
-        assert not (admitted and step.preempted) or {s.status for s in ran} == {"waiting"} or beams
+        assert not (admitted and step.preempted)
         assert all(s.order < other.order for s in admitted for other in scheduler.waiting), "first come, first served"
         for sequence in step.started:
-            assert sequence.request.reuse or not sequence.computed
-            seen["prefix hits"] += sequence.computed > 0
-        seen["gave way for a sibling"] += bool(admitted and step.preempted)
+            assert sequence.request.reuse or sequence.computed == sequence.request.written
+            seen["prefix hits"] += sequence.registered > 0
+            seen["given"] += sequence.computed == sequence.request.written > 0
         seen["swapped in"] += sum(waited[s] > 0 for s in admitted)
         seen["copies"] += len(step.copies)
         seen["state copies"] += len(step.forks)

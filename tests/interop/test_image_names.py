@@ -213,9 +213,9 @@ def test_images_alone_and_texts_alone_are_embedded_as_together(cases):
 
 def test_prompts_and_images_must_agree(cases):
     model, params = cases["llava_gemma"]
-    with pytest.raises(ValueError, match=r"4 image tokens \(5\), and pixel_values has 0 images, each of 4"):
+    with pytest.raises(ValueError, match=r"prompt 0: the prompt has 4 image tokens \(5\), and there are 0 images, each of 4"):
         generate(model, params, [[5] * 4], max_new_tokens=1)
     with pytest.raises(ValueError, match="0 image tokens"):
         generate(model, params, [[6]], max_new_tokens=1, pixel_values=PIXELS)
-    with pytest.raises(ValueError, match="pixel_values for a Transformer, which reads no images"):
+    with pytest.raises(ValueError, match="prompt 0: images for a Transformer, which reads none"):
         generate(model.table.inside[0].part(model.config), params, [[6]], max_new_tokens=1, pixel_values=PIXELS)

@@ -37,7 +37,8 @@ def reference(q, keys, values, view, *, scale, causal=True, window=None, softcap
         for i in tokens:
             at = n - (int(view.queries[r + 1]) - i)
             for h in range(q.shape[1]):
-                seen = [j for j in range(n) if (not causal or j <= at) and (window is None or at - j < window)]
+                last = at if view.prefix is None else max(at, int(view.prefix[r]) - 1)
+                seen = [j for j in range(n) if (not causal or j <= last) and (window is None or at - j < window)]
                 scores = np.array([scale * q[i, h] @ k[j, h // group] for j in seen])
                 scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
                 scores = scores - (0 if slopes is None else np.array([slopes[h] * (at - j) for j in seen]))
@@ -54,6 +55,8 @@ CASES = {
     "ALiBi": {"slopes": np.array([0.5, 0.25, 0.1, 0.05])},
     "bias": {"bias": np.random.default_rng(7).normal(size=(4, 64))},
     "an encoder's": {"causal": False},
+    "a prefix": {"prefix": [3, 0, 21, 0, 7, 14]},
+    "a prefix and ALiBi": {"prefix": [5, 0, 2, 1, 9, 12], "slopes": np.array([0.5, 0.25, 0.1, 0.05])},
 }
 
 
@@ -75,6 +78,8 @@ def test_every_token_sees_its_own_text_up_to_itself(setting, case, block, tile, 
     monkeypatch.setattr(paged, "TILE", tile)
     view, _, q, keys, values = setting
     asked = dict(CASES[case])
+    if "prefix" in asked:
+        view = view.replace(prefix=jnp.array(asked.pop("prefix")))
     wanted = reference(q, keys, values, view, scale=0.3, **asked)
     if "bias" in asked:
         positions = view.tokens(len(q))[1]

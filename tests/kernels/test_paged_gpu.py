@@ -63,6 +63,8 @@ def reference(q, keys, values, view, kind, *, scale, causal=True, window=None, s
         at = n - np.arange(queries[r + 1] - queries[r], 0, -1)[:, None]
         distance = (at if causal else n - 1) - np.arange(n)
         allowed = (distance >= 0) & (distance < (window or n + 1))
+        if view.prefix is not None:
+            allowed |= np.arange(n) < int(view.prefix[r])
         for h in range(q.shape[1]):
             k, v = (np.concatenate(list(a[ids, h // group]))[:n] for a in (keys, values))
             scores = (q[tokens, h] @ k.T) * np.asarray(scale, kind)
@@ -89,6 +91,7 @@ CASES = {
     "decoding": (DECODING, BF16, BF16, {}),
     "mixed, within a window": (MIXED, BF16, BF16, {"window": 20}),
     "chunks, a soft cap and ALiBi": (CHUNKS, F16, F16, {"softcap": 2.0, "slopes": SLOPES}),
+    "chunks, a prefix and ALiBi": (CHUNKS, BF16, BF16, {"prefix": [90, 0, 36], "slopes": SLOPES}),
     "an encoder's, int8 pages": (CHUNKS, BF16, INT8, {"causal": False}),
     "fp8 pages": (DECODING | {"lengths": [90, 0, 7], "new": [1, 0, 1], "page": 16, "dim": 64}, F16, FP8, {}),
 }
@@ -98,10 +101,13 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_as_exact_as_its_type_allows_and_without_races(case, capfd):
     shape, kind, held, asked = CASES[case]
+    asked = dict(asked)
     rng = np.random.default_rng(len(case))
     view, count = layout(rng, shape["lengths"], shape["new"], shape["singles"], shape["page"])
     count = shape["singles"] if len(shape["lengths"]) == shape["singles"] else count
     q, cache, keys, values = contents(rng, count, *(shape[n] for n in ("heads", "kv_heads", "page", "dim")), kind, held)
+    if "prefix" in asked:
+        view = view.replace(prefix=jnp.array(asked.pop("prefix")))
     scale = shape["dim"] ** -0.5
     given = {name: jnp.asarray(a) if name == "slopes" else a for name, a in asked.items()}
     found = interpreted(scale=scale, cut=Cut(3, 1), **given)(q, cache, view)

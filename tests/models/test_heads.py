@@ -14,6 +14,8 @@ from lmx.models.config import Transformer, check
 from lmx.models.losses import cross_entropy, logits
 from lmx.models.transformer import empty_cache, flops_per_token, forward, specs
 
+pytestmark = pytest.mark.usefixtures("cheaply_compiled")
+
 ENCODER = Transformer(vocab=11, layers=3, embed=8, heads=2, mlp=12, causal=False, bias=True, activation="gelu", init_std=0.3)
 FIRST = np.array([0, 2, 4])
 
@@ -77,7 +79,8 @@ def test_shared_layers_are_a_stack_of_copies_whose_gradients_are_summed(knobs):
     def loss(params, config):
         return jnp.sum(jnp.sin(forward(params, config, tokens).hidden))
 
-    found, exact = (jax.value_and_grad(loss)(p, c) for p, c in ((params, shared), (copies, own)))
+    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    found, exact = gradient(params, shared), gradient(copies, own)
     assert float(found[0]) == pytest.approx(float(exact[0]), rel=1e-6)
     summed = exact[1] | {"layers": jax.tree.map(lambda a: a.sum(0, keepdims=True), exact[1]["layers"])}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max())), found[1], summed)
@@ -91,9 +94,9 @@ def test_shared_layers_decode(knobs):
     apart = params | {"layers": stack.unstack(params["layers"])}
     jax.tree.map(np.testing.assert_array_equal, stack.stack(apart["layers"], config), params["layers"])
     exact = logits(params, config, forward(params, config, tokens).hidden)
-    cache, rows = empty_cache(config, 2, 8), []
+    cache, rows, run = empty_cache(config, 2, 8), [], jax.jit(lambda token, cache: forward(apart, config, token, cache=cache))
     for i in range(6):
-        output = forward(apart, config, tokens[:, i : i + 1], cache=cache)
+        output = run(tokens[:, i : i + 1], cache)
         cache = output.cache
         rows.append(logits(params, config, output.hidden))
     np.testing.assert_allclose(jnp.concatenate(rows, 1), exact, atol=1e-5)

@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, AxisType
 from lmx.core import params
 from lmx.data.denoising import SpanCorruption
 from lmx.data.recipe import Data
+from lmx.kernels import attention as door
 from lmx.models import transformer
 from lmx.models.config import RWKV, EncoderDecoder, Model, Transformer
 from lmx.parallel import chips, cost, roofline
@@ -86,6 +87,14 @@ CASES = {
     "tensor-full-microbatches": {"fsdp": 2, "tensor": 4, "remat": "full", "microbatches": 2},
     "collective": {"fsdp": 2, "tensor": 4, "collective_matmul": True},
     "collective-full": {"data": 2, "fsdp": 2, "tensor": 2, "collective_matmul": True, "remat": "full", "microbatches": 2},
+    "collective-parallel-full": {
+        "model": changed(parallel=True, norm="layernorm", bias=True),
+        "data": 2,
+        "tensor": 4,
+        "collective_matmul": True,
+        "remat": "full",
+        "batch": 32,
+    },
     "tensor-no-sequence": {"data": 2, "tensor": 4, "sequence": False, "remat": "dots"},
     "tensor-zero-1": {"fsdp": 4, "tensor": 2, "zero": 1, "remat": "full"},
     "tensor-zero-2": {"fsdp": 4, "tensor": 2, "zero": 2, "microbatches": 2},
@@ -130,11 +139,16 @@ CASES = {
     },
     "parallel-norms": {"model": changed(parallel=True, parallel_norms=True, embed_norm=True, head_bias=True), "fsdp": 2, "tensor": 4},
     "gated-shared-experts": {"model": changed(**EXPERTS, shared_experts=1, shared_gate=True), "fsdp": 4, "tensor": 2, "remat": "dots"},
+    "long-rows-zero-2-full": {"fsdp": 8, "zero": 2, "remat": "full", "length": 1024, "batch": 32},
+    "many-rows-full": {"model": changed(embed=192, heads=6, kv_heads=3, mlp=512), "fsdp": 8, "remat": "full", "length": 384, "batch": 80},
+    "one-long-row-full": {"model": changed(heads=4, kv_heads=4), "data": 2, "fsdp": 4, "remat": "full", "length": 1536, "batch": 8},
+    "many-rows-dots": {"model": dataclasses.replace(GPT2, mlp=640), "fsdp": 4, "tensor": 2, "remat": "dots", "length": 256, "batch": 64},
     "one-key-head": {"model": changed(kv_heads=1), "data": 4, "tensor": 2, "remat": "full"},
 }
 """On eight simulated devices. In fp32: XLA:CPU widens bf16 here and there."""
 
 
+@pytest.mark.usefixtures("cheaply_compiled")
 @pytest.mark.parametrize("name", CASES)
 def test_against_the_compiler(name):
     run = experiment(**CASES[name])
@@ -160,6 +174,7 @@ def check_collectives(plan, made):
     "optimizer", [AdamW(), Adam8bit(), Adafactor(), Lion(), Muon(), SGD(), SGD(momentum=0.0)], ids=lambda o: type(o).__name__
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16_pure", "fp16"])
+@pytest.mark.usefixtures("cheaply_compiled")
 def test_state_is_exact_whatever_the_optimizer(optimizer, precision):
     tiny = changed(vocab=64, layers=2, embed=64, heads=4, kv_heads=2, mlp=64)
     run = experiment(tiny, length=32, batch=8, optimizer=optimizer, precision=precision, fsdp=4, tensor=2)
@@ -206,6 +221,20 @@ def test_planning_needs_no_devices():
     assert held == 4 * sum(cost.share(spec, layout, split=True) for spec in leaves)
 
 
+def test_a_kernel_that_the_door_takes_forms_no_scores_and_no_mask(monkeypatch):
+    capped = {"model": changed(attention_softcap=30.0), "precision": "bf16", "batch": 2}
+    run, h100 = experiment(**capped), chips.chip("h100").kind
+    packed = dataclasses.replace(run, data=dataclasses.replace(run.data, packing="first_fit"))
+    ring = experiment(**capped, context=2)
+    assert plans.work(experiment(precision="bf16"), h100).fused
+    assert not any(plans.work(one, h100).fused for one in (run, packed, ring, experiment()))
+    monkeypatch.setattr(plans, "why", lambda *_, **__: ("flash", "it has been measured"))
+    for one in (run, packed):
+        work = plans.work(one, h100)
+        assert (work.fused, work.dense, cost.mask(work)) == (True, False, 0)
+    assert not plans.work(ring, h100).fused
+
+
 def test_links_are_as_slow_as_their_slowest_hop():
     chip = chips.chip("h100")
     layout = Layout(data=4, fsdp=2, tensor=4)
@@ -232,6 +261,23 @@ GPU_CASES = {
     "tensor-full": {"fsdp": 2, "tensor": 4, "remat": "full"},
     "collective": {"fsdp": 2, "tensor": 4, "collective_matmul": True, "length": 4096, "batch": 4},
     "collective-full": {"fsdp": 2, "tensor": 4, "collective_matmul": True, "remat": "full", "length": 4096, "batch": 4},
+    "collective-parallel": {
+        "model": dataclasses.replace(LARGE, parallel=True),
+        "fsdp": 2,
+        "tensor": 4,
+        "collective_matmul": True,
+        "length": 4096,
+        "batch": 4,
+    },
+    "collective-parallel-full": {
+        "model": dataclasses.replace(LARGE, parallel=True),
+        "fsdp": 2,
+        "tensor": 4,
+        "collective_matmul": True,
+        "remat": "full",
+        "length": 4096,
+        "batch": 4,
+    },
     "long": {"fsdp": 2, "tensor": 4, "length": 4096, "batch": 4},
     "long-dots": {"fsdp": 2, "tensor": 4, "remat": "dots", "length": 4096, "batch": 4},
     "long-full": {"fsdp": 2, "tensor": 4, "remat": "full", "length": 4096, "batch": 4},
@@ -283,6 +329,14 @@ def check_on_gpu(run, chip):
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_against_the_compiler_for_h100(h100, name):
     check_on_gpu(experiment(**({"model": LARGE, "length": 1024, "precision": "bf16"} | GPU_CASES[name])), h100)
+
+
+@pytest.mark.aot
+def test_our_own_kernels_against_the_compiler_for_h100(h100, monkeypatch):
+    """As if `auto` took them."""
+    for place in (plans, door):
+        monkeypatch.setattr(place, "why", lambda *_, **__: ("flash", "it has been measured"))
+    check_on_gpu(experiment(**GPU_CASES["tiles"], precision="bf16"), h100)
 
 
 @pytest.mark.aot

@@ -18,6 +18,8 @@ from lmx.train.optimizers import Adafactor, Adam8bit, AdamW, Muon
 from lmx.train.program import build
 from lmx.verify import BOUND, differences
 
+pytestmark = pytest.mark.usefixtures("cheaply_compiled")
+
 EVERYTHING = ("optimizer", "params", "activations")
 LAYOUTS = {
     "one device, all kept": Layout(remat="dots", offload=("optimizer", "params")),

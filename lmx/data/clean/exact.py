@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lmx.data.clean.groups import duplicates, firsts
-from lmx.data.clean.hashing import BLOCK, digest, fold
+from lmx.data.clean.hashing import BLOCK, digest, fold, joined
 from lmx.data.clean.step import Document, Drop, Ragged, Verdict
 
 
@@ -25,7 +25,7 @@ class Exact:
 
     def extract(self, document: Document) -> np.ndarray:
         """uint64 `[1]`, or `[0]` for a document without a word."""
-        folded = b" ".join(fold(document.text, self.lowercase, self.punctuation).split())
+        folded = joined(fold(document.text, self.lowercase, self.punctuation))
         return np.array([digest(folded)] if folded else [], np.uint64)
 
     def resolve(self, extracted: Ragged) -> Ragged:

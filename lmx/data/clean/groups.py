@@ -13,8 +13,8 @@ import numpy as np
 
 from lmx.data.clean.step import Ragged
 
-BUCKET = 1 << 20  # keys grouped at a time; each takes about 60 bytes then
-FILES = 512  # open at a time: beyond half a billion keys buckets grow
+BUCKET = 1 << 17  # keys grouped at a time; each takes about 60 bytes then
+FILES = 512  # open at a time: beyond 67 million keys buckets grow
 SCRATCH = 1 << 26  # bytes from which on a result lies in a temporary file
 
 Same = Callable[[np.ndarray, np.ndarray], np.ndarray]

@@ -13,6 +13,9 @@ ODD = np.uint64(0x9E3779B97F4A7C15)  # the base of all polynomials; odd, so that
 _SIGNS = frozenset(("Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "Sm", "Sc", "Sk", "So", "Zs", "Zl", "Zp", "Cc", "Cf"))
 # Scripts that are written without spaces: each character is a word.
 _SCRIPTS = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_ASCII = bytes(range(128))
+_LATER = "\u0300"  # from here on characters combine with those before them, or are words by themselves
+_SPACES = re.compile(rb"  +")
 _UNSPACED = re.compile(f"[{_SCRIPTS}]")
 _WORD = re.compile(rf"[{_SCRIPTS}]|[^\x00-/:-@\[-`{{-\x7f{_SCRIPTS}]+")  # of a `spaced` text
 
@@ -24,10 +27,15 @@ def _is_apart(character: str, punctuation: bool) -> bool:
 
 def spaced(text: str, punctuation: bool = True) -> str:
     """A text of the same length where what stands between words, beyond ASCII, is spaces."""
-    for character in set(text):
-        if character > "\x7f" and _is_apart(character, punctuation):
+    for character in _beyond(text):
+        if _is_apart(character, punctuation):
             text = text.replace(character, " ")
     return text
+
+
+def _beyond(text: str) -> set[str]:
+    """The different characters beyond ASCII. (The others go while it is bytes, which is several times as fast.)"""
+    return set(text.encode(errors="surrogatepass").translate(None, _ASCII).decode(errors="surrogatepass"))
 
 
 @cache
@@ -45,9 +53,19 @@ def fold(text: str, lowercase: bool = True, punctuation: bool = True) -> bytes:
     are the same; digits and accents stay.
     """
     if not text.isascii():
-        text = spaced(text.casefold() if lowercase else text, punctuation)
-        text = unicodedata.normalize("NFC", _UNSPACED.sub(r" \g<0> ", text))
+        text = spaced(text, punctuation)
+        left = _beyond(text)
+        if lowercase and any(c >= _LATER or c != c.casefold() for c in left):
+            text = spaced(text.casefold(), punctuation)
+            left = _beyond(text)
+        if any(c >= _LATER for c in left):
+            text = unicodedata.normalize("NFC", _UNSPACED.sub(r" \g<0> ", text))
     return text.encode(errors="surrogatepass").translate(_table(lowercase, punctuation))
+
+
+def joined(folded: bytes) -> bytes:
+    """The words of a folded text with one space between."""
+    return _SPACES.sub(b" ", folded).strip()
 
 
 def spans(text: str) -> list[tuple[int, int]]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lmx.data.clean.hashing import digest, fold
+from lmx.data.clean.hashing import digest, fold, joined
 from lmx.data.clean.runs import repeated_runs
 from lmx.data.clean.step import Change, Document, Drop, Ragged, Verdict
 
@@ -33,7 +33,7 @@ class Paragraphs:
 
     def _folded(self, text: str) -> list[bytes]:
         """Of each paragraph its words."""
-        return [b" ".join(fold(part, self.lowercase, self.punctuation).split()) for part in text.split(self.separator)]
+        return [joined(fold(part, self.lowercase, self.punctuation)) for part in text.split(self.separator)]
 
     def extract(self, document: Document) -> np.ndarray:
         """uint64 `[paragraphs]`: of those that have words."""

@@ -5,6 +5,8 @@ worker must see under the same path (a shared file system). The keys of exact an
 machine needs to hold them all.
 """
 
+import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,9 @@ from lmx.data.clean.minhash import MinHash
 from lmx.data.clean.step import CorpusStep, Ragged
 from lmx.data.curate.records import open_ragged
 
+TOLD = re.compile(
+    r"ValueError: ((?:(?!\\n).)*?) \[while running "
+)  # a task's error, in a runner's words or in the traceback that it quotes
 DOCUMENTS = 4096  # whose keys one element of Beam's reads
 
 
@@ -29,10 +34,15 @@ class Beam:
     """Beam's own command line: `--runner=FlinkRunner`, `--flink_master=..`, .. The default: two processes of this machine."""
 
     def each(self, task: Callable[[int], None], items: Sequence[int], what: str) -> None:
-        """Run a task for each item. Raises ValueError without the package, and what the runner makes of a task's error."""
+        """Run a task for each item. Raises ValueError without the package and for a task's; what the runner makes of other errors."""
         beam = _beam()
-        with self._pipeline() as pipeline:
-            pipeline | beam.Create(list(items)) | beam.Reshuffle() | beam.Map(task)
+        try:
+            with self._pipeline() as pipeline:
+                pipeline | beam.Create(list(items)) | beam.Reshuffle() | what >> beam.Map(task)
+        except Exception as error:
+            if said := TOLD.search(f"{type(error).__name__}: {error}"):
+                raise ValueError(said[1].replace("\\'", "'")) from error
+            raise
 
     def resolve(self, step: CorpusStep, folder: Path) -> Ragged:
         """What a corpus step finds. Documents that share a key are brought together by Beam; only the edges between them come back."""
@@ -40,9 +50,9 @@ class Beam:
             return step.resolve(open_ragged(folder))
         beam, extracted = _beam(), open_ragged(folder)
         ranges = [(at, min(at + DOCUMENTS, len(extracted))) for at in range(0, len(extracted), DOCUMENTS)]
-        prefix = folder / "edges"
-        for old in folder.glob("edges*"):
-            old.unlink()
+        found = folder / "edges"
+        shutil.rmtree(found, ignore_errors=True)  # a killed run's
+        found.mkdir()
         with self._pipeline() as pipeline:
             (
                 pipeline
@@ -51,13 +61,14 @@ class Beam:
                 | beam.FlatMap(_keys, str(folder))
                 | beam.GroupByKey()
                 | beam.FlatMap(_edges)
-                | beam.io.WriteToText(str(prefix))
+                | beam.io.WriteToText(str(found / "part"))
             )
         parents = np.arange(len(extracted))
-        for path in sorted(folder.glob("edges*")):
+        for path in sorted(found.glob("part*")):
             if path.stat().st_size:
                 pairs = np.loadtxt(path, np.int64, ndmin=2)
                 parents = components(len(parents), pairs[:, 0], pairs[:, 1], parents)
+        shutil.rmtree(found)
         return duplicates(parents)
 
     def _pipeline(self) -> Any:

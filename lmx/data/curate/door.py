@@ -1,6 +1,7 @@
 """The command line of a recipe: `python -m experiments.data.NAME [--folder F] [--workers N] [--dry-run true]`."""
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ class Options:
     workers: int = 1
     """Processes of this machine. What they make does not depend on it."""
     beam: str = ""
-    """Options of an Apache Beam runner that is to do the work, in one string: "--runner=FlinkRunner --flink_master=HOST:PORT"."""
+    """Options of an Apache Beam runner that is to do the work, in one string without dashes: "runner=FlinkRunner flink_master=HOST:PORT"."""
     dry_run: bool = False
     """Judge a sample only, and say what is to be expected: shares kept, time, disk, memory."""
     documents: int = 2000
@@ -41,12 +42,17 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None, *, description: str 
             (source, *others) = recipe.sources
             if others:
                 raise ConfigError(f"path={options.path!r}: {recipe.name} has {len(recipe.sources)} sources; change them in its module")
+            if not hasattr(source, "path"):
+                raise ConfigError(f"path={options.path!r}: source {source.name} of {recipe.name} has no path; change it in its module")
             recipe = dataclasses.replace(recipe, sources=(dataclasses.replace(source, path=options.path),))
+        if options.beam and options.workers != 1:
+            raise ConfigError(f"workers={options.workers} is of this machine, and a Beam runner has its own; leave one of them out")
         if options.dry_run:
             show_forecast(recipe, dry_run(recipe, documents=options.documents), options.workers)
             return
         folder = options.folder / recipe.name
-        manifest = curate(recipe, folder, workers=Beam(tuple(options.beam.split())) if options.beam else Local(options.workers))
+        beam = tuple(f"--{option.lstrip('-')}" for option in shlex.split(options.beam))
+        manifest = curate(recipe, folder, workers=Beam(beam) if beam else Local(options.workers))
     for split, made in manifest["splits"].items():
         print(f"{folder / split}: {made['documents']:,} documents, {made['tokens']:,} tokens, {made['bytes']:,} bytes of text")
     print(f"report: {folder / 'report.html'}")

@@ -5,6 +5,7 @@ import io
 import json
 import resource
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, sqrt
@@ -15,7 +16,7 @@ import numpy as np
 
 from lmx.data.clean.bias import Losses, which_lose
 from lmx.data.clean.step import Ragged
-from lmx.data.curate.recipe import Recipe, check, files_read, is_corpus_step, passes
+from lmx.data.curate.recipe import Recipe, check, files, files_read, is_corpus_step, passes
 from lmx.data.curate.records import Record
 from lmx.data.curate.tally import Tally
 from lmx.data.curate.work import Resolved, count_kept, count_read, read, share, through
@@ -94,17 +95,20 @@ def dry_run(recipe: Recipe, *, documents: int = 2000, units: int = 32, seed: int
     is its interval. Damage is counted, never refused. Raises what `check` and the sources' `units` raise.
     """
     check(recipe)
+    if documents < 1 or units < 1:
+        raise ValueError(f"documents={documents} of units={units} are no sample; both are to be 1 at least")
     everything = [(number, unit) for number, source in enumerate(recipe.sources) for unit in source.units(recipe.unit)]
     if not everything:
         raise ValueError(f"recipe {recipe.name!r}: its sources hold no files")
-    files_read(recipe, ())  # what steps read is there
+    for path in files_read(recipe, ()):  # what steps read is there
+        path.stat()
     order = np.argsort([share(unit.name, str(number), str(seed)) for number, unit in everything])
     chosen = [everything[i] for i in sorted(order[:units].tolist())]
     tally, count = Tally(recipe.examples), 0
     drawn: list[tuple[int, int, int, Record]] = []  # the hash, negative: the first is the highest; the document's number; the unit's
     for nth, (number, unit) in enumerate(chosen):
         for record in read(recipe.sources[number], unit, tally, damaged="skip"):
-            rank = share(record.document.id, record.document.source, str(seed))
+            rank = share(record.document.id, recipe.sources[number].name, str(seed))
             count += 1
             if len(drawn) < documents:
                 heapq.heappush(drawn, (-rank, count, nth, record))
@@ -113,15 +117,16 @@ def dry_run(recipe: Recipe, *, documents: int = 2000, units: int = 32, seed: int
     sample = [(nth, record) for _, _, nth, record in sorted(drawn, key=lambda item: item[1])]
     if not sample:
         raise ValueError(f"recipe {recipe.name!r}: the {len(chosen)} units that were read hold no document")
-    scale = sum(map(_size, everything)) / sum(map(_size, chosen))
+    sizes = _sizes(everything)
+    scale = sum(sizes.values()) / sum(sizes[pair] for pair in chosen)
     return _forecast(recipe, tally, sample, count, scale, chosen)
 
 
-def _size(unit: tuple[int, Unit]) -> int:
-    """Bytes of files in a unit, as near as its files say: a part that ends in bytes counts as that."""
-    _, unit = unit
-    whole = sum(Path(path).stat().st_size for path in unit.paths)
-    return min(whole, unit.stop - unit.start) if unit.stop else max(whole - unit.start, 1)
+def _sizes(units: Sequence[tuple[int, Unit]]) -> dict[tuple[int, Unit], float]:
+    """Bytes of files in each unit; of what is cut into several the same share in each, whatever their bounds count."""
+    cut = Counter((number, unit.paths) for number, unit in units)
+    size = {unit.paths: sum(path.stat().st_size for path in files([unit])) for unit in {unit.paths: unit for _, unit in units}.values()}
+    return {(number, unit): max(size[unit.paths], 1) / cut[number, unit.paths] for number, unit in units}
 
 
 def _forecast(recipe: Recipe, tally: Tally, sample: list, count: int, scale: float, chosen: list) -> Forecast:

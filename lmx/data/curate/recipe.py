@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import inspect
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +32,8 @@ class Recipe:
     """As in `Data.tokenizer`: bytes, a path, or one to be trained on the text that is kept (`bpe:32000`)."""
 
     held_out: float = 0.0
-    """Share of the kept documents, drawn by a hash of their ids, that goes into `validation` instead of `train`. Where it draws none there is no
-    `validation`."""
+    """Share of the kept documents, drawn by a hash of their source's name and their ids, that goes into `validation` instead of `train`: what
+    a source has twice under one id is not in both."""
 
     damaged: Literal["refuse", "skip"] = "refuse"
     """What happens where a source is damaged: the run ends with the place, or the place is listed in the report and left out."""
@@ -49,13 +51,15 @@ class Recipe:
 
 def check(recipe: Recipe) -> None:
     """Raise ValueError, in one line, for a recipe that cannot be meant."""
-    if not recipe.name or "/" in recipe.name:
+    if not recipe.name or "/" in recipe.name or recipe.name.startswith("."):
         raise ValueError(f"name={recipe.name!r} is to name a folder; use letters and digits")
     if not recipe.sources:
         raise ValueError(f"recipe {recipe.name!r} reads nothing: give it sources")
-    for what, names in (("sources", [s.name for s in recipe.sources]), ("steps", [s.name for s in recipe.steps])):
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two {what} are called {twice[0]!r}: give each its own name, reports tell them apart by it")
+    names = [part.name for part in (*recipe.sources, *recipe.steps)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two sources or steps are called {twice[0]!r}: give each its own name, reports tell them apart by it")
+    if taken := sorted({"source", "corpus"} & {step.name for step in recipe.steps}):
+        raise ValueError(f"a step is called {taken[0]!r}, which is what reports call the readers or the whole: give it another name")
     if not 0 <= recipe.held_out < 1:
         raise ValueError(f"held_out={recipe.held_out} is not a share of the documents; use 0.01, say, or 0")
     if recipe.unit < 1 or recipe.examples < 0:
@@ -64,11 +68,15 @@ def check(recipe: Recipe) -> None:
         raise ValueError(f"damaged={recipe.damaged!r} is not refuse or skip")
 
 
-def files_read(recipe: Recipe, units: Iterable[Unit]) -> list[str]:
-    """The files that decide what a recipe makes: its units', and those that steps name as `reads`. Raises FileNotFoundError for one missing."""
-    return sorted(
-        {*(path for unit in units for path in unit.paths), *(path for step in recipe.steps for path in getattr(step, "reads", ()))}
-    )
+def files(units: Iterable[Unit]) -> list[Path]:
+    """The files that units are made of, sorted; of a folder all below it."""
+    paths = {path for unit in units for path in map(Path, unit.paths)}
+    return sorted({file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if not file.is_dir()})
+
+
+def files_read(recipe: Recipe, units: Iterable[Unit]) -> list[Path]:
+    """The files that decide what a recipe makes: its units', and those that steps name as `reads`."""
+    return sorted({*files(units), *(Path(path) for step in recipe.steps for path in getattr(step, "reads", ()))})
 
 
 def is_corpus_step(step: Step | CorpusStep) -> bool:
@@ -92,7 +100,7 @@ def described(value: Any) -> Any:
         fields = {
             f.name: described(getattr(value, f.name)) if f.repr else _hidden(getattr(value, f.name)) for f in dataclasses.fields(value)
         }
-        return {"class": f"{type(value).__module__}.{type(value).__qualname__}", **fields}
+        return {"class": _named(type(value)), **fields}
     if isinstance(value, Mapping):
         return {str(key): described(item) for key, item in value.items()}
     if isinstance(value, frozenset | set):
@@ -103,16 +111,26 @@ def described(value: Any) -> Any:
         return str(value)
     if isinstance(value, partial):
         return {"function": described(value.func), "args": described(value.args), "keywords": described(value.keywords)}
+    if inspect.ismethod(value):
+        return {"method": value.__name__, "of": described(value.__self__)}
     if callable(value) and "<" not in getattr(value, "__qualname__", "<"):
-        return f"{value.__module__}.{value.__qualname__}"
+        return _named(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ValueError(f"a recipe holds {value!r}, which cannot be written down; use dataclasses, numbers, texts and functions of a module")
 
 
+def _named(value: Any) -> str:
+    """A class or function by its module and name; the same when the module is the program that is run."""
+    module = value.__module__
+    if module == "__main__" and (spec := getattr(sys.modules["__main__"], "__spec__", None)):
+        module = spec.name
+    return f"{module}.{value.__qualname__}"
+
+
 def _hidden(secret: Any) -> str:
     """What is written of a field that is kept out of `repr`: enough to see that it has changed."""
-    return f"sha256:{hashlib.sha256(repr(secret).encode()).hexdigest()[:16]}"
+    return f"sha256:{hashlib.sha256(json.dumps(described(secret), sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 def fingerprint(recipe: Recipe) -> str:

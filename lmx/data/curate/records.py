@@ -1,17 +1,17 @@
-"""Documents on their way through a recipe: one JSON line each, with the decisions so far. And files that are whole or not there."""
+"""Documents on their way through a recipe: one JSON line each, with the decisions so far. And arrays of each, in files."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from lmx.data.clean.step import Ragged
 from lmx.data.documents import Document
+from lmx.data.whole import whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +25,14 @@ class Record:
     """The identity terms of the text as it was read; empty where a recipe does not count them."""
 
     def to_line(self) -> bytes:
+        """Raises ValueError for metadata that JSON cannot hold."""
         d = self.document
-        fields = {"id": d.id, "source": d.source, "created": d.created, "metadata": d.metadata, "decisions": self.decisions, "text": d.text}
-        fields |= {"terms": self.terms} if self.terms else {}
-        return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        about = {"id": d.id, "source": d.source, "created": d.created, "metadata": d.metadata, "decisions": self.decisions}
+        about |= {"terms": self.terms} if self.terms else {}
+        try:
+            return b'%s,"text":%s}\n' % (_encode(about)[:-1].encode(), _quoted(d.text))
+        except (TypeError, UnicodeEncodeError) as error:
+            raise ValueError(f"document {d.id!r} of {d.source} has metadata that cannot be written as JSON: {error}") from error
 
     @classmethod
     def from_line(cls, line: bytes) -> "Record":
@@ -38,27 +42,22 @@ class Record:
         return cls(document, tuple(data["decisions"]), tuple(data.get("terms", ())))
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_CONTROLS = bytes(range(32))
+
+
+def _quoted(text: str) -> bytes:
+    """A text as JSON, as `_encode` writes it; twice as fast where there are no control characters but line ends."""
+    data = text.encode().replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\n", b"\\n")
+    if len(data.translate(None, _CONTROLS)) < len(data):
+        return _encode(text).encode()
+    return b'"%s"' % data
+
+
 def read_records(path: str | Path) -> Iterator[Record]:
     """The records of a file of them."""
     with Path(path).open("rb") as file:
         yield from map(Record.from_line, file)
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears under its name when it is complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    with whole(path) as file:
-        file.write(json.dumps(value, ensure_ascii=False, indent=1).encode() + b"\n")
 
 
 def open_ragged(path: Path) -> Ragged:
@@ -73,3 +72,37 @@ def write_ragged(path: Path, ragged: Ragged) -> None:
     for name in ("values", "offsets"):
         with whole(path / f"{name}.npy") as file:
             np.save(file, getattr(ragged, name))
+
+
+class Arrays(ExitStack):
+    """Arrays of one dtype, one after another, as they come: into `PATH.values.npy` and `PATH.lengths.npy` when the block ends."""
+
+    def __init__(self, path: Path, what: str):
+        super().__init__()
+        self._what = what
+        self._files = [self.enter_context(whole(path.with_name(f"{path.name}.{name}.npy"))) for name in ("values", "lengths")]
+        self._counts, self._dtypes = [0, 0], [np.dtype(np.uint64), np.dtype(np.int64)]
+        self._header()
+
+    def append(self, array: np.ndarray) -> None:
+        """Raises ValueError for an array of another dtype than the others'."""
+        if not self._counts[1]:
+            self._dtypes[0] = array.dtype
+            self._header()
+        if array.dtype != self._dtypes[0]:
+            raise ValueError(f"{self._what} gives {array.dtype} of one document and {self._dtypes[0]} of another")
+        for which, part in enumerate((array, np.array([len(array)], np.int64))):
+            self._files[which].write(part.tobytes())
+            self._counts[which] += len(part)
+
+    def __exit__(self, *error: Any) -> bool | None:
+        if error[0] is None:
+            self._header()
+        return super().__exit__(*error)
+
+    def _header(self) -> None:
+        """NumPy leaves room in it for a first dimension that grows, so it can be written again when that is known."""
+        for file, count, dtype in zip(self._files, self._counts, self._dtypes, strict=True):
+            file.seek(0)
+            header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+            np.lib.format.write_array_header_1_0(file, header)

@@ -58,7 +58,7 @@ def write_report(
     ]
     path = folder / "report.html"
     page = f"<!doctype html><meta charset=utf-8><title>{html.escape(recipe.name)}</title><style>{STYLE}</style>" + "\n".join(parts)
-    path.write_text(page, encoding="utf-8")
+    path.write_bytes(page.encode(errors="backslashreplace"))  # file names may be no text
     return path
 
 

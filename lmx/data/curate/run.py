@@ -1,7 +1,8 @@
 """Run a recipe: pass after pass over its units, then tokens into shards, then a manifest. Killed, it goes on where it was."""
 
 import json
-import shutil
+import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,15 +12,16 @@ import numpy as np
 from lmx.core.config import versions
 from lmx.data.clean.step import CorpusStep, Ragged
 from lmx.data.curate.recipe import Recipe, check, described, files_read, fingerprint, passes
-from lmx.data.curate.records import open_ragged, read_records, whole, write_json, write_ragged
+from lmx.data.curate.records import open_ragged, read_records, write_ragged
 from lmx.data.curate.report import write_report
 from lmx.data.curate.tally import Tally, from_json
-from lmx.data.curate.work import Clean, Place, Tokenise
+from lmx.data.curate.work import Clean, Place, Tokenise, splits
 from lmx.data.curate.workers import Local
-from lmx.data.learned import train_tokenizer, trained
+from lmx.data.learned import replace_file, train_tokenizer, trained
 from lmx.data.shards import file_hash, index_of, is_shards, write_manifest
 from lmx.data.sources.source import Unit
 from lmx.data.tokenizers import load_tokenizer
+from lmx.data.whole import alone, whole, write_json
 
 
 class Workers(Protocol):
@@ -33,20 +35,27 @@ class Workers(Protocol):
 def curate(recipe: Recipe, folder: str | Path, *, workers: Workers | None = None) -> dict[str, Any]:
     """Make a recipe's corpus in a folder: `train/` (and `validation/`) of shards, `tally.json`, `manifest.json`; returns the manifest.
 
-    A run that ended early goes on where it was; one that is complete returns at once. What is in the folder does not depend on the workers
-    or on how often it was killed. Raises ValueError when the folder holds another recipe's work, or the sources have changed since; and what
-    sources, steps and tokenizers raise.
+    A run that ended early goes on where it was; one that is complete returns at once; one that another process is at is waited for. What is
+    in the folder does not depend on the workers or on how often it was killed, and its shards not on where sources lie. Raises ValueError
+    when the folder holds another recipe's work, or sources or tokenizer have changed since, or meanwhile, or where a split would be empty;
+    RuntimeError where a document is not accounted for; and what sources, steps and tokenizers raise.
     """
     check(recipe)
     folder, workers = Path(folder), workers or Local()
     units = tuple((number, unit) for number, source in enumerate(recipe.sources) for unit in source.units(recipe.unit))
     if not units:
         raise ValueError(f"recipe {recipe.name!r}: its sources hold no files")
-    if not trained(recipe.tokenizer):
-        load_tokenizer(recipe.tokenizer, name="tokenizer")  # better refused now than after the passes
+    done = folder / "manifest.json"
+    if not done.exists():
+        with alone(folder):
+            _claim(recipe, folder, units)
+            if not done.exists():  # by whoever was here first
+                _make(recipe, folder, units, workers)
     _claim(recipe, folder, units)
-    if (folder / "manifest.json").exists():
-        return json.loads((folder / "manifest.json").read_bytes())
+    return json.loads(done.read_bytes())
+
+
+def _make(recipe: Recipe, folder: Path, units: Sequence[tuple[int, Unit]], workers: Workers) -> None:
     place, numbers, stages = Place(folder), range(len(units)), passes(recipe)
     starts: tuple[int, ...] = ()
     for number, (_, _, after) in enumerate(stages):
@@ -56,29 +65,35 @@ def curate(recipe: Recipe, folder: str | Path, *, workers: Workers | None = None
         if after:
             starts = _resolve(place, number, len(units), after, workers)
     tokenizer = _tokenizer(recipe, folder, len(stages) - 1, len(units))
-    splits = ("train", "validation") if recipe.held_out else ("train",)
+    roots = tuple(_root([unit for at, unit in units if at == number]) for number in range(len(recipe.sources)))
     left = [unit for unit in numbers if not index_of(folder / "train", unit).exists()]
-    workers.each(Tokenise(recipe, folder, units, tokenizer), left, "tokens")
-    return _finish(recipe, folder, units, splits, tokenizer)
+    workers.each(Tokenise(recipe, folder, units, tokenizer, roots), left, "tokens")
+    _finish(recipe, folder, units, tokenizer)
+
+
+def _root(units: Sequence[Unit]) -> str:
+    """The folder that all files of these units lie in; empty where they have none in common."""
+    folders = {path if os.path.isdir(path) else os.path.dirname(path) for unit in units for path in unit.paths}
+    return os.path.commonpath(folders) if folders and len({os.path.isabs(path) for path in folders}) == 1 else ""
 
 
 def _claim(recipe: Recipe, folder: Path, units: Sequence[tuple[int, Unit]]) -> None:
     """Write down what the folder is for, or refuse one that is for something else."""
-    files = files_read(recipe, (unit for _, unit in units))
-    stats = {path: [(stat := Path(path).stat()).st_size, stat.st_mtime_ns] for path in files}
-    claim = {"fingerprint": fingerprint(recipe), "files": stats, "recipe": described(recipe)}
+    stats = {str(path): [(stat := path.stat()).st_size, stat.st_mtime_ns] for path in files_read(recipe, (unit for _, unit in units))}
+    tokenizer = None if trained(recipe.tokenizer) else load_tokenizer(recipe.tokenizer, name="tokenizer").fingerprint
+    claim = {"fingerprint": fingerprint(recipe), "files": stats, "tokenizer": tokenizer, "recipe": described(recipe)}
     path = folder / "recipe.json"
-    if path.exists():
-        old = json.loads(path.read_bytes())
-        if old["fingerprint"] != claim["fingerprint"]:
-            raise ValueError(
-                f"{folder} holds the work of another recipe ({_difference(old['recipe'], claim['recipe'])}); use another folder"
-            )
-        if changed := [name for name in {**old["files"], **stats} if old["files"].get(name) != stats.get(name)]:
-            raise ValueError(f"{folder}: {changed[0]} has changed since this corpus was begun; use another folder, or remove this one")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
         write_json(path, claim)
+        return
+    old = json.loads(path.read_bytes())
+    if old["fingerprint"] != claim["fingerprint"]:
+        raise ValueError(f"{folder} holds the work of another recipe ({_difference(old['recipe'], claim['recipe'])}); use another folder")
+    changed = [name for name in {**old["files"], **stats} if old["files"].get(name) != stats.get(name)]
+    if old.get("tokenizer") != tokenizer:
+        changed.append(f"tokenizer={recipe.tokenizer!r}")
+    if changed:
+        raise ValueError(f"{folder}: {changed[0]} has changed since this corpus was begun; use another folder, or remove this one")
 
 
 def _difference(old: Any, new: Any, name: str = "recipe") -> str:
@@ -135,35 +150,37 @@ def _tokenizer(recipe: Recipe, folder: Path, last: int, units: int) -> str:
     if recipe.tokenizer == "bytes":
         return recipe.tokenizer
     if source.is_file():
-        return str(shutil.copyfile(source, folder / f"tokenizer{source.suffix}"))
-    files = [path for path in source.iterdir() if path.is_file() and path.suffix in (".json", ".model", ".txt")]
-    (folder / "tokenizer").mkdir(exist_ok=True)
-    for path in files:
-        shutil.copyfile(path, folder / "tokenizer" / path.name)
+        copy = folder / f"tokenizer{source.suffix}"
+        replace_file(copy, source.read_bytes())
+        return str(copy)
+    for path in source.iterdir():
+        if path.is_file() and path.suffix in (".json", ".model", ".txt"):
+            replace_file(folder / "tokenizer" / path.name, path.read_bytes())
     return str(folder / "tokenizer")
 
 
-def _finish(recipe: Recipe, folder: Path, units: Sequence[tuple[int, Unit]], splits: Sequence[str], tokenizer: str) -> dict[str, Any]:
+def _finish(recipe: Recipe, folder: Path, units: Sequence[tuple[int, Unit]], tokenizer: str) -> None:
     """Sum up: the tally over all passes, a manifest for each split and one for the whole."""
-    place, tally = Place(folder), Tally(recipe.examples)
+    place, tally, hashes = Place(folder), Tally(recipe.examples), {}
+    for unit in range(len(units)):
+        hashes |= json.loads(place.of(0, unit, "files.json").read_bytes())
     for number in range(len(passes(recipe))):
         for unit in range(len(units)):
             tally += from_json(json.loads(place.of(number, unit, "tally.json").read_bytes()))
+    write_json(folder / "tally.json", tally.to_json())
+    _account(recipe, folder, tally, len(units))
     loaded = load_tokenizer(tokenizer)
     counts = [[*event, documents, size] for event, documents, size in tally.rows()]
-    files = files_read(recipe, (unit for _, unit in units))
     about = {
         "name": recipe.name,
         "fingerprint": fingerprint(recipe),
         "recipe": described(recipe),
         "versions": versions(),
-        "sources": {path: file_hash(Path(path)) for path in files},
+        "sources": dict(sorted((hashes | {str(path): file_hash(path) for path in files_read(recipe, ())}).items())),
     }
     write_json(folder / "tally.json", tally.to_json())
     parts = {}
-    for split in splits:
-        if split == "validation" and not _drawn(folder / split, len(units)):
-            continue
+    for split in splits(recipe):
         if is_shards(folder / split):
             parts[split] = json.loads((folder / split / "manifest.json").read_bytes())
         else:
@@ -171,10 +188,27 @@ def _finish(recipe: Recipe, folder: Path, units: Sequence[tuple[int, Unit]], spl
     totals = {split: {key: part[key] for key in ("documents", "tokens", "bytes", "content")} for split, part in parts.items()}
     manifest = {**about, "tokenizer": {"name": Path(tokenizer).name, "fingerprint": loaded.fingerprint}, "splits": totals, "counts": counts}
     write_report(recipe, folder, tally, parts, loaded, manifest)
+    _claim(recipe, folder, units)  # what was read is still there
     write_json(folder / "manifest.json", manifest)
-    return manifest
 
 
-def _drawn(split: Path, units: int) -> bool:
-    """Whether a split has a document: of few ones none may be held out."""
-    return any(json.loads(index_of(split, unit).read_bytes())["documents"] for unit in range(units))
+def _account(recipe: Recipe, folder: Path, tally: Tally, units: int) -> None:
+    """Raise ValueError where nothing was kept, or nothing held out; RuntimeError where not every document was kept or dropped by one rule."""
+    read, kept = (sum(documents for _, documents, _ in tally.rows(what=what)) for what in ("read", "kept"))
+    dropped: Counter[str] = Counter()
+    for event, documents, _ in tally.rows(what="dropped"):
+        dropped[f"{event.step} ({event.reason})"] += documents
+    made = {
+        split: sum(json.loads(index_of(folder / split, unit).read_bytes())["documents"] for unit in range(units))
+        for split in splits(recipe)
+    }
+    if not read == kept + dropped.total() or not kept == sum(made.values()):
+        raise RuntimeError(
+            f"{folder}: of {read} documents {dropped.total()} were dropped and {kept} kept, of which {made} are in shards; "
+            "files between passes have been lost or changed: remove the folder, and make the corpus again"
+        )
+    if not kept:
+        most = ", ".join(f"{rule} dropped {documents}" for rule, documents in dropped.most_common(3)) or "its sources hold none"
+        raise ValueError(f"recipe {recipe.name!r}: no document was kept of {read}; {most}; see python -m lmx.data inspect {folder}")
+    if empty := [split for split, documents in made.items() if not documents]:
+        raise ValueError(f"held_out={recipe.held_out} leaves none of {kept} documents for {empty[0]}; use another share, or 0")

@@ -15,13 +15,14 @@ import numpy as np
 from lmx.data.clean.bias import count_terms
 from lmx.data.clean.step import Drop, Ragged
 from lmx.data.clean.urls import host
-from lmx.data.curate.recipe import Recipe, passes
-from lmx.data.curate.records import Record, open_ragged, read_records, whole, write_json
+from lmx.data.curate.recipe import Recipe, files, passes
+from lmx.data.curate.records import Arrays, Record, open_ragged, read_records
 from lmx.data.curate.tally import EXCERPT, Event, Group, Tally
 from lmx.data.documents import Document
-from lmx.data.shards import write_shard
+from lmx.data.shards import file_hash, write_shard
 from lmx.data.sources.source import Omitted, Source, Unit
 from lmx.data.tokenizers import load_tokenizer
+from lmx.data.whole import whole, write_json
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Place:
 
 
 def share(id: str, source: str, salt: str = "") -> int:
-    """A number below 2**64 for a document: a hash of its name, the same wherever it is asked."""
+    """A number below 2**64 for a document: a hash of its id and its source's name, wherever its files lie and whoever asks."""
     return int.from_bytes(hashlib.blake2b(f"{salt}\0{source}\0{id}".encode(), digest_size=8).digest(), "big")
 
 
@@ -60,22 +61,25 @@ class Clean:
         place, source = Place(self.folder), self.recipe.sources[self.units[unit][0]]
         before, steps, after = passes(self.recipe)[self.number]
         tally = Tally(self.recipe.examples)
-        values: list[np.ndarray] = []
-        ids: list[bytes] = []
         resolved = open_ragged(place.ragged(self.number - 1, "resolved")) if before else None
         names = open_ragged(place.ragged(self.number - 1, "ids")) if before else None
         with ExitStack() as stack:
             kept, dropped = (stack.enter_context(whole(place.of(self.number, unit, f"{kind}.jsonl"))) for kind in ("kept", "dropped"))
+            if after:
+                kinds = (("extracted", f"step {after.name}"), ("ids", "ids"))
+                extracted, ids = (stack.enter_context(Arrays(place.of(self.number, unit, kind), what)) for kind, what in kinds)
+
+            last = self.number == len(passes(self.recipe)) - 1
 
             def judge(record: Record) -> None:
                 if record := through(record, steps, source.name, tally, dropped):
                     kept.write(record.to_line())
-                    if self.number == len(passes(self.recipe)) - 1:
+                    if last:
                         count_kept(record, source.name, tally)
                     if after:
                         clock = time.process_time()
-                        values.append(np.asarray(after.extract(record.document)))
-                        ids.append(record.document.id.encode())
+                        extracted.append(np.asarray(after.extract(record.document)))
+                        ids.append(np.frombuffer(record.document.id.encode(), np.uint8))
                         tally.seconds[after.name] += time.process_time() - clock
 
             if before is None:
@@ -86,10 +90,14 @@ class Clean:
                     one = Resolved(before, resolved[number], names)
                     if record := through(record, (one,), source.name, tally, dropped):
                         judge(record)
-        if after:
-            for kind, arrays in (("extracted", values), ("ids", [np.frombuffer(id, np.uint8) for id in ids])):
-                _save(place.of(self.number, unit, kind), arrays)
+        if before is None:
+            write_json(place.of(0, unit, "files.json"), hashes(self.units[unit][1]))
         write_json(place.of(self.number, unit, "tally.json"), tally.to_json())
+
+
+def hashes(unit: Unit) -> dict[str, str]:
+    """SHA-256 (hex) of the files of a unit; of a file that was cut with its first part."""
+    return {str(path): file_hash(path) for path in files([unit])} if not unit.start else {}
 
 
 def read(source: Source, unit: Unit, tally: Tally, *, damaged: str) -> Iterator[Record]:
@@ -99,8 +107,10 @@ def read(source: Source, unit: Unit, tally: Tally, *, damaged: str) -> Iterator[
         if isinstance(item, Document):
             try:
                 size = len(item.text.encode())
+                f"{item.source}{item.id}".encode()
             except UnicodeEncodeError as error:
-                item = Omitted(f"{item.source}: {item.id}", f"half a surrogate pair at character {error.start}", damaged=True)
+                where = f"{item.source}: {item.id}".encode(errors="backslashreplace").decode()
+                item = Omitted(where, f"half a surrogate pair in its text, id or path, at character {error.start}", damaged=True)
         tally.seconds[source.name] += time.process_time() - clock
         if isinstance(item, Omitted):
             if item.damaged and damaged == "refuse":
@@ -174,17 +184,18 @@ class Resolved:
 
 def through(record: Record, steps: tuple, source: str, tally: Tally, dropped: Any) -> Record | None:
     """A document through steps, with what happens counted, and written to `dropped`; None where one drops it."""
+    document = record.document
+    rank, size = share(document.id, source), len(document.text.encode())  # once: this is done for all documents of a corpus
     for step in steps:
-        document = record.document
         clock = time.process_time()
         try:
             verdict = step(document)
+            text = getattr(verdict, "text", None)
+            length = size if text is None else len(text.encode())
         except Exception as error:
             raise RuntimeError(f"step {step.name} failed on document {document.id!r} of {document.source}: {error!r}") from error
         tally.seconds[step.name] += time.process_time() - clock
         language = str(document.metadata.get("language", ""))
-        rank = share(document.id, document.source)
-        size = len(document.text.encode())
         if isinstance(verdict, Drop):
             if verdict.reason == "language":
                 language = str(verdict.value)  # which it is, as found by the step that drops it
@@ -205,27 +216,17 @@ def through(record: Record, steps: tuple, source: str, tally: Tally, dropped: An
         event = Event(step.name, "passed", "", source, language)
         tally.count(event, 1, size)
         tally.show(event, rank, document.text, id=document.id)
-        if verdict is not None and (verdict.text is not None or verdict.metadata):
-            text = document.text if verdict.text is None else verdict.text
-            if verdict.text is not None:
-                shorter = size - len(text.encode())
+        if verdict is not None and (text is not None or verdict.metadata):
+            if text is not None:
                 for kind, number in (verdict.counts or {"text": 1}).items():
                     event = Event(step.name, "changed", kind, source, language)
-                    tally.count(event, number, shorter)
+                    tally.count(event, number, size - length)
                     tally.show(event, rank, document.text, id=document.id, after=text[:EXCERPT])
-            metadata = {**document.metadata, **verdict.metadata}
             decision = {"step": step.name, "counts": dict(verdict.counts), "metadata": dict(verdict.metadata), "bytes": size}
-            document = replace(document, text=text, metadata=metadata)
+            metadata = {**document.metadata, **verdict.metadata}
+            document, size = replace(document, text=document.text if text is None else text, metadata=metadata), length
             record = replace(record, document=document, decisions=(*record.decisions, decision))
     return record
-
-
-def _save(path: Path, arrays: list[np.ndarray]) -> None:
-    """One array for each document, in two files."""
-    values = np.concatenate(arrays) if arrays else np.zeros(0, np.uint64)
-    for name, array in (("values", values), ("lengths", np.array([len(a) for a in arrays], np.int64))):
-        with whole(path.with_name(f"{path.name}.{name}.npy")) as file:
-            np.save(file, array)
 
 
 @dataclass(frozen=True)
@@ -236,16 +237,31 @@ class Tokenise:
     folder: Path
     units: tuple[tuple[int, Unit], ...]
     tokenizer: str
+    roots: tuple[str, ...]
+    """Of each source the folder that all its files lie in. Shards tell of documents by what comes below: they are the same wherever it is."""
 
     def __call__(self, unit: int) -> None:
-        source = self.recipe.sources[self.units[unit][0]].name
+        number, _ = self.units[unit]
+        source, root = self.recipe.sources[number].name, self.roots[number]
         kept = Place(self.folder).of(len(passes(self.recipe)) - 1, unit, "kept.jsonl")
         border = int(self.recipe.held_out * 2**64)
-        for split in ("validation", "train") if border else ("train",):
+        for split in reversed(splits(self.recipe)):  # that of `train` says that the unit is done
             records = (
-                r for r in read_records(kept) if (share(r.document.id, r.document.source, "split") < border) == (split == "validation")
+                Record(replace(r.document, source=below(r.document.source, root)), r.decisions)
+                for r in read_records(kept)
+                if (share(r.document.id, source, "split") < border) == (split == "validation")
             )
             write_shard(records, _tokenizer(self.tokenizer), self.folder / split, unit, corpus=source)
+
+
+def splits(recipe: Recipe) -> tuple[str, ...]:
+    """The folders of shards that a recipe makes."""
+    return ("train", "validation") if recipe.held_out else ("train",)
+
+
+def below(path: str, root: str) -> str:
+    """A path without the folder that it begins with, if it does."""
+    return path[len(root) :].lstrip("/") if root and path.startswith(root.rstrip("/") + "/") else path
 
 
 @cache

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lmx.data.documents import Document
-from lmx.data.sources.paths import each, found, grouped, parts
+from lmx.data.sources.paths import documented, each, found, grouped, parts
 from lmx.data.sources.records import CREATED, first_line, from_record, sound, utf8
 from lmx.data.sources.source import UNIT, Omitted, Unit
 
@@ -35,23 +35,16 @@ class ArrayRecord:
         return each(unit, self.path, self._file)
 
     def _file(self, path: Path, relative: str, start: int, stop: int | None) -> Iterator[Document | Omitted]:
-        for item in records(path, start, stop):
-            if isinstance(item, Omitted):
-                yield item
-                continue
-            number, data, as_json = item
-            id = f"{relative}:{number}"
-            try:
-                if as_json:
-                    found = from_record(sound(data), id, str(path), text=self.text, key=self.id, created=self.created)
-                else:
-                    found = Document(id, utf8(data), str(path))
-            except ValueError as error:
-                found = Omitted(f"{path}, record {number}", str(error), damaged=True)
-            yield found
+        return documented(records(path, start, stop), path, relative, self._document, "record")
+
+    def _document(self, record: tuple[bytes, bool], id: str, source: str, _: str) -> Document:
+        data, as_json = record
+        if not as_json:
+            return Document(id, utf8(data), source)
+        return from_record(sound(data), id, source, text=self.text, key=self.id, created=self.created)
 
 
-def records(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes, bool] | Omitted]:
+def records(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, tuple[bytes, bool]] | Omitted]:
     """The records `[start, stop)` with their numbers, and whether the file's are JSON objects. Of damaged ones the others are read."""
     reader = _reader(path)
     if isinstance(reader, Exception):
@@ -67,7 +60,7 @@ def records(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tup
             if isinstance(data, Exception):
                 yield Omitted(f"{path}, record {number}", f"is damaged ({first_line(data)}); write it again", damaged=True)
             else:
-                yield number, data, as_json
+                yield number, (data, as_json)
     reader.close()
 
 

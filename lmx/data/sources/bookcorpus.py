@@ -10,11 +10,11 @@ from typing import BinaryIO
 import numpy as np
 
 from lmx.data.documents import Document
-from lmx.data.sources.compressed import opened, packed
-from lmx.data.sources.paths import BLOCK, each, found, grouped, lines, suffix, unreadable
+from lmx.data.sources.compressed import kind, opened
+from lmx.data.sources.paths import BLOCK, each, found, grouped, lines, suffix, whole
 from lmx.data.sources.records import utf8
 from lmx.data.sources.source import UNIT, Omitted, Unit
-from lmx.data.sources.tars import broken, members
+from lmx.data.sources.tars import SUFFIXES, members
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class BookCorpus:
 
     def _file(self, path: Path, relative: str, start: int, stop: int | None) -> Iterator[Document | Omitted]:
         with opened(path, self.name) as file:
-            if suffix(path) not in (".tar", ".tgz"):
+            if suffix(path) not in SUFFIXES:
                 yield from self._texts(file, str(path), relative, start, stop)
                 return
             for item in members(file, str(path)):
@@ -51,14 +51,11 @@ class BookCorpus:
                 elif not item[0].endswith(".txt") or _is_list(item[0]):
                     yield Omitted(f"{path}/{item[0]}", "not_text")
                 else:
-                    yield from self._texts(item[1], f"{path}/{item[0]}", f"{relative}/{item[0]}")
+                    yield from self._texts(item[2], f"{path}/{item[0]}", f"{relative}/{item[0]}")
 
     def _texts(self, file: BinaryIO, where: str, id: str, start: int = 0, stop: int | None = None) -> Iterator[Document | Omitted]:
         if not self._has_sentences(where):
-            try:
-                yield Document(id, utf8(file.read()), where)
-            except broken() as error:
-                yield unreadable(where, error)
+            yield whole(file, id, where)
             return
         for run in batched(lines(file, where, start, stop), self.lines_per_document):
             kept = [line for line in run if not isinstance(line, Omitted)]
@@ -76,7 +73,7 @@ class BookCorpus:
 
     def _parts(self, path: Path, count: int) -> list[tuple[int, int | None]]:
         """Cut where a document begins. Lines are counted from the file's first, so this reads it."""
-        if not self._has_sentences(str(path)) or packed(path):
+        if not self._has_sentences(str(path)) or kind(path):
             return []
         total = path.stat().st_size
         starts, seen, offset = [0], 0, 0
@@ -97,4 +94,4 @@ def _is_list(name: str) -> bool:
 
 
 def _wanted(path: Path) -> bool:
-    return suffix(path) in (".tar", ".tgz") or (suffix(path) == ".txt" and not _is_list(path.name))
+    return suffix(path) in SUFFIXES or (suffix(path) == ".txt" and not _is_list(path.name))

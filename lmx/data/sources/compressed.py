@@ -8,11 +8,11 @@ import zlib
 from io import BufferedReader
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 WINDOW = 31  # log2 of the bytes that PushShift's zstd files look back
-ZSTD = b"\x28\xb5\x2f\xfd"
-MODULES = ((b"\x1f\x8b", gzip), (b"BZh", bz2), (b"\xfd7zXZ\x00", lzma))
+GZIP, BZIP2, XZ, ZSTD = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"
+MODULES = {GZIP: gzip, BZIP2: bz2, XZ: lzma}
 
 
 def opened(path: str | Path, name: str = "source") -> BinaryIO:
@@ -22,45 +22,62 @@ def opened(path: str | Path, name: str = "source") -> BinaryIO:
     damaged or cut off file raises one of `damage()`.
     """
     path = Path(path)
-    return _unpacked(path, _magic(path), str(path), name) or path.open("rb")
+    return _unpacked(path, kind(path), f"{name}: {path}") or path.open("rb")
 
 
 def unpacked(file: BufferedReader, where: str, name: str = "source") -> BinaryIO:
     """As `opened`, of a file in a file (an archive in an archive). `where` is what errors call it."""
-    return _unpacked(file, file.peek(6)[:6], where, name) or file
+    return _unpacked(file, _kind(file.peek(6)), f"{name}: {where}") or file
 
 
-def packed(path: str | Path) -> bool:
-    """Whether `opened` would unpack it."""
-    return _magic(Path(path)).startswith((ZSTD, *(start for start, _ in MODULES)))
+def unpacker(kind: bytes) -> Any:
+    """Unpacks one member or frame, piece by piece."""
+    if kind == GZIP:
+        return zlib.decompressobj(31)
+    if kind == ZSTD:
+        zstd = _zstd("a zstd file")
+        return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: WINDOW})
+    return bz2.BZ2Decompressor() if kind == BZIP2 else lzma.LZMADecompressor()
+
+
+def kind(path: str | Path) -> bytes:
+    """What a file's members begin with: GZIP, BZIP2, XZ or ZSTD; empty where it is not compressed."""
+    with Path(path).open("rb") as file:
+        return _kind(file.read(6))
 
 
 def damage() -> tuple[type[Exception], ...]:
     """What reading a damaged compressed file can raise. (OSError too, from bz2 and gzip: catch it after these.)"""
     try:
-        extra = (_zstd("", "").ZstdError,)
+        extra = (_zstd("").ZstdError,)
     except ValueError:
         extra = ()
     return (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, *extra)
 
 
-def _magic(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(6)
+def package(module: str, where: str, extra: str = "data") -> ModuleType:
+    """A module of a package that lmx does without otherwise. Raises ValueError that says what needs it and the extra it is in."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        wanted = module if module.endswith(".zstd") else module.partition(".")[0]
+        raise ValueError(f"{where} needs the {wanted} package, which is not installed ({error}); pip install 'lmx[{extra}]'") from error
 
 
-def _unpacked(file: Path | BufferedReader, magic: bytes, where: str, name: str) -> BinaryIO | None:
-    if magic.startswith(ZSTD):
-        zstd = _zstd(where, name)
+def _kind(data: bytes) -> bytes:
+    return next((kind for kind in (*MODULES, ZSTD) if data.startswith(kind)), b"")
+
+
+def _unpacked(file: Path | BufferedReader, kind: bytes, where: str) -> BinaryIO | None:
+    if kind == ZSTD:
+        zstd = _zstd(where)
         return zstd.open(file, "rb", options={zstd.DecompressionParameter.window_log_max: WINDOW})
-    return next((module.open(file, "rb") for start, module in MODULES if magic.startswith(start)), None)
+    return MODULES[kind].open(file, "rb") if kind else None
 
 
-def _zstd(path: str, name: str) -> ModuleType:
+def _zstd(where: str) -> ModuleType:
     """Python 3.14's module or its backport. (The older `zstandard` package takes a file that was cut off for a whole one.)"""
-    for module in ("compression.zstd", "backports.zstd"):
-        try:
-            return importlib.import_module(module)
-        except ImportError:
-            continue
-    raise ValueError(f"{name}: {path} needs the backports.zstd package, which is not installed; pip install 'lmx[zstd]'")
+    try:
+        return importlib.import_module("compression.zstd")
+    except ImportError:
+        return package("backports.zstd", where, "zstd")

@@ -126,9 +126,10 @@ def _records(path: Path, relative: str, field: str, name: str) -> Iterator[Docum
     for item in parquet.rows(path, name=name) if as_parquet else array_record.records(path):
         if isinstance(item, Omitted):
             raise ValueError(f"{name}: {item.where} {item.reason}")
-        number, record = item[:2]
+        number, record = item
+        record, as_json = (record, True) if as_parquet else record
         where, id = f"{name}: {path}, record {number}", f"{relative}:{number}"
-        if as_parquet or item[2]:
+        if as_json:
             yield _from_record(record if as_parquet else _at(where, parsed, record), where, id, str(path), field)
         else:
             yield Document(id, _at(where, utf8, record), str(path))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lmx.data.documents import Document
 from lmx.data.sources.compressed import opened
-from lmx.data.sources.paths import each, found, grouped, suffix
+from lmx.data.sources.paths import each, found, grouped, suffix, unreadable, whole
 from lmx.data.sources.records import utf8
 from lmx.data.sources.source import UNIT, Omitted, Unit
 
@@ -93,19 +93,15 @@ class PG19:
         try:
             # id, title, year, link; titles hold commas, quoted or not
             rows = [row for row in csv.reader(io.StringIO(utf8(table.read_bytes()).replace("\0", ""), newline="")) if row]
-            books = {row[0]: {"title": ",".join(row[1:-2]), "year": row[-2], "link": row[-1]} for row in rows if len(row) > 3}
+            books = {row[0]: {"title": ",".join(row[1:-2]), "year": row[-2], "url": row[-1]} for row in rows if len(row) > 3}
         except (OSError, ValueError, csv.Error) as error:
-            yield Omitted(str(table), f"cannot be read ({error})", damaged=True)
+            yield unreadable(str(table), error)
         yield from each(unit, self.path, lambda path, relative, *_: self._file(path, relative, books))
 
     def _file(self, path: Path, relative: str, books: dict[str, dict[str, str]]) -> Iterator[Document | Omitted]:
-        with opened(path, self.name) as file:
-            data = file.read()
         book = books.get(path.name.partition(".")[0], {})
-        try:
-            yield Document(relative.removesuffix(".txt"), utf8(data), str(path), book, book.get("year", ""))
-        except ValueError as error:
-            yield Omitted(str(path), str(error), damaged=True)
+        with opened(path, self.name) as file:
+            yield whole(file, relative.removesuffix(".txt"), str(path), book, book.get("year", ""))
 
 
 def decoded(data: bytes, filename: str) -> str:

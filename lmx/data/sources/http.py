@@ -6,8 +6,10 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
-from lmx.data.sources.chain import ZSTD, errors, unpacker_of
+from lmx.data.sources.compressed import GZIP, ZSTD, damage, unpacker
+from lmx.data.sources.records import first_line
 
 END = re.compile(rb"\r?\n\r?\n")
 STATUS = re.compile(rb"HTTP/\d(?:\.\d)? +(\d{3})\b")
@@ -61,14 +63,14 @@ def content(page: Page, longest: int) -> bytes | str:
     for encoding in reversed(page.headers.get("content-encoding", "").lower().split(",")):
         encoding = encoding.strip()
         if encoding in ("gzip", "x-gzip"):
-            made = _unpacked(body, zlib.decompressobj(31), longest) if body.startswith(b"\x1f\x8b") else body
+            made = _unpacked(body, unpacker(GZIP), longest) if body.startswith(GZIP) else body
         elif encoding == "deflate":  # with zlib's header, or, from some servers, without; text that is decoded has neither
             begins = len(body) > 1 and body[0] & 15 == 8 and int.from_bytes(body[:2]) % 31 == 0
             made = _unpacked(body, zlib.decompressobj(15 if begins else -15), longest)
             if isinstance(made, str) and not begins:
                 made = body
         elif encoding == "zstd":
-            made = _unpacked(body, unpacker_of(ZSTD), longest) if body.startswith(ZSTD) else body
+            made = _unpacked(body, unpacker(ZSTD), longest) if body.startswith(ZSTD) else body
         elif encoding in ("", "identity", "none", "utf-8"):
             made = body
         else:
@@ -93,12 +95,12 @@ def _unchunked(body: bytes) -> bytes | None:
     return None
 
 
-def _unpacked(body: bytes, unpacker, longest: int) -> bytes | str:
+def _unpacked(body: bytes, member: Any, longest: int) -> bytes | str:
     try:
-        made = unpacker.decompress(body, longest)
-    except errors(ZSTD if body.startswith(ZSTD) else b"") as error:
-        return f"does not unpack ({' '.join(str(error).split())})"
-    if unpacker.eof:
+        made = member.decompress(body, longest)
+    except (*damage(), OSError) as error:
+        return f"cannot be read ({first_line(error)})"
+    if member.eof:
         return made
     return "too_long" if len(made) >= longest else "breaks off inside its content encoding"
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmx.data.documents import Document
-from lmx.data.sources.paths import byte_parts, each, found, grouped, json_records, suffix
-from lmx.data.sources.records import CREATED, from_record
+from lmx.data.sources.paths import byte_parts, documented, each, found, grouped, json_records, suffix
+from lmx.data.sources.records import CREATED, from_fields
 from lmx.data.sources.source import UNIT, Omitted, Unit
 
 
@@ -34,13 +34,5 @@ class Jsonl:
         return each(unit, self.path, self._file)
 
     def _file(self, path: Path, relative: str, start: int, stop: int | None) -> Iterator[Document | Omitted]:
-        for line in json_records(path, self.name, start, stop):
-            if isinstance(line, Omitted):
-                yield line
-                continue
-            offset, record = line
-            try:
-                found = from_record(record, f"{relative}@{offset}", str(path), text=self.text, key=self.id, created=self.created)
-            except ValueError as error:
-                found = Omitted(f"{path}, byte {offset}", str(error), damaged=True)
-            yield found
+        made = from_fields(self.text, self.id, self.created)
+        return documented(json_records(path, self.name, start, stop), path, relative, made)

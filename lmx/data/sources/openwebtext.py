@@ -7,10 +7,9 @@ from typing import BinaryIO
 
 from lmx.data.documents import Document
 from lmx.data.sources.compressed import damage, opened, unpacked
-from lmx.data.sources.paths import each, found, grouped, unreadable
-from lmx.data.sources.records import utf8
+from lmx.data.sources.paths import each, found, grouped, unreadable, whole
 from lmx.data.sources.source import UNIT, Omitted, Unit
-from lmx.data.sources.tars import broken, members
+from lmx.data.sources.tars import members
 
 ARCHIVES = (".tar", ".tar.xz", "_data.xz")
 
@@ -40,7 +39,7 @@ class OpenWebText:
             if isinstance(item, Omitted):
                 yield item
                 continue
-            name, contents = item
+            name, _, contents = item
             inside = f"{where}/{name}"
             if name.endswith(ARCHIVES):
                 try:
@@ -52,9 +51,6 @@ class OpenWebText:
                         yield from self._archive(archive, inside, f"{id}/{name}")
             elif name.endswith(".txt"):
                 stem = name.removesuffix(".txt")
-                try:
-                    yield Document(f"{id}/{stem}", utf8(contents.read()), where, {"url_md5": stem.rpartition("-")[2]})
-                except broken() as error:
-                    yield unreadable(inside, error)
+                yield whole(contents, f"{id}/{stem}", where, {"url_md5": stem.rpartition("-")[2]}, where=inside)
             else:
                 yield Omitted(inside, "not_text")

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lmx.data.documents import Document
-from lmx.data.sources.paths import each, found, grouped, parts
-from lmx.data.sources.records import CREATED, first_line, from_record, plain
+from lmx.data.sources.compressed import package
+from lmx.data.sources.paths import documented, each, found, grouped, parts
+from lmx.data.sources.records import CREATED, first_line, from_fields, plain
 from lmx.data.sources.source import UNIT, Omitted, Unit
 
 ROWS = 256  # read at once
@@ -28,22 +29,14 @@ class Parquet:
 
     def units(self, size: int = UNIT) -> Sequence[Unit]:
         files = found(self.path, lambda path: path.suffix.lower() == ".parquet", ".parquet", name=self.name)
-        return grouped(files, self.path, size, _row_groups)
+        return grouped(files, self.path, size, row_groups)
 
     def read(self, unit: Unit) -> Iterator[Document | Omitted]:
         return each(unit, self.path, self._file)
 
     def _file(self, path: Path, relative: str, start: int, stop: int | None) -> Iterator[Document | Omitted]:
-        for row in rows(path, start, stop, self.columns, self.name):
-            if isinstance(row, Omitted):
-                yield row
-                continue
-            number, record = row
-            try:
-                found = from_record(record, f"{relative}:{number}", str(path), text=self.text, key=self.id, created=self.created)
-            except ValueError as error:
-                found = Omitted(f"{path}, record {number}", str(error), damaged=True)
-            yield found
+        made = from_fields(self.text, self.id, self.created)
+        return documented(rows(path, start, stop, self.columns, self.name), path, relative, made, "record")
 
 
 def rows(
@@ -88,18 +81,17 @@ def _batch(batch: Any, number: int, path: Path) -> Iterator[tuple[int, dict[str,
 
 def _opened(path: Path, name: str) -> tuple[Any, Any]:
     """pyarrow, and the file, or what is wrong with it."""
+    parquet = package("pyarrow.parquet", f"{name}: {path}")
+    import pyarrow
+
     try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError(f"{name}: {path} needs the pyarrow package, which is not installed; pip install 'lmx[data]'") from error
-    try:
-        return pyarrow, pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+        return pyarrow, parquet.ParquetFile(path, page_checksum_verification=True)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         return pyarrow, error
 
 
-def _row_groups(path: Path, count: int) -> list[tuple[int, int | None]]:
+def row_groups(path: Path, count: int) -> list[tuple[int, int | None]]:
+    """Bounds of `count` parts of whole row groups."""
     _, file = _opened(path, "parquet")
     if isinstance(file, Exception):  # reading it says so
         return []

@@ -1,13 +1,13 @@
-"""The files of a source, and units of them: the small ones grouped, the big ones cut. Lines of a file, from any byte on."""
+"""What sources share: their files, units of them, their lines, and what is made of a file's text or of its records."""
 
 import glob
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from lmx.data.documents import Document
-from lmx.data.sources.compressed import damage, opened, packed
-from lmx.data.sources.records import first_line, sound
+from lmx.data.sources.compressed import damage, kind, opened
+from lmx.data.sources.records import first_line, sound, utf8
 from lmx.data.sources.source import Omitted, Unit
 
 COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
@@ -44,7 +44,8 @@ def relative(path: Path, base: Path) -> str:
 def found(
     source: str, wanted: Callable[[Path], bool], expected: str, *, name: str = "source", give: str = "a file, a folder, a glob"
 ) -> list[Path]:
-    """The files of a source, sorted: a file, those that a glob matches, or those below a folder that are `wanted` and not hidden.
+    """The files of a source, sorted: a file, those that a glob matches (whatever they are called), or those below a folder that are `wanted`
+    and not hidden.
 
     Raises FileNotFoundError where there is none (a folder with none says what is `expected`), ValueError where nothing is named.
     """
@@ -85,7 +86,7 @@ def grouped(
             group.clear()
 
     for path in files:
-        length = path.stat().st_size
+        length = path.stat().st_size if path.exists() else 0  # a link may lead nowhere
         parts = cut(path, -(-length // size)) if cut and length > size else ()
         if held + length > size:
             close()
@@ -107,12 +108,10 @@ def parts(total: int, count: int) -> list[tuple[int, int | None]]:
 
 def byte_parts(path: Path, count: int) -> list[tuple[int, int | None]]:
     """Of a file that `lines` can read from any byte on; a compressed one has none."""
-    return [] if packed(path) else parts(path.stat().st_size, count)
+    return [] if kind(path) else parts(path.stat().st_size, count)
 
 
-def each(
-    unit: Unit, source: str, read: Callable[[Path, str, int, int | None], Iterator[Document | Omitted]]
-) -> Iterator[Document | Omitted]:
+def each[T](unit: Unit, source: str, read: Callable[[Path, str, int, int | None], Iterator[T | Omitted]]) -> Iterator[T | Omitted]:
     """What `read(path, path below the source, start, stop)` gives for each file of a unit. A file that cannot be read is yielded as that."""
     base = root(source)
     for path in map(Path, unit.paths):
@@ -120,6 +119,41 @@ def each(
             yield from read(path, relative(path, base), unit.start, unit.stop)
         except (*damage(), OSError) as error:
             yield unreadable(str(path), error)
+
+
+def documented[T](
+    records: Iterable[tuple[int | str, Any] | Omitted],
+    path: Path,
+    relative: str,
+    make: Callable[[Any, str, str, str], T | Omitted],
+    counted: str = "byte",
+) -> Iterator[T | Omitted]:
+    """What `make(record, id, source, where)` makes of numbered records; its ValueError is that record's damage. What they are counted in
+    is `counted`: ids are `file@byte`, or `file:number` of a record or page."""
+    sign, source = "@" if counted == "byte" else ":", str(path)
+    for item in records:
+        if isinstance(item, Omitted):
+            yield item
+            continue
+        number, record = item
+        where = f"{source}, {counted} {number}"
+        try:
+            made = make(record, f"{relative}{sign}{number}", source, where)
+        except ValueError as error:
+            made = Omitted(where, str(error), damaged=True)
+        yield made
+
+
+def whole(
+    file: BinaryIO, id: str, source: str, metadata: Mapping[str, Any] | None = None, created: str = "", *, where: str = ""
+) -> Document | Omitted:
+    """The document that all of a file is."""
+    try:
+        return Document(id, utf8(file.read()), source, metadata or {}, created)
+    except ValueError as error:
+        return Omitted(where or source, str(error), damaged=True)
+    except (*damage(), OSError) as error:
+        return unreadable(where or source, error)
 
 
 def unreadable(where: str, error: Exception) -> Omitted:

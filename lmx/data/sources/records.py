@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -76,6 +76,11 @@ def from_record(
             del rest[name]
             break
     return Document(id if known is None else str(known), body, source, rest, when)
+
+
+def from_fields(text: str, key: str, created: Sequence[str]) -> Callable[..., Document]:
+    """`from_record` of these fields, as `documented` calls it."""
+    return lambda record, id, source, _: from_record(record, id, source, text=text, key=key, created=created)
 
 
 def iso(value: Any) -> str:

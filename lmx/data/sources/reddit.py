@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lmx.data.documents import Document
-from lmx.data.sources.paths import byte_parts, each, found, grouped, json_records
+from lmx.data.sources.paths import byte_parts, documented, each, found, grouped, json_records
 from lmx.data.sources.records import iso
 from lmx.data.sources.source import UNIT, Omitted, Unit
 
@@ -65,25 +65,18 @@ class Reddit:
 
     def _file(self, path: Path, relative: str, start: int, stop: int | None) -> Iterator[Document | Omitted]:
         only = None if self.subreddits is None else {name.lower() for name in self.subreddits}
-        for line in json_records(path, self.name, start, stop):
-            if isinstance(line, Omitted):
-                yield line
-                continue
-            offset, record = line
-            try:
-                body = _body(record)
-                reason = self._reason(record, body, only)
-            except ValueError as error:
-                yield Omitted(f"{path}, byte {offset}", str(error), damaged=True)
-                continue
-            if reason:
-                yield Omitted(f"{path}, byte {offset}", reason)
-                continue
+
+        def made(record: Any, id: str, source: str, where: str) -> Document | Omitted:
+            body = _body(record)
+            if reason := self._reason(record, body, only):
+                return Omitted(where, reason)
             comment = "body" in record
             text = body if comment else f"{record['title']}\n\n{body}" if body else record["title"]
-            id = f"{'t1' if comment else 't3'}_{record['id']}" if record.get("id") else f"{relative}@{offset}"
+            id = f"{'t1' if comment else 't3'}_{record['id']}" if record.get("id") else id
             metadata = {field: value for field in KEPT if (value := record.get(field)) is not None}
-            yield Document(id, unescaped(text), str(path), metadata, iso(record.get("created_utc")))
+            return Document(id, unescaped(text), source, metadata, iso(record.get("created_utc")))
+
+        return documented(json_records(path, self.name, start, stop), path, relative, made)
 
     def _reason(self, record: dict[str, Any], body: str, only: set[str] | None) -> str:
         if body in GONE:
@@ -111,36 +104,30 @@ def links(
     `duplicate`. Remembers 8 bytes of a hash a URL: of a billion, about 3 in a hundred times one is wrongly left out.
     """
     source, seen = Reddit(path), set()
+
+    def made(record: Any, id: str, file: str, where: str) -> str | Omitted:
+        if not isinstance(record, dict) or not isinstance(record.get("url", ""), str):
+            raise ValueError("is no submission: expected an object with a `url`")
+        url, score = html.unescape(record.get("url", "")), _score(record)
+        if score is None or score < min_score:
+            reason = "no_score" if score is None else "low_score"
+        elif record.get("over_18"):
+            reason = "over_18"
+        elif record.get("is_self") or not url:
+            reason = "self"
+        elif is_bad_url(url, bad_sites, bad_endings):
+            reason = "bad_url"
+        else:
+            digest = blake2b(url.encode(), digest_size=8).digest()
+            reason = "duplicate" if digest in seen else ""
+            seen.add(digest)
+        return Omitted(where, reason) if reason else url
+
+    def read(file: Path, relative: str, start: int, stop: int | None) -> Iterator[str | Omitted]:
+        return documented(json_records(file, source.name, start, stop), file, relative, made)
+
     for unit in source.units():
-        for file in unit.paths:
-            for line in json_records(Path(file), source.name, unit.start, unit.stop):
-                yield line if isinstance(line, Omitted) else _link(line, file, min_score, bad_sites, bad_endings, seen)
-
-
-def _link(line: tuple[int, Any], path: str, min_score: int, bad_sites: frozenset[str], bad_endings: tuple[str, ...], seen: set[bytes]):
-    offset, record = line
-    where = f"{path}, byte {offset}"
-    if not isinstance(record, dict) or not isinstance(record.get("url", ""), str):
-        return Omitted(where, "is no submission: expected an object with a `url`", damaged=True)
-    url = html.unescape(record.get("url", ""))
-    try:
-        score = _score(record)
-    except ValueError as error:
-        return Omitted(where, str(error), damaged=True)
-    reason = ""
-    if score is None or score < min_score:
-        reason = "no_score" if score is None else "low_score"
-    elif record.get("over_18"):
-        reason = "over_18"
-    elif record.get("is_self") or not url:
-        reason = "self"
-    elif is_bad_url(url, bad_sites, bad_endings):
-        reason = "bad_url"
-    else:
-        digest = blake2b(url.encode(), digest_size=8).digest()
-        reason = "duplicate" if digest in seen else ""
-        seen.add(digest)
-    return Omitted(where, reason) if reason else url
+        yield from each(unit, path, read)
 
 
 def is_bad_url(url: str, sites: frozenset[str] = BAD_SITES, endings: tuple[str, ...] = BAD_ENDINGS) -> bool:

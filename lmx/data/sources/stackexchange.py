@@ -6,15 +6,16 @@ they fit, else in a temporary folder (as large as the file unpacked; the variabl
 
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
 from lmx.data.documents import Document
-from lmx.data.sources import parts
-from lmx.data.sources.compressed import damage, opened
+from lmx.data.sources.compressed import damage, opened, package
 from lmx.data.sources.markup import plain
+from lmx.data.sources.paths import BLOCK, found, grouped, relative, root, unreadable
+from lmx.data.sources.records import iso
 from lmx.data.sources.source import UNIT, Omitted, Unit
 
 QUESTIONS = 1 << 14  # question numbers in a range: some 25 MB of Stack Overflow's posts
@@ -23,19 +24,20 @@ SEVENZIP = b"7z\xbc\xaf\x27\x1c"
 ROW = re.compile(rb"\s*<row\b.*/>\s*", re.S)
 FRAME = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml\b.*\?>|</?posts>|\s)*")
 NUMBERS = {name: re.compile(rb'\s%s="(\d{1,18})"' % name.encode()) for name in ("Id", "PostTypeId", "ParentId")}
-DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?")
+NAME = re.compile(r"(?:.*[-_.])?posts\.xml(?:\.gz|\.bz2|\.xz|\.zst)?|[^-]+(?:-posts)?\.7z")
 
 
 @dataclass(frozen=True)
 class StackExchange:
-    """One document a thread: `Q: title`, the question, and each answer behind `A: `, the accepted one first, then by score. Code is kept, in
-    Markdown's marks; metadata have each post's licence and author. In the order of question numbers.
+    """A thread a document, from a file, a glob, or the Posts.xml (.gz and the like too) and .7z files below a folder; `file:question` is its id.
 
-    Omitted: `post_type` (tag wikis and the like), `low_score`, `few_answers` (a whole thread), `no_question` (its answers), `no_text`.
+    `Q: title`, the question, and each answer behind `A: `, the accepted one first, then by score. Code is kept, in Markdown's marks; metadata
+    have each post's licence and author. In the order of question numbers. A file is read whole: an answer may be anywhere.
+
+    Omitted: `post_type` (tag wikis and the like), `low_score`, `few_answers` (a whole thread), `no_question` (its answers), `empty`.
     """
 
     path: str
-    """A file, a folder or a glob: `Posts.xml`, plain or compressed, or `.7z`."""
     question_score: int | None = None
     """Threads whose question has less are left out."""
     answer_score: int | None = None
@@ -47,56 +49,55 @@ class StackExchange:
     name: str = "stackexchange"
 
     def units(self, size: int = UNIT) -> Sequence[Unit]:
-        """A site is read whole: an answer may be anywhere."""
-        wanted = re.compile(r"(?:.*[-_.])?posts\.xml(?:\.gz|\.bz2|\.xz|\.zst)?|[^-]+(?:-posts)?\.7z").fullmatch
-        found = parts.files(self.path, lambda file: bool(wanted(file)), "file Posts.xml or .7z", self.name)
-        return list(parts.grouped(found, parts.root(self.path), size))
+        files = found(self.path, lambda path: bool(NAME.fullmatch(path.name.lower())), "Posts.xml or .7z", name=self.name)
+        return grouped(files, self.path, size)
 
     def read(self, unit: Unit) -> Iterator[Document | Omitted]:
-        base = parts.root(self.path)
-        for path in unit.paths:
+        base = root(self.path)
+        for path in unit.paths:  # not `each`: a temporary folder that is full is no damage
             with tempfile.TemporaryDirectory() as folder:
-                posts = Posts(parts.relative(path, base), self.longest, Path(folder))
-                posts.read(path, self.name)
+                posts = Posts(path, self.longest, Path(folder))
+                posts.read(self.name)
                 yield from posts.omitted
+                id, site = relative(Path(path), base), _site(path)
                 for question, rows in posts.threads():
-                    yield from self._thread(question, rows, posts.label, path)
+                    yield from self._thread(question, rows, f"{id}:{question}", path, site)
 
-    def _thread(self, number: int, rows: list[bytes], label: str, path: str) -> Iterator[Document | Omitted]:
+    def _thread(self, number: int, rows: list[bytes], id: str, path: str, site: str) -> Iterator[Document | Omitted]:
         question, answers = None, []
+        where = f"{path}, post {number}"
         for row in rows:
             try:
                 post = Post.parse(row)
             except ValueError as error:
-                yield Omitted(f"{label}:{number}", f"has a row that is not readable ({error})", damaged=True)
+                yield Omitted(where, f"cannot be read ({error})", damaged=True)
                 continue
             if post.parent is not None:
                 answers.append(post)
             elif question is not None:
-                yield Omitted(f"{label}:{number}", "is there twice", damaged=True)
+                yield Omitted(where, "is there twice", damaged=True)
             else:
                 question = post
         if question is None:
-            yield from (Omitted(f"{label}:{answer.id}", "no_question") for answer in answers)
+            yield from (Omitted(f"{path}, post {answer.id}", "no_question") for answer in answers)
             return
         if self.question_score is not None and question.score < self.question_score:
-            yield Omitted(f"{label}:{number}", "low_score")
+            yield Omitted(where, "low_score")
             return
         kept = []
         for answer in sorted(answers, key=lambda a: (a.id != question.accepted, -a.score, a.id)):
             if self.answer_score is not None and answer.score < self.answer_score:
-                yield Omitted(f"{label}:{answer.id}", "low_score")
+                yield Omitted(f"{path}, post {answer.id}", "low_score")
             elif not answer.text:
-                yield Omitted(f"{label}:{answer.id}", "no_text")
+                yield Omitted(f"{path}, post {answer.id}", "empty")
             else:
                 kept.append(answer)
         if len(kept) < self.answers:
-            yield Omitted(f"{label}:{number}", "few_answers")
+            yield Omitted(where, "few_answers")
             return
         if not question.text and not question.title:
-            yield Omitted(f"{label}:{number}", "no_text")
+            yield Omitted(where, "empty")
             return
-        site = _site(path)
         metadata = {
             **({"site": site, "url": f"https://{site}/questions/{number}"} if site else {}),
             "title": question.title,
@@ -105,7 +106,7 @@ class StackExchange:
             "answers": [{"id": answer.id, "accepted": answer.id == question.accepted, **answer.credits()} for answer in kept],
         }
         texts = ["Q: " + "\n\n".join(filter(None, (question.title, question.text))), *("A: " + answer.text for answer in kept)]
-        yield Document(f"{label}:{number}", "\n\n".join(texts), path, metadata, question.created)
+        yield Document(id, "\n\n".join(texts), path, metadata, question.created)
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Post:
             " ".join(found.get("Title", "").split()),
             plain(found.get("Body", "")),
             re.findall(r"[^<>|]+", found.get("Tags", "")),  # <a><b> in older dumps, |a|b| in newer ones
-            created + "Z" if DATE.fullmatch(created) else "",
+            iso(created + "Z"),
             found.get("ContentLicense", ""),
             found.get("OwnerUserId") or found.get("OwnerDisplayName", ""),
         )
@@ -150,7 +151,7 @@ class Post:
 class Posts:
     """The rows of one file by their questions."""
 
-    label: str
+    path: str
     longest: int
     folder: Path
     omitted: list[Omitted] = field(default_factory=list)
@@ -163,29 +164,26 @@ class Posts:
     _too_long: bool = False
     _ended: bool = False
 
-    def read(self, path: str, name: str) -> None:
-        """Takes a whole file in. Raises ValueError for a package that is missing, OSError where the temporary folder is full."""
-        problem = ""
+    def read(self, name: str) -> None:
+        """Takes the whole file in. Raises ValueError for a package that is missing, OSError where the temporary folder is full."""
+        problem = None
         try:
-            with open(path, "rb") as file:
+            with open(self.path, "rb") as file:
                 packed = file.read(len(SEVENZIP)) == SEVENZIP
             if packed:
-                problem = _unpack(path, self.feed, name)
+                problem = _unpack(self.path, self.feed, name)
             else:
-                with opened(path, name) as file:
-                    while data := file.read(1 << 20):
+                with opened(self.path, name) as file:
+                    while data := file.read(BLOCK):
                         self.feed(data)
-        except damage() as error:
-            problem = f"does not unpack ({' '.join(str(error).split())})"
-        except OSError as error:
-            problem = f"cannot be read ({error.strerror or ' '.join(str(error).split())})"
+        except (*damage(), OSError) as error:
+            problem = unreadable(self.path, error)
         if self.failure:
             raise self.failure
         self._take(self._line)
-        if problem:
-            self.omitted.append(Omitted(self.label, problem, damaged=True))
-        elif not self._ended:
-            self.omitted.append(Omitted(self.label, "ends without </posts>: it is cut off", damaged=True))
+        if not problem and not self._ended:
+            problem = Omitted(self.path, "ends without </posts>: it is cut off", damaged=True)
+        self.omitted += [problem] if problem else []
 
     def feed(self, data: bytes) -> None:
         first, *lines = data.split(b"\n")
@@ -222,7 +220,7 @@ class Posts:
             if not number or not kind or question is None:
                 self._omit("has no Id, no PostTypeId or no ParentId")
             elif kind.group(1) not in (b"1", b"2"):
-                self.omitted.append(Omitted(f"{self.label}:{number.group(1).decode()}", "post_type"))
+                self.omitted.append(Omitted(f"{self.path}, post {number.group(1).decode()}", "post_type"))
             else:
                 self._waiting.setdefault(question // QUESTIONS, []).append(line)
                 self._held += len(line)
@@ -234,7 +232,7 @@ class Posts:
             self._omit("is no row")
 
     def _omit(self, problem: str) -> None:
-        self.omitted.append(Omitted(f"{self.label}, line {self._number}", problem, damaged=True))
+        self.omitted.append(Omitted(f"{self.path}, line {self._number}", problem, damaged=True))
 
     def _store(self) -> None:
         try:
@@ -254,12 +252,9 @@ def _question(row: bytes) -> int | None:
     return int(number.group(1)) if number else None
 
 
-def _unpack(path: str, feed, name: str) -> str:
+def _unpack(path: str, feed: Callable[[bytes], None], name: str) -> Omitted | None:
     """Gives `Posts.xml` of a .7z archive to `feed`, piece by piece. What is wrong with the archive, or nothing."""
-    try:
-        import py7zr
-    except ImportError as error:
-        raise ValueError(f"{name}: {path} needs the py7zr package, which is not installed; pip install 'lmx[data]'") from error
+    py7zr = package("py7zr", f"{name}: {path}")
 
     class Fed(py7zr.Py7zIO):
         length = 0
@@ -288,11 +283,11 @@ def _unpack(path: str, feed, name: str) -> str:
         with py7zr.SevenZipFile(path) as archive:
             wanted = [member for member in archive.getnames() if member.lower().rpartition("/")[2] == "posts.xml"]
             if len(wanted) != 1:
-                return f"holds {len(wanted)} files Posts.xml, expected one"
+                return Omitted(path, f"holds {len(wanted)} files Posts.xml, expected one", damaged=True)
             archive.extract(targets=wanted, factory=Factory())
     except Exception as error:  # what py7zr raises for a damaged archive has no common base
-        return f"does not unpack ({type(error).__name__}: {' '.join(str(error).split())})"
-    return ""
+        return unreadable(path, error)
+    return None
 
 
 def _site(path: str) -> str:

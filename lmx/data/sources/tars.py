@@ -12,24 +12,27 @@ from lmx.data.sources.compressed import damage
 from lmx.data.sources.paths import BLOCK, unreadable
 from lmx.data.sources.source import Omitted
 
+SUFFIXES = (".tar", ".tgz", ".tbz2", ".txz", ".tzst")  # beside what `suffix` takes away
 HEADER = 512  # bytes: of a header, and what contents are filled up to
 LONGEST = 1 << 20  # bytes of a name
-FILES, DATALESS = (b"0", b"\0", b"7"), (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices and folders are followed by no contents
+FILES, LINKS, DATALESS = b"0\x007", b"12", b"123456"  # types: links, devices and folders are followed by no contents
 
 
 class Contents(io.RawIOBase):
-    """The next `size` bytes of a file. Reading raises EOFError where it ends before."""
+    """The next `size` bytes of a file. Reading raises EOFError where it ends before, and `broken` tells afterwards that it raised."""
 
     def __init__(self, file: BinaryIO, size: int):
-        self.file, self.left = file, size
+        self.file, self.left, self.broken = file, size, False
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:
+        self.broken = True
         data = self.file.read(min(len(buffer), self.left, BLOCK))
         if self.left and not data:
             raise EOFError("the archive is cut off")
+        self.broken = False
         self.left -= len(data)
         buffer[: len(data)] = data
         return len(data)
@@ -39,10 +42,10 @@ class Contents(io.RawIOBase):
             self.read(BLOCK)
 
 
-def members(file: BinaryIO, where: str) -> Iterator[tuple[str, BufferedReader] | Omitted]:
-    """The regular files of an unpacked archive: name and contents, to be read before the next is asked for. Damage ends it.
+def members(file: BinaryIO, where: str) -> Iterator[tuple[str, int, BufferedReader] | Omitted]:
+    """The regular files of an unpacked archive: name, bytes and contents, to be read before the next is asked for; links are omitted.
 
-    Reading the contents may raise one of `broken()`.
+    Damage ends it. What reading the contents raises (one of `damage()`, or OSError) is for the reader to say.
     """
     last, given = "its beginning", {}
     try:
@@ -57,17 +60,18 @@ def members(file: BinaryIO, where: str) -> Iterator[tuple[str, BufferedReader] |
                 raise ValueError(f"{last!r} is a sparse file or has {size} bytes: no archive of texts")
             size = 0 if kind in DATALESS else size
             contents = Contents(file, size)
-            if kind in FILES and not last.endswith("/"):
-                yield last, BufferedReader(contents, min(max(size, 1), BLOCK))
+            if kind in LINKS:
+                yield Omitted(f"{where}/{last}", "link")
+            elif kind in FILES and not last.endswith("/"):
+                yield last, size, BufferedReader(contents, min(max(size, 1), BLOCK))
+            if contents.broken:
+                return
             contents.skip()
             Contents(file, -size % HEADER).skip()
-    except broken() as error:
+        while file.read(BLOCK):  # a checksum may follow
+            pass
+    except (*damage(), OSError, ValueError) as error:
         yield unreadable(f"{where}, from {last}", error)
-
-
-def broken() -> tuple[type[Exception], ...]:
-    """What reading a damaged archive, or texts in it, can raise."""
-    return (*damage(), OSError, ValueError)
 
 
 def _header(block: bytes) -> tuple[str, int, bytes]:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from lmx.data.documents import Document
 from lmx.data.sources.compressed import opened
-from lmx.data.sources.paths import each, found, grouped, suffix
-from lmx.data.sources.records import utf8
+from lmx.data.sources.paths import each, found, grouped, suffix, whole
 from lmx.data.sources.source import UNIT, Omitted, Unit
 
 
@@ -31,8 +30,4 @@ class Texts:
 
     def _file(self, path: Path, relative: str, start: int, stop: int | None) -> Iterator[Document | Omitted]:
         with opened(path, self.name) as file:
-            data = file.read()
-        try:
-            yield Document(relative, utf8(data), str(path))
-        except ValueError as error:
-            yield Omitted(str(path), str(error), damaged=True)
+            yield whole(file, relative, str(path))

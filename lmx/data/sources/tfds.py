@@ -49,10 +49,10 @@ class Tfds:
         for number in range(unit.start, len(data) if unit.stop is None else unit.stop):
             try:
                 record = plain(data[number])
-                found = from_record(record, f"{prefix}:{number}", where, text=self.text, key=self.id, created=self.created)
+                made = from_record(record, f"{prefix}:{number}", where, text=self.text, key=self.id, created=self.created)
             except Exception as error:  # TFDS and ArrayRecord raise many types, each about this record
-                found = Omitted(f"{where}, record {number}", first_line(error), damaged=True)
-            yield found
+                made = Omitted(f"{where}, record {number}", first_line(error), damaged=True)
+            yield made
 
 
 def built(dataset: str, name: str) -> tuple[Any, str]:

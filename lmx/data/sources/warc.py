@@ -6,27 +6,28 @@ found by how it begins.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from lmx.data.documents import Document
-from lmx.data.sources import parts
-from lmx.data.sources.chain import Chain, DamagedError, kind
+from lmx.data.sources.chain import Chain
+from lmx.data.sources.compressed import damage, kind, package
 from lmx.data.sources.http import END, Page, content, decoded, fields, parse
+from lmx.data.sources.paths import documented, each, found, grouped, parts, suffix, unreadable
+from lmx.data.sources.records import iso, utf8
 from lmx.data.sources.source import UNIT, Omitted, Unit
 
 HEAD = 1 << 16  # bytes of a record's header, at most
 NEXT = re.compile(rb"\r?\n\r?\n(?=WARC/1\.\d\r?\n)")
 BLANK = re.compile(rb"[\r\n]*")
-DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z")
+Extract = Callable[[str], str | None]
 
 
 @dataclass(frozen=True)
 class Record:
-    place: str
-    """`file:offset` of its member, `+offset` in it where that is not 0."""
     offset: int
     """Of its member in the file, in bytes; of itself, where nothing is compressed."""
     headers: Mapping[str, str]
@@ -39,7 +40,7 @@ class Record:
         """As the crawler identified them, the main one first: ISO 639-3 codes."""
         return [code.strip() for code in self.headers.get("warc-identified-content-language", "").split(",") if code.strip()]
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self, languages: list[str], **more: str) -> dict[str, Any]:
         headers = self.headers
         known = {
             "url": headers.get("warc-target-uri", "").strip("<>"),
@@ -47,23 +48,23 @@ class Record:
             "digest": headers.get("warc-payload-digest") or headers.get("warc-block-digest", ""),
             "truncated": headers.get("warc-truncated", ""),
         }
-        return {key: value for key, value in known.items() if value} | {"offset": self.offset}
+        found = {key: value for key, value in known.items() if value} | {"offset": self.offset} | more
+        return found | {"languages": languages} if languages else found
 
     @property
     def created(self) -> str:
-        date = self.headers.get("warc-date", "")
-        return date if DATE.fullmatch(date) else ""
+        return iso(self.headers.get("warc-date"))
 
 
 @dataclass(frozen=True)
 class Wet:
-    """The text that CommonCrawl extracts from pages: `conversion` records of `.warc.wet.gz` files.
+    """The text that CommonCrawl extracts from pages: `conversion` records, from a file, a glob, or the .wet and .warc files below a folder (.gz
+    and .zst too; cut at members). `file@byte` is an id, of the member, and `+byte` in it where the record does not begin it.
 
-    Omitted: `record_type` (warcinfo), `language`, `too_long`, `no_text`. Text that is not UTF-8 is damaged.
+    Omitted: `record_type` (warcinfo), `language`, `too_long`, `empty`.
     """
 
     path: str
-    """A file, a folder or a glob."""
     languages: tuple[str, ...] = ()
     """Only pages whose main language, as the crawler identified it (ISO 639-3: `eng`), is one of these, or is not said. Empty: all."""
     longest: int = 64 << 20
@@ -74,34 +75,30 @@ class Wet:
         return _units(self.path, size, self.name)
 
     def read(self, unit: Unit) -> Iterator[Document | Omitted]:
-        for path, record in _read(self.path, unit, self.longest):
-            if isinstance(record, Omitted):
-                yield record
-            elif reason := _left_out(record, "conversion", self.languages, languages := record.languages):
-                yield Omitted(record.place, reason)
-            else:
-                try:
-                    text = record.block.decode("utf-8-sig")
-                except UnicodeDecodeError as error:
-                    yield Omitted(record.place, f"is not UTF-8: byte {error.start}", damaged=True)
-                    continue
-                if text.strip():
-                    metadata = record.metadata() | ({"languages": languages} if languages else {})
-                    yield Document(record.place, text, path, metadata, record.created)
-                else:
-                    yield Omitted(record.place, "no_text")
+        return each(unit, self.path, self._file)
+
+    def _file(self, path: Path, relative: str, start: int, stop: int | None) -> Iterator[Document | Omitted]:
+        return documented(records(path, start, stop, self.longest), path, relative, self._document)
+
+    def _document(self, record: Record, id: str, source: str, where: str) -> Document | Omitted:
+        languages = record.languages
+        if reason := _left_out(record, "conversion", self.languages, languages):
+            return Omitted(where, reason)
+        text = utf8(record.block).removeprefix("\ufeff")
+        if not text or text.isspace():
+            return Omitted(where, "empty")
+        return Document(id, text, source, record.metadata(languages), record.created)
 
 
 @dataclass(frozen=True)
 class Warc:
-    """The text of web pages: HTML `response` records of `.warc.gz` files.
+    """The text of web pages: HTML `response` records, from files as `Wet` has them, with its ids.
 
     Omitted: `record_type` (requests, metadata, revisits), `too_long`, `status`, `mime`, `content_encoding` (brotli: CommonCrawl stores pages
-    decoded), `language`, `no_text`. A response that is no HTTP, or that an extractor cannot take, is damaged.
+    decoded), `language`, `empty`. A response that is no HTTP, or that an extractor cannot take, is damaged.
     """
 
     path: str
-    """A file, a folder or a glob."""
     extractor: Literal["trafilatura", "resiliparse"] = "trafilatura"
     """trafilatura keeps what is most surely the main text (Barbaresi, 2021); resiliparse is many times as fast and keeps more (Bevendorff
     and others, 2018; the choice of DCLM)."""
@@ -124,34 +121,35 @@ class Warc:
 
     def read(self, unit: Unit) -> Iterator[Document | Omitted]:
         extract = _extractor(self.extractor, self.name)
-        for path, record in _read(self.path, unit, self.longest):
-            yield record if isinstance(record, Omitted) else self._document(record, path, extract)
+        return each(unit, self.path, partial(self._file, extract))
 
-    def _document(self, record: Record, path: str, extract) -> Document | Omitted:
+    def _file(self, extract: Extract, path: Path, relative: str, start: int, stop: int | None) -> Iterator[Document | Omitted]:
+        return documented(records(path, start, stop, self.longest), path, relative, partial(self._document, extract))
+
+    def _document(self, extract: Extract, record: Record, id: str, source: str, where: str) -> Document | Omitted:
         if reason := _left_out(record, "response", (), ()):
-            return Omitted(record.place, reason)
+            return Omitted(where, reason)
         page = parse(record.block)
         if page is None:
-            return Omitted(record.place, "is no HTTP response", damaged=True)
+            return Omitted(where, "is no HTTP response", damaged=True)
         if page.status not in self.statuses:
-            return Omitted(record.place, "status")
+            return Omitted(where, "status")
         if _mime(record, page) not in self.types:
-            return Omitted(record.place, "mime")
+            return Omitted(where, "mime")
         body = content(page, self.longest)
         if isinstance(body, str):
-            return Omitted(record.place, body, damaged=body not in ("content_encoding", "too_long"))
+            return Omitted(where, body, damaged=body not in ("content_encoding", "too_long"))
         html, charset = decoded(body, page.headers.get("content-type", ""))
         languages = record.languages or _declared(html, page)
         if self.languages and languages and languages[0] not in self.languages:
-            return Omitted(record.place, "language")
+            return Omitted(where, "language")
         try:
             text = extract(html)
         except Exception as error:  # a page is any bytes, and what a parser of those raises has no end
-            return Omitted(record.place, f"{self.extractor} raised {type(error).__name__}", damaged=True)
+            return Omitted(where, f"{self.extractor} raised {type(error).__name__}", damaged=True)
         if not text or text.isspace():
-            return Omitted(record.place, "no_text")
-        metadata = record.metadata() | {"charset": charset} | ({"languages": languages} if languages else {})
-        return Document(record.place, text, path, metadata, record.created)
+            return Omitted(where, "empty")
+        return Document(id, text, source, record.metadata(languages, charset=charset), record.created)
 
 
 def _left_out(record: Record, wanted: str, languages: Sequence[str], found: Sequence[str]) -> str:
@@ -174,63 +172,46 @@ def _declared(html: str, page: Page) -> list[str]:
     return [code] if re.fullmatch("[a-z]{2,3}", code) else []
 
 
-def _extractor(extractor: str, name: str):
-    try:
-        if extractor == "resiliparse":
-            from resiliparse.extract.html2text import extract_plain_text
-
-            return lambda html: extract_plain_text(html, main_content=True, alt_texts=False)
-        from trafilatura import extract
-    except ImportError as error:
-        raise ValueError(f"{name}: extractor={extractor!r} needs its package ({error}); pip install 'lmx[data]'") from error
-
+def _extractor(extractor: str, name: str) -> Extract:
+    where = f"{name}: extractor={extractor!r}"
+    if extractor == "resiliparse":
+        return partial(package("resiliparse.extract.html2text", where).extract_plain_text, main_content=True, alt_texts=False)
     # Not trafilatura's own deduplication: what that leaves out depends on which pages the process has seen before.
-    return lambda html: extract(html, favor_precision=True, include_comments=False)
+    return partial(package("trafilatura", where).extract, favor_precision=True, include_comments=False)
 
 
 def _units(path: str, size: int, name: str) -> Sequence[Unit]:
-    wanted = re.compile(r"\.(?:warc|wet)(?:\.wet)?(?:\.gz|\.zst)?$").search
-    found = parts.files(path, lambda file: bool(wanted(file)), "file .warc, .warc.gz, .warc.wet.gz or .warc.zst", name)
-    return list(parts.grouped(found, parts.root(path), size, lambda file: file.stat().st_size if kind(file) else None))
+    files = found(path, lambda file: suffix(file) in (".warc", ".wet"), ".warc, .warc.gz, .warc.wet.gz or .warc.zst", name=name)
+    return grouped(files, path, size, lambda file, count: parts(file.stat().st_size, count) if kind(file) else [])
 
 
-def _read(path: str, unit: Unit, longest: int) -> Iterator[tuple[str, Record | Omitted]]:
-    base = parts.root(path)
-    for file in unit.paths:
-        for record in records(Path(file), parts.relative(file, base), unit.start, unit.stop, longest):
-            yield file, record
+def records(path: Path, start: int, stop: int | None, longest: int) -> Iterator[tuple[str, Record] | Omitted]:
+    """The records whose members begin in a range of a file, each with its place: `offset` of its member, `+offset` in that where it is not 0."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        chain = Chain(file, kind(path), b"WARC/1.")
+        if size == 0:
+            yield Omitted(str(path), "is empty", damaged=True)
+        if start and chain.find(start, stop) is None:
+            return
+        # Where the range ends at something that is no member, that belongs to this unit: the next one looks for a member.
+        while chain.position < size and (stop is None or chain.position < stop or not chain.is_start(chain.position)):
+            begin = chain.position
+            try:
+                yield from _member(chain.member(), path, begin if chain.kind else None, longest)
+            except (*damage(), OSError) as error:
+                yield unreadable(f"{path}, byte {begin}", error)
+                if not chain.kind or chain.find(begin + 1, stop) is None:
+                    return
 
 
-def records(path: Path, label: str, start: int, stop: int | None, longest: int) -> Iterator[Record | Omitted]:
-    """The records whose members begin in a range of a file."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            chain = Chain(file, kind(path), b"WARC/1.")
-            if size == 0:
-                yield Omitted(f"{label}:0", "is empty", damaged=True)
-            if start and chain.find(start, stop) is None:
-                return
-            # Where the range ends at something that is no member, that belongs to this unit: the next one looks for a member.
-            while chain.position < size and (stop is None or chain.position < stop or not chain.is_start(chain.position)):
-                begin = chain.position
-                try:
-                    yield from _member(chain.member(), label, begin if chain.kind else None, longest)
-                except DamagedError as error:
-                    yield Omitted(f"{label}:{begin}", str(error), damaged=True)
-                    if not chain.kind or chain.find(begin + 1, stop) is None:
-                        return
-    except OSError as error:
-        yield Omitted(label, f"cannot be read ({error.strerror or error})", damaged=True)
-
-
-def _member(pieces: Iterator[bytes], label: str, member: int | None, longest: int) -> Iterator[Record | Omitted]:
+def _member(pieces: Iterator[bytes], path: Path, member: int | None, longest: int) -> Iterator[tuple[str, Record] | Omitted]:
     """The records of a member. The last one only when the member has come to its end, which is where its checksum is."""
     window = Window(pieces)
     while window.skip_blank():
         inside = window.position
         offset = inside if member is None else member
-        place = f"{label}:{offset}" + (f"+{inside}" if inside and member is not None else "")
+        place = f"{offset}+{inside}" if inside and member is not None else str(offset)
         problem, length, headers = "", 0, {}
         head = window.head()
         if not head.startswith(b"WARC/1."):
@@ -243,12 +224,12 @@ def _member(pieces: Iterator[bytes], label: str, member: int | None, longest: in
             else:
                 problem = f"has Content-Length {said[:20]!r}, expected a number of bytes"
         if problem:
-            yield Omitted(place, problem, damaged=True)
+            yield Omitted(f"{path}, byte {place}", problem, damaged=True)
             window.to_next()
             continue
         block = window.take(length, length <= longest)
         window.skip_blank()
-        yield Record(place, offset, headers, block)
+        yield place, Record(offset, headers, block)
 
 
 class Window:
@@ -286,7 +267,7 @@ class Window:
         return found
 
     def take(self, length: int, keep: bool) -> bytes | None:
-        """The next bytes, or None and only past them. Raises DamagedError where there are fewer."""
+        """The next bytes, or None and only past them. Raises EOFError where there are fewer."""
         taken, missing = [], length
         while True:
             part = self.data[self.at : self.at + missing]
@@ -297,7 +278,7 @@ class Window:
             if not missing:
                 return b"".join(taken) if keep else None
             if not self.more():
-                raise DamagedError(f"ends {missing} bytes before its record does")
+                raise EOFError(f"it ends {missing} bytes before its record does")
 
     def to_next(self) -> None:
         """To the next thing that looks like a record's beginning, or to the end."""

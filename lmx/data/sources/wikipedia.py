@@ -8,60 +8,60 @@ reads on to the end of the last one, so that dumps whose streams cut pages (pbzi
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 from xml.etree import ElementTree
 
 from lmx.data.documents import Document
-from lmx.data.sources import parts
-from lmx.data.sources.chain import BZIP2, PIECE, Chain, DamagedError, kind
+from lmx.data.sources.chain import PIECE, Chain
+from lmx.data.sources.compressed import BZIP2, damage, kind, package
+from lmx.data.sources.paths import documented, each, found, grouped, parts, unreadable
+from lmx.data.sources.records import iso
 from lmx.data.sources.source import UNIT, Omitted, Unit
 from lmx.data.sources.wikitext import plain
 
+NAME = re.compile(r"\.xml(?:-p\d+p\d+)?(?:\.bz2|\.gz|\.zst|\.xz)?$|\.xml-.*\.bz2$")
 OPEN, CLOSE, LAST = b"<page>", b"</page>", b"</mediawiki>"
 HEAD = 1 << 20  # bytes in which `<siteinfo>` ends
 
 
 @dataclass(frozen=True)
 class Wikipedia:
-    """Articles as plain text, by mwparserfromhell. The title is in the metadata, the text does not begin with it.
+    """A page a document, from a file, a glob, or the .xml files below a folder (.bz2 and the like too); `file:page id` is its id.
 
-    Omitted: `namespace`, `redirect`, `model` (pages that are no wikitext), `deleted`, `no_text`. Of a page with several revisions the last
-    in the file counts.
+    Its text is what mwparserfromhell makes of it, without the title, which is in the metadata. Of a page with several revisions the last in
+    the file counts. Omitted: `namespace`, `redirect`, `model` (pages that are no wikitext), `deleted`, `empty`.
     """
 
     path: str
-    """A file, a folder or a glob."""
     namespaces: tuple[int, ...] = (0,)
+    """The only ones to keep, by number; 0: articles."""
     longest: int = 32 << 20
     """Bytes of a page in XML, at most: one in memory at a time."""
     name: str = "wikipedia"
 
     def units(self, size: int = UNIT) -> Sequence[Unit]:
-        wanted = re.compile(r"\.xml(?:-p\d+p\d+)?(?:\.bz2|\.gz|\.zst)?$|\.xml-.*\.bz2$").search
-        found = parts.files(self.path, lambda file: bool(wanted(file)), "file .xml or .xml.bz2", self.name)
-        return list(
-            parts.grouped(found, parts.root(self.path), size, lambda file: file.stat().st_size if kind(file) in (b"", BZIP2) else None)
-        )
+        files = found(self.path, lambda path: bool(NAME.search(path.name.lower())), ".xml or .xml.bz2", name=self.name)
+        return grouped(files, self.path, size, _parts)
 
     def read(self, unit: Unit) -> Iterator[Document | Omitted]:
-        base = parts.root(self.path)
-        for path in unit.paths:
-            label = parts.relative(path, base)
-            site = _site(Path(path))
-            for page in pages(Path(path), label, unit.start, unit.stop, self.longest):
-                yield page if isinstance(page, Omitted) else self._document(page, label, path, site)
+        package("mwparserfromhell", self.name)
+        return each(unit, self.path, self._file)
 
-    def _document(self, page: bytes, label: str, path: str, site: "Site") -> Document | Omitted:
-        where = _where(label, page)
+    def _file(self, path: Path, relative: str, start: int, stop: int | None) -> Iterator[Document | Omitted]:
+        made = partial(self._document, site=_site(path))
+        return documented(pages(path, start, stop, self.longest), path, relative, made, "page")
+
+    def _document(self, page: bytes, id: str, source: str, where: str, site: "Site") -> Document | Omitted:
         try:
             tree = ElementTree.fromstring(page)
         except ElementTree.ParseError as error:
-            return Omitted(where, f"is not XML ({error})", damaged=True)
+            raise ValueError(f"is not XML ({error})") from error
         title, number, revisions = tree.findtext("title", ""), tree.findtext("id", ""), tree.findall("revision")
         namespace = tree.findtext("ns", "0")
         if not (title and number.isdecimal() and revisions and re.fullmatch(r"-?\d+", namespace)):
-            return Omitted(where, "has no title, no id, no namespace or no revision", damaged=True)
+            raise ValueError("has no title, no id, no namespace or no revision")
         revision = revisions[-1]
         text = revision.find("text")
         if int(namespace) not in self.namespaces:
@@ -72,12 +72,8 @@ class Wikipedia:
             return Omitted(where, "model")
         if text is None or text.get("deleted") is not None:
             return Omitted(where, "deleted")
-        try:
-            written = plain(text.text or "", site.prefixes)
-        except DamagedError as error:
-            return Omitted(where, str(error), damaged=True)
-        if not written:
-            return Omitted(where, "no_text")
+        if not (written := plain(text.text or "", site.prefixes)):
+            return Omitted(where, "empty")
         known = {
             "title": title,
             "url": site.url + quote(title.replace(" ", "_"), safe="/:@!$&'()*,;=~") if site.url else "",
@@ -85,8 +81,8 @@ class Wikipedia:
             "revision_id": revision.findtext("id", ""),
             "language": site.language,
         }
-        created = revision.findtext("timestamp", "")
-        return Document(where, written, path, {key: value for key, value in known.items() if value != ""}, created)
+        metadata = {key: value for key, value in known.items() if value != ""}
+        return Document(id, written, source, metadata, iso(revision.findtext("timestamp")))
 
 
 @dataclass(frozen=True)
@@ -111,7 +107,7 @@ def _site(path: Path) -> Site:
                     head += piece
                     if b"</siteinfo>" in head or len(head) > HEAD:
                         break
-    except (OSError, DamagedError):
+    except (*damage(), OSError):
         pass  # said where pages are read
     text = head[:HEAD].partition(b"</siteinfo>")[0].decode("utf-8", "replace")
     language = re.search(r'<mediawiki\b[^>]*\bxml:lang="([\w-]+)"', text)
@@ -120,59 +116,64 @@ def _site(path: Path) -> Site:
     return Site(language.group(1) if language else "", base.group(1) if base else "", frozenset(name.lower() for name in names))
 
 
-def _where(label: str, page: bytes) -> str:
+def _parts(path: Path, count: int) -> list[tuple[int, int | None]]:
+    return parts(path.stat().st_size, count) if kind(path) in (b"", BZIP2) else []
+
+
+def _number(page: bytes) -> str:
     number = re.search(rb"<id>(\d+)</id>", page)
-    return f"{label}:{number.group(1).decode() if number else '?'}"
+    return number.group(1).decode() if number else "?"
 
 
-def pages(path: Path, label: str, start: int, stop: int | None, longest: int) -> Iterator[bytes | Omitted]:
-    """The pages that begin in a range, as they stand in the file: `<page>…</page>`."""
+def pages(path: Path, start: int, stop: int | None, longest: int) -> Iterator[tuple[str, bytes] | Omitted]:
+    """The pages that begin in a range, with their numbers, as they stand in the file: `<page>…</page>`."""
+
+    def bad(page: bytes, problem: str) -> Omitted:
+        return Omitted(f"{path}, page {_number(page)}", problem, damaged=True)
+
     data, tail = b"", b""
     owned = 0  # bytes of `data` in which pages of this unit may begin
     ours = start == 0  # whether what was read last is this unit's
-    try:
-        for piece in _pieces(path, label, start, stop):
-            if isinstance(piece, Omitted):  # a page that lies across it is lost with it
-                data, owned, tail = b"", 0, None
-                if piece.where:
-                    yield piece
-                continue
-            more, ours = piece
-            data += more
-            if ours:
-                owned, tail = len(data), ((tail or b"") + more)[-100:]
-            at = 0
-            while True:
-                begin = data.find(OPEN, at)
-                if begin < 0:
-                    at = max(at, len(data) - len(OPEN) + 1)
-                    break
-                if begin >= owned:
-                    return
-                limit = begin + longest
-                end = data.find(CLOSE, begin, limit)
-                other = data.find(OPEN, begin + 1, limit if end < 0 else end)
-                if other >= 0:
-                    yield Omitted(_where(label, data[begin:other]), "has no </page>", damaged=True)
-                    at = other
-                elif end >= 0:
-                    yield data[begin : end + len(CLOSE)]
-                    at = end + len(CLOSE)
-                elif len(data) >= limit:
-                    yield Omitted(_where(label, data[begin:limit]), f"does not end within {longest} bytes", damaged=True)
-                    at = begin + 1
-                else:
-                    at = begin
-                    break
-            data, owned = data[at:], owned - at
-            if owned <= 0 and not ours:
+    for piece in _pieces(path, start, stop):
+        if isinstance(piece, Omitted):  # a page that lies across it is lost with it
+            data, owned, tail = b"", 0, None
+            if piece.where:
+                yield piece
+            continue
+        more, ours = piece
+        data += more
+        if ours:
+            owned, tail = len(data), ((tail or b"") + more)[-100:]
+        at = 0
+        while True:
+            begin = data.find(OPEN, at)
+            if begin < 0:
+                at = max(at, len(data) - len(OPEN) + 1)
+                break
+            if begin >= owned:
                 return
-        if owned > 0 and data.startswith(OPEN):
-            yield Omitted(_where(label, data), "has no </page>", damaged=True)
-        if ours and tail is not None and not _whole(path, tail.rstrip(), start):
-            yield Omitted(label, "ends without </mediawiki>: it is cut off", damaged=True)
-    except OSError as error:
-        yield Omitted(label, f"cannot be read ({error.strerror or error})", damaged=True)
+            limit = begin + longest
+            end = data.find(CLOSE, begin, limit)
+            other = data.find(OPEN, begin + 1, limit if end < 0 else end)
+            if other >= 0:
+                yield bad(data[begin:other], "has no </page>")
+                at = other
+            elif end >= 0:
+                at = end + len(CLOSE)
+                yield _number(data[begin:at]), data[begin:at]
+            elif len(data) >= limit:
+                yield bad(data[begin:limit], f"does not end within {longest} bytes")
+                at = begin + 1
+            else:
+                at = begin
+                break
+        data, owned = data[at:], owned - at
+        if owned <= 0 and not ours:
+            return
+    if owned > 0 and data.startswith(OPEN):
+        yield bad(data, "has no </page>")
+    if ours and tail is not None and not _whole(path, tail.rstrip(), start):
+        yield Omitted(str(path), "ends without </mediawiki>: it is cut off", damaged=True)
 
 
 def _whole(path: Path, tail: bytes, start: int) -> bool:
@@ -184,7 +185,7 @@ def _whole(path: Path, tail: bytes, start: int) -> bool:
     return tail.endswith(LAST) or (start > 0 and LAST.endswith(tail))
 
 
-def _pieces(path: Path, label: str, start: int, stop: int | None) -> Iterator[tuple[bytes, bool] | Omitted]:
+def _pieces(path: Path, start: int, stop: int | None) -> Iterator[tuple[bytes, bool] | Omitted]:
     """What is unpacked from a range, and then from what follows it; whether it is the range's. Damage of what follows has no place: it is
     said by the unit that it belongs to."""
     size = path.stat().st_size
@@ -208,7 +209,7 @@ def _pieces(path: Path, label: str, start: int, stop: int | None) -> Iterator[tu
                 yield b"", ours
                 for piece in chain.member():
                     yield piece, ours
-            except DamagedError as error:
-                yield Omitted(f"{label}:{begin}" if ours else "", str(error), damaged=True)
+            except (*damage(), OSError) as error:
+                yield unreadable(f"{path}, from byte {begin}" if ours else "", error)
                 if not ours or chain.kind != BZIP2 or chain.find(begin + 1, stop) is None:
                     return

@@ -3,8 +3,6 @@
 import re
 from collections.abc import Iterable
 
-from lmx.data.sources.chain import DamagedError
-
 PREFIXES = frozenset({"file", "image", "media", "category"})
 DROPPED = re.compile(
     "ref|references|gallery|table|timeline|imagemap|score|graph|mapframe|maplink|templatestyles|section|indicator|categorytree|inputbox|style|"
@@ -15,7 +13,14 @@ CODE = frozenset({"pre", "syntaxhighlight", "source"})
 
 # What is plainly dropped goes before the parser sees it, innermost first: that is half of an article, and the parser is slow (3 MB/s).
 # Templates and tables stay where there is text that is not wikitext, which may look like them.
-BEFORE = re.compile(r"<!--.*?(?:-->|\Z)|<ref\b(?:[^<>/]|/(?!>))*+(?:/>|>.*?</ref\s*>)", re.S | re.I)
+# Patterns are written to take linear time: a page may be anything.
+BEFORE = (
+    re.compile(r"<!--.*?(?:-->|\Z)", re.S),
+    re.compile(r"<ref\b(?:[^<>/]|/(?!>))*+(?:/>|>[^<]*+(?:<(?!/?ref\b)[^<]*+)*+</ref\s*>)", re.I),
+    re.compile(r"</?ref\b[^<>]*>", re.I),  # what is not closed, or never was opened
+)
+OPEN_TABLES = 100  # that are left to the parser: on thousands that are not closed it takes hours
+DEPTH = 20  # of templates and tables that are taken away before the parser
 INNERMOST = (
     re.compile(r"(?<!\{)\{\{(?!\{)[^{}]*+\}\}(?!\})"),
     re.compile(r"^[ \t:]*\{\|.*(?:\n(?![ \t:]*(?:\{\||\|\}(?!\}))).*)*+\n[ \t:]*\|\}(?!\})", re.M),
@@ -23,10 +28,11 @@ INNERMOST = (
 VERBATIM = re.compile(r"<(?:math|nowiki|pre|syntaxhighlight|source|code)\b", re.I)
 QUOTES = re.compile(r"'{2,}")
 MAGIC = re.compile(r"__[A-Z]{3,}__")
-EMPTY = re.compile(r"[ \t]*[(（][\s,;:–-]*[)）]")
+RUNS = re.compile(r"[ \t\u00a0]+")
+EMPTY = re.compile(r" ?[(（][\s,;:–-]*[)）]")
 TABLE = re.compile(r"^[ \t:]*(?:\{\||\|).*\n?", re.M)  # what is left of a table that is not closed
 LANGUAGE = re.compile(r"\s*[a-z]{2,3}(?:-[a-z-]+)?\s*:")
-SPACES = re.compile(r"^[ \t]+|[ \t]+$|(?<=[ \t])[ \t]+|[ \t]+(?=[,.](?:\s|$))", re.M)
+SPACES = re.compile(r"^ | $| (?=[,.](?:\s|$))", re.M)
 GAPS = re.compile(r"\n{3,}")
 
 
@@ -35,25 +41,24 @@ def plain(text: str, prefixes: Iterable[str] = PREFIXES) -> str:
     labels, a heading is a line of its own (none where nothing is left under it). `prefixes` are the lower-case names of the namespaces
     that links into are dropped.
 
-    Raises ValueError where mwparserfromhell is not installed, DamagedError where it fails.
+    Raises ValueError where mwparserfromhell fails.
     """
-    try:
-        import mwparserfromhell
-    except ImportError as error:
-        raise ValueError("wikitext needs the mwparserfromhell package, which is not installed; pip install 'lmx[data]'") from error
+    import mwparserfromhell
+
     prefixes = PREFIXES.union(prefixes)
     text = text.replace("\0", "")
     sections: list[tuple[int, str, list[str]]] = [(0, "", [])]
     code: list[str] = []
-    text = BEFORE.sub("", text)
-    for pattern in INNERMOST if not VERBATIM.search(text) else ():
-        count = 1
-        while count:
-            text, count = pattern.subn("", text)
+    for pattern in BEFORE:
+        text = pattern.sub("", text)
+    for pattern in INNERMOST * DEPTH if not VERBATIM.search(text) else ():
+        text = pattern.sub("", text)
+    if text.count("{|") > OPEN_TABLES:
+        text = TABLE.sub("", text)
     try:
         nodes = mwparserfromhell.parse(text, skip_style_tags=True).nodes
     except (mwparserfromhell.parser.ParserError, RecursionError) as error:
-        raise DamagedError(f"mwparserfromhell raised {type(error).__name__}") from error
+        raise ValueError(f"mwparserfromhell raised {type(error).__name__}") from error
     for node in nodes:
         if type(node).__name__ == "Heading":
             title: list[str] = []
@@ -112,8 +117,8 @@ def _write(nodes, out: list[str], code: list[str], prefixes: frozenset[str]) -> 
 def _clean(text: str) -> str:
     if "''" in text:
         text = "\n".join(_unquoted(line) if "''" in line else line for line in text.split("\n"))
-    text = EMPTY.sub("", MAGIC.sub("", TABLE.sub("", text)))
-    return GAPS.sub("\n\n", SPACES.sub("", text.replace("\u00a0", " "))).strip()
+    text = TABLE.sub("", MAGIC.sub("", RUNS.sub(" ", text)))
+    return GAPS.sub("\n\n", SPACES.sub("", RUNS.sub(" ", EMPTY.sub("", text)))).strip()
 
 
 def _unquoted(line: str) -> str:
@@ -125,8 +130,11 @@ def _unquoted(line: str) -> str:
     bold = [number for number, length in enumerate(lengths) if length in (3, 4) or length >= 5]
     italic = [number for number, length in enumerate(lengths) if length == 2 or length >= 5]
     if len(bold) % 2 and len(italic) % 2:
-        threes = [number for number in bold if lengths[number] == 3 and line[: marks[number].start()][-1:].strip()]
-        single = [number for number in threes if not line[: marks[number].start()][-2:-1].strip()]
+        before = {
+            number: f"  {line[max(marks[number].start() - 2, 0) : marks[number].start()]}"[-2:] for number in bold if lengths[number] == 3
+        }
+        threes = [number for number, text in before.items() if not text[1].isspace()]
+        single = [number for number in threes if before[number][0].isspace()]
         if threes:
             apostrophes[(single or threes)[0]] = 1
     counter = iter(range(len(marks)))

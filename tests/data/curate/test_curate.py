@@ -1,8 +1,10 @@
 """A recipe makes the same bytes whoever runs it and however often it is killed, and what it did is counted."""
 
 import dataclasses
+import importlib.machinery
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,16 +12,23 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from corpora import WORDS, Killer, Lines, Upper, contents, counts, expected, recipe, write_corpus
+from corpora import WORDS, Killer, Lines, Long, Upper, contents, counts, expected, recipe, write_corpus
 from lmx.data.clean.exact import Exact
 from lmx.data.clean.minhash import MinHash
 from lmx.data.curate import Local, Recipe, curate
+from lmx.data.curate.beam import Beam
 from lmx.data.curate.recipe import described
+from lmx.data.curate.records import Record
 from lmx.data.documents import Document
+from lmx.data.learned import train_sentencepiece
 from lmx.data.shards import open_shards
+from lmx.data.sources import Texts
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +85,7 @@ def test_shards_say_where_documents_came_from(corpus, made):
     for number in range(0, len(store), 17):
         about = store.about[number]
         name, _, line = about["id"].partition(":")
-        assert about["source"] == str(corpus / name)
+        assert about["source"] == name  # below the folder that all files of its source lie in
         assert (corpus / name).read_text().splitlines()[int(line)].capitalize().encode() == bytes(store.document(number)[:-1].astype("u1"))
         assert [(d["step"], d["counts"]) for d in about["decisions"]] == [("upper", {"letters": 1})]
         assert about["metadata"] == {"language": "en"}
@@ -146,16 +155,12 @@ def test_a_killed_run_goes_on(corpus, deadly, tmp_path):
 
 def test_beam(corpus, made, tmp_path):
     pytest.importorskip("apache_beam", reason="the beam extra is not installed")
-    from lmx.data.curate.beam import Beam
-
     curate(recipe(corpus), tmp_path / "corpus", workers=Beam(("--runner=FnApiRunner",)))
     assert contents(tmp_path / "corpus") == contents(made)
 
 
 def test_beam_groups_keys_as_one_machine_does(tmp_path):
     pytest.importorskip("apache_beam", reason="the beam extra is not installed")
-    from lmx.data.curate.beam import Beam
-
     corpus = write_corpus(tmp_path / "raw", files=4)
     plan = Recipe("small", (Lines(str(corpus)),), (Exact(), MinHash(ngram=3, bands=20, rows=3)))
     curate(plan, tmp_path / "here")
@@ -163,6 +168,17 @@ def test_beam_groups_keys_as_one_machine_does(tmp_path):
     assert contents(tmp_path / "beam") == contents(tmp_path / "here")
     dropped = {(step, what) for step, what, *_ in counts(tmp_path / "here")["events"]}
     assert {("exact", "dropped"), ("minhash", "dropped")} <= dropped
+
+
+@pytest.mark.parametrize(
+    "options", [("--runner=FnApiRunner",), pytest.param(Beam.__dataclass_fields__["options"].default, marks=pytest.mark.slow)]
+)
+def test_a_task_that_fails_on_beam_says_what_one_here_does(tmp_path, monkeypatch, options):
+    pytest.importorskip("apache_beam", reason="the beam extra is not installed")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[3]), str(Path(__file__).parent)]))
+    corpus = write_corpus(tmp_path / "raw", files=1, damaged=True)
+    with pytest.raises(ValueError, match=r"^\S*0.txt, line 48: marked; mend the file, or let the recipe skip it with damaged='skip'$"):
+        curate(recipe(corpus), tmp_path / "corpus", workers=Beam(options))
 
 
 @pytest.mark.slow
@@ -234,8 +250,14 @@ class Fails:
     ("change", "message"),
     [
         ({"name": "a/b"}, "name='a/b' is to name a folder"),
+        ({"name": ".."}, "is to name a folder"),
         ({"sources": ()}, "reads nothing"),
-        ({"steps": (Upper(), Upper())}, "two steps are called 'upper'"),
+        ({"steps": (Upper("lines"),)}, "two sources or steps are called 'lines'"),
+        ({"steps": (Upper("corpus"),)}, "a step is called 'corpus'"),
+        ({"steps": (Long(99), Upper())}, r"no document was kept of 282; long \(words\) dropped 282; see python -m lmx.data inspect"),
+        ({"held_out": 1e-9}, "held_out=1e-09 leaves none of [0-9]+ documents for validation"),
+        ({"held_out": 1 - 1e-9}, "leaves none of [0-9]+ documents for train"),
+        ({"steps": (Upper(), Upper())}, "two sources or steps are called 'upper'"),
         ({"held_out": 1.5}, "held_out=1.5 is not a share"),
         ({"damaged": "maybe"}, "damaged='maybe' is not refuse or skip"),
         ({"sources": (Lines("nowhere"),)}, "its sources hold no files"),
@@ -252,19 +274,72 @@ def test_a_step_that_fails_is_named(corpus, tmp_path):
         curate(Recipe("small", (Lines(str(corpus)),), (Fails(),)), tmp_path / "corpus")
 
 
-def test_none_held_out(corpus, tmp_path):
-    """A share that draws no document costs the validation set, not the run."""
-    manifest = curate(recipe(corpus, held_out=1e-9), tmp_path / "corpus")
-    assert list(manifest["splits"]) == ["train"]
-    assert sorted(texts(tmp_path / "corpus/train")) == sorted(expected(corpus))
-    assert curate(recipe(corpus, held_out=1e-9), tmp_path / "corpus") == manifest
+def test_shards_do_not_depend_on_where_files_lie(corpus, made, tmp_path, monkeypatch):
+    """The split does not either; and they are named by their path below the source, from wherever they are read."""
+    shutil.copytree(corpus, tmp_path / "deep" / "er" / "raw")
+    monkeypatch.chdir(tmp_path / "deep")
+    curate(recipe(Path("er/raw")), tmp_path / "corpus")
+    for split in ("train", "validation"):
+        assert open_shards(tmp_path / "corpus" / split).fingerprint == open_shards(made / split).fingerprint
 
 
-def test_nothing_kept(corpus, tmp_path):
-    plan = recipe(corpus, held_out=0.0)
-    steps = (dataclasses.replace(plan.steps[0], words=99),)
-    with pytest.raises(ValueError, match="no document was kept"):
-        curate(dataclasses.replace(plan, steps=steps), tmp_path / "corpus")
+def test_what_changes_while_it_is_read_is_refused(tmp_path):
+    corpus = write_corpus(tmp_path / "raw", files=2)
+
+    class Late(Local):
+        def resolve(self, step, folder):
+            (corpus / "0.txt").write_text("another text\n")
+            return super().resolve(step, folder)
+
+    with pytest.raises(ValueError, match=r"0.txt has changed since this corpus was begun"):
+        curate(recipe(corpus), tmp_path / "corpus", workers=Late())
+    assert not (tmp_path / "corpus/manifest.json").exists()
+
+
+def test_a_tokenizer_that_changes_is_refused(corpus, tmp_path):
+    for vocab in (300, 310):
+        train_sentencepiece([path.read_text() for path in sorted(corpus.iterdir())], tmp_path / f"{vocab}.model", vocab=vocab)
+    mine = tmp_path / "300.model"
+    curate(recipe(corpus, tokenizer=str(mine)), tmp_path / "corpus")
+    shutil.copyfile(tmp_path / "310.model", mine)
+    with pytest.raises(ValueError, match=r"tokenizer='.*300.model' has changed since"):
+        curate(recipe(corpus, tokenizer=str(mine)), tmp_path / "corpus")
+
+
+def test_what_was_lost_between_passes_is_noticed(corpus, tmp_path):
+    class Careless(Local):
+        def resolve(self, step, folder):
+            (folder.parent / "000002.kept.jsonl").write_bytes(b"")
+            return super().resolve(step, folder)
+
+    with pytest.raises(RuntimeError, match=r"files between passes have been lost or changed: remove the folder"):
+        curate(recipe(corpus), tmp_path / "corpus", workers=Careless())
+
+
+def test_two_programs_take_turns_in_a_folder(corpus, made, tmp_path):
+    """As the processes of a training run, which all want its corpus: one makes it, the others wait and find it."""
+    (tmp_path / "marker").touch()
+    programs = [program(tmp_path, corpus, tmp_path, "lmx.data.curate", "Local") for _ in range(2)]
+    for one in programs:
+        _, errors = one.communicate(timeout=120)
+        assert one.returncode == 0, errors[-2000:]
+    assert contents(tmp_path / "corpus").keys() == contents(made).keys()
+
+
+def test_names_and_metadata_that_are_no_text(tmp_path):
+    """File names can be any bytes; where one is the name of a document that is damage, said in a line that can be printed."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a good text")
+    Path(os.fsdecode(os.fsencode(folder) + b"/b\xff.txt")).write_text("a text of a file with an odd name")
+    plan = Recipe("odd", (Texts(str(folder)),))
+    with pytest.raises(ValueError, match=r"b\\udcff.txt: half a surrogate pair in its text, id or path"):
+        curate(plan, tmp_path / "refused")
+    curate(dataclasses.replace(plan, damaged="skip"), tmp_path / "corpus")
+    assert len(open_shards(tmp_path / "corpus/train")) == 1
+    assert r"b\udcff.txt" in (tmp_path / "corpus/report.html").read_text()
+    with pytest.raises(ValueError, match=r"document 'a' of b has metadata that cannot be written as JSON"):
+        Record(Document("a", "text", "b", {"when": time})).to_line()
 
 
 def test_what_cannot_be_written_down_is_refused():
@@ -274,10 +349,38 @@ def test_what_cannot_be_written_down_is_refused():
 
 @dataclass(frozen=True)
 class Keyed:
-    key: str = field(repr=False)
+    key: Any = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Model:
+    size: int
+
+    def score(self, text: str) -> float:
+        return self.size
+
+
+def test_methods_and_hidden_sets_are_told_apart():
+    assert described(Model(1).score) != described(Model(2).score)
+    assert described(Keyed(frozenset("abc"))) != described(Keyed(frozenset("abcd")))
+    assert set(described(Keyed(frozenset("cba"))).values()) == {"test_curate.Keyed", "sha256:d33b202c020cbde1"}  # in any process
+
+
+def test_the_program_that_is_run_is_a_module(monkeypatch):
+    monkeypatch.setattr(Model, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", importlib.machinery.ModuleSpec("experiments.data.mine", None))
+    assert described(Model(1))["class"] == "experiments.data.mine.Model"
 
 
 def test_secrets_are_not_written_down():
     a, b = (json.dumps(described(Keyed(key))) for key in ("opensesame", "sesame"))
     assert "sesame" not in a
     assert a != b
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])) | st.text('\\"\n\t\x00\x1f\x7f\u2028a'))
+def test_records_are_lines_of_json_as_the_library_writes_them(text):
+    record = Record(Document(text[:5], text, "source", {"title": text}, "2024"), ({"step": "x", "counts": {text: 1}},))
+    fields = {"id": text[:5], "source": "source", "created": "2024", "metadata": {"title": text}}
+    fields |= {"decisions": [{"step": "x", "counts": {text: 1}}], "text": text}
+    assert record.to_line() == json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"

@@ -75,6 +75,20 @@ def test_fate(made, capsys):
     assert "value: 0.txt:40" in out
 
 
+def test_knobs_that_do_not_fit(made, capsys):
+    raw, _ = made
+    for argv, message in (
+        (["--path", "elsewhere"], "source lines of small has no path"),
+        (["--beam", "runner=FnApiRunner", "--workers", "2"], "workers=2 is of this machine"),
+        (["--dry-run", "true", "--documents", "0"], "documents=0 of units=32 are no sample"),
+    ):
+        with pytest.raises(SystemExit):
+            run(recipe(raw), argv)
+        err = capsys.readouterr().err
+        assert message in err
+        assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

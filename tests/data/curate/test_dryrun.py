@@ -1,5 +1,6 @@
 """What a sample says of the whole holds as often as it claims."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from lmx.data.clean.step import Drop, Verdict
 from lmx.data.curate import Recipe, curate
 from lmx.data.curate.dryrun import dry_run, wilson
 from lmx.data.documents import Document
+from lmx.data.sources import Parquet
 
 
 @dataclass(frozen=True)
@@ -149,3 +151,20 @@ def test_nothing_to_read(tmp_path):
     (tmp_path / "0.txt").write_text("# only this\n")
     with pytest.raises(ValueError, match="hold no document"):
         dry_run(recipe(tmp_path))
+
+
+@pytest.mark.parametrize("units", [2, 3])
+def test_units_that_count_something_else_than_bytes(tmp_path, units):
+    """Row groups, of which one has as many documents as another."""
+    pyarrow = pytest.importorskip("pyarrow", reason="the data extra is not installed")
+    pytest.importorskip("pyarrow.parquet")
+    rows = [{"text": f"number {i} {hashlib.sha256(str(i).encode()).hexdigest()}"} for i in range(400)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=40)
+    plan = Recipe("rows", (Parquet(str(tmp_path)),), unit=(tmp_path / "a.parquet").stat().st_size // 10)
+    assert len(plan.sources[0].units(plan.unit)) > 5
+    assert dry_run(plan, units=units).documents == pytest.approx(400, rel=0.25)
+
+
+def test_no_sample(corpus):
+    with pytest.raises(ValueError, match="documents=0 of units=32 are no sample"):
+        dry_run(recipe(corpus), documents=0)

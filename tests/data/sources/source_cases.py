@@ -5,9 +5,12 @@ import gzip
 import io
 import json
 import lzma
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from lmx.data import Document
 from lmx.data.sources import (
@@ -27,14 +30,14 @@ from lmx.data.sources import (
 Case = tuple[Source, list[Document | Omitted]]
 
 
-def ndjson(*records: dict) -> bytes:
-    return b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
+def ndjson(*records: dict, escaped: bool = False) -> bytes:
+    return b"".join(json.dumps(record, ensure_ascii=escaped).encode() + b"\n" for record in records)
 
 
-def tar(files: dict[str, bytes], folder: str = "") -> bytes:
+def tar(files: dict[str, bytes], folder: str = "", mode: str = "w") -> bytes:
     """An archive of a folder, as `tar c` makes it."""
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
+    with tarfile.open(fileobj=out, mode=mode) as archive:
         if folder:
             entry = tarfile.TarInfo(folder)
             entry.type = tarfile.DIRTYPE
@@ -48,8 +51,9 @@ def tar(files: dict[str, bytes], folder: str = "") -> bytes:
 
 def zstd(data: bytes) -> bytes:
     """As PushShift packs: with a window of 2 GiB, which readers refuse if they are not told."""
-    from backports import zstd
-
+    zstd = pytest.importorskip(
+        "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd", reason="the zstd extra is not installed"
+    )
     options = {zstd.CompressionParameter.window_log: 31, zstd.CompressionParameter.enable_long_distance_matching: 0}
     packer = zstd.ZstdCompressor(options=options)
     return packer.compress(data) + packer.flush()
@@ -194,8 +198,8 @@ def pg19(folder: Path) -> Case:
     (folder / "metadata.csv").write_text(
         '5,A Toy, and More,1901,http://toy.example/5\n6,"Quoted, too",1840,http://toy.example/6\n', encoding="utf-8"
     )
-    five = {"title": "A Toy, and More", "year": "1901", "link": "http://toy.example/5"}
-    six = {"title": "Quoted, too", "year": "1840", "link": "http://toy.example/6"}
+    five = {"title": "A Toy, and More", "year": "1901", "url": "http://toy.example/5"}
+    six = {"title": "Quoted, too", "year": "1840", "url": "http://toy.example/6"}
     return PG19(str(folder)), [
         Document("test/7", "Book 7 é\n", str(folder / "test" / "7.txt")),
         Document("train/5", "Book 5 é\n", str(folder / "train" / "5.txt"), five, "1901"),
@@ -303,7 +307,3 @@ CASES: dict[str, Callable[[Path], Case]] = {
     made.__name__: made
     for made in (jsonl, texts, parquet, array_record, gutenberg, pg19, bookcorpus, bookcorpus_tar, books1, openwebtext, reddit)
 }
-
-
-def everything(source: Source, size: int = 1 << 20) -> list[Document | Omitted]:
-    return [item for unit in source.units(size) for item in source.read(unit)]

@@ -5,7 +5,8 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from source_cases import BODY, book, everything
+from source_cases import BODY, book
+from source_checks import read
 
 from lmx.data.sources import BookCorpus, Gutenberg, Texts, documents
 from lmx.data.sources.gutenberg import decoded, released, stripped, unwrap
@@ -147,7 +148,7 @@ def test_unwrapping_undoes_textwrap(words, width):
 def test_unwrapped_source_and_one_file(tmp_path):
     (tmp_path / "5-8.txt").write_bytes(book(5, "ISO-8859-1"))
     (tmp_path / "5-0.txt").write_bytes(book(5, "UTF-8"))
-    (only,) = everything(Gutenberg(str(tmp_path / "5-8.txt"), unwrapped=True))  # asked for by name, so it is read
+    (only,) = read(Gutenberg(str(tmp_path / "5-8.txt"), unwrapped=True))  # asked for by name, so it is read
     assert only.text == BODY.replace("and\nnobody", "and nobody")
 
 
@@ -159,7 +160,7 @@ def test_bookcorpus_counts_lines_over_any_cut(tmp_path):
         for size in (1, 999, 20_000, 1 << 30):
             source = BookCorpus(str(tmp_path), lines_per_document=per)
             if size > 1 or per >= 7:
-                assert [document.text for document in everything(source, size)] == expected
+                assert [document.text for document in read(source, size)] == expected
     assert len(BookCorpus(str(tmp_path), lines_per_document=7).units(1000)) > 20
     with pytest.raises(ValueError, match="lines_per_document=0, expected at least 1"):
         BookCorpus(str(tmp_path), lines_per_document=0).units()
@@ -169,4 +170,4 @@ def test_texts_are_what_documents_gives(tmp_path):
     for name in ("a.txt", "b/c.md", "d.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"{name} \r\n é")
-    assert [d.text for d in everything(Texts(str(tmp_path)), 5)] == [d.text for d in documents(str(tmp_path))]
+    assert [d.text for d in read(Texts(str(tmp_path)), 5)] == [d.text for d in documents(str(tmp_path))]

@@ -6,7 +6,8 @@ import json
 
 import numpy as np
 import pytest
-from source_cases import CASES, everything
+from source_cases import CASES
+from source_checks import read
 
 from lmx.data import Document, documents
 from lmx.data.sources import Jsonl, Omitted, Parquet, Tfds, stream
@@ -46,7 +47,7 @@ def test_named_fields(tmp_path):
     path = tmp_path / "a.ndjson"
     path.write_text('{"content": "x", "key": 7, "id": "other", "seen": "1999", "created": "2000"}\n')
     source = Jsonl(str(path), text="content", id="key", created=("seen",), name="toy")
-    assert everything(source) == [Document("7", "x", str(path), {"id": "other", "created": "2000"}, "1999")]
+    assert read(source) == [Document("7", "x", str(path), {"id": "other", "created": "2000"}, "1999")]
     assert source.name == "toy"
 
 
@@ -56,7 +57,7 @@ def test_jsonl_agrees_with_documents(tmp_path):
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, records[::-1])) + "\n")
     expected = [(d.text, d.source, d.metadata) for d in documents(str(tmp_path))]
     for size in (10, 100, 10_000):
-        assert [(d.text, d.source, d.metadata) for d in everything(Jsonl(str(tmp_path)), size)] == expected
+        assert [(d.text, d.source, d.metadata) for d in read(Jsonl(str(tmp_path)), size)] == expected
 
 
 def test_a_folder_names_what_it_holds_instead(tmp_path):
@@ -83,11 +84,11 @@ def test_parquet_columns(tmp_path):
 
     table = {"text": ["a", "b"], "image": [b"\xff", b"ok"], "score": pyarrow.array([decimal.Decimal("1.5"), None])}
     pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
-    bad, good = everything(Parquet(str(tmp_path)))
+    bad, good = read(Parquet(str(tmp_path)))
     assert isinstance(bad, Omitted)
     assert bad.damaged
     assert good.metadata == {"image": "ok", "score": None}
-    assert [d.metadata for d in everything(Parquet(str(tmp_path), columns=("text", "score")))] == [{"score": "1.5"}, {"score": None}]
+    assert [d.metadata for d in read(Parquet(str(tmp_path), columns=("text", "score")))] == [{"score": "1.5"}, {"score": None}]
 
 
 @pytest.fixture(scope="module")
@@ -115,16 +116,16 @@ def prepared(tmp_path_factory):
 
 def test_tfds(prepared):
     source = Tfds(prepared)
-    found = everything(source)
+    found = read(source)
     assert [(d.id, d.text) for d in found] == [(d.id, d.text) for d in documents(f"tfds:{prepared}")]
     assert sorted((d.text, d.metadata["number"]) for d in found) == [(f"toy {i} ü", i) for i in range(9)]
     assert found[0].id == "toys/train:0"
     json.dumps(dict(found[0].metadata))
     assert len(source.units(1)) == 9
-    assert everything(source, 1) == found
+    assert read(source, 1) == found
     shards = [item for i in range(2) for _, item in stream(source, shard=(i, 2), size=1)]
     assert sorted(d.id for d in shards) == sorted(d.id for d in found)
-    assert len(everything(Tfds(f"{prepared}:test[:1]"))) == 1
+    assert len(read(Tfds(f"{prepared}:test[:1]"))) == 1
     with pytest.raises(ValueError, match="no split 'dev' to read"):
         Tfds(f"{prepared}:dev").units()
     (unit, *_) = source.units()

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from source_cases import BODY, CASES, SENTENCES, SUBMISSIONS, book, everything, ndjson, tar, zstd
+from source_cases import BODY, CASES, SENTENCES, SUBMISSIONS, book, ndjson, tar, zstd
+from source_checks import read
 
 from lmx.data import Document
 from lmx.data.sources import PG19, ArrayRecord, BookCorpus, Gutenberg, Jsonl, Omitted, OpenWebText, Parquet, Reddit, Texts
@@ -21,7 +22,7 @@ from lmx.data.sources.tars import members
 
 def split(source):
     """Documents' texts, and the damage."""
-    items = everything(source)
+    items = read(source)
     return [i.text for i in items if isinstance(i, Document)], [i for i in items if isinstance(i, Omitted) and i.damaged]
 
 
@@ -175,9 +176,12 @@ def test_archives_are_read_as_tarfile_reads_them(names, repeated, layout, sizes,
     with tarfile.open(fileobj=out) as archive:
         expected = [(entry.name, archive.extractfile(entry).read()) for entry in archive if entry.isreg()]
     out.seek(0)
-    assert [(name, contents.read()) for name, contents in members(out, "x")] == expected
+    files = (item for item in members(out, "x") if not isinstance(item, Omitted))
+    assert [(name, size, contents.read()) for name, size, contents in files] == [(name, len(data), data) for name, data in expected]
     out.seek(0)
-    assert [(name, contents.read(read)) for name, contents in members(out, "x")] == [(name, data[:read]) for name, data in expected]
+    items = [item if isinstance(item, Omitted) else (item[0], item[2].read(read)) for item in members(out, "x")]
+    assert [item for item in items if not isinstance(item, Omitted)] == [(name, data[:read]) for name, data in expected]
+    assert [item.reason for item in items if isinstance(item, Omitted)] == ["link"] * kinds[: len(names)].count(tarfile.SYMTYPE)
 
 
 def test_a_damaged_archive_in_an_archive_costs_itself(tmp_path):
@@ -249,7 +253,7 @@ def test_no_bytes_break_a_reader(valid, tmp_path, name, data):
     path.write_bytes(content)
     moved = type(source)(**{**{f: getattr(source, f) for f in source.__dataclass_fields__}, "path": moved_path(source, folder, changed)})
     for size in (1 << 20, 100):
-        for item in everything(moved, size):
+        for item in read(moved, size):
             assert isinstance(item, Document | Omitted)
             if isinstance(item, Document):
                 (item.text + item.id).encode()
@@ -279,7 +283,7 @@ def test_packed_noise(tmp_path, content, pack):
     ):
         path = tmp_path / name
         path.write_bytes(pack(content))
-        for item in everything(make(str(path))):
+        for item in read(make(str(path))):
             assert isinstance(item, Document) or item.damaged or item.reason == "not_text"
 
 

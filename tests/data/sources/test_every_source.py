@@ -6,7 +6,8 @@ import pickle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from source_cases import CASES, everything
+from source_cases import CASES
+from source_checks import read
 
 from lmx.data.sources import Omitted, stream
 
@@ -18,7 +19,7 @@ def case(request, tmp_path_factory):
 
 def test_exact_documents(case):
     source, expected = case
-    assert everything(source) == expected
+    assert read(source) == expected
     documents = [item for item in expected if not isinstance(item, Omitted)]
     assert len({document.id for document in documents}) == len(documents)
     for document in documents:
@@ -30,7 +31,7 @@ def test_units_of_any_size_give_the_same(case, size):
     source, expected = case
     units = source.units(size)
     assert len({unit.name for unit in units}) == len(units)
-    assert everything(pickle.loads(pickle.dumps(source)), size) == expected
+    assert read(pickle.loads(pickle.dumps(source)), size) == expected
 
 
 def test_what_can_be_cut_is_cut(tmp_path):

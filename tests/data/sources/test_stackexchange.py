@@ -51,13 +51,13 @@ ROWS = [
 def expected(path, site):
     def thread(number, text, **metadata):
         known = {"site": site, "url": f"https://{site}/questions/{number}"} if site else {}
-        return Document(f"{path.name}:{number}", text, str(path), {**known, **metadata}, "2012-02-14T20:23:40.127Z")
+        return Document(f"{path.name}:{number}", text, str(path), {**known, **metadata}, "2012-02-14T20:23:40.127000Z")
 
     def given(number, accepted, score, **author):
         return {"id": number, "accepted": accepted, "score": score, "license": "CC BY-SA 4.0", **author}
 
     return [
-        Omitted(f"{path.name}:5", "post_type"),
+        Omitted(f"{path}, post 5", "post_type"),
         thread(
             1,
             "Q: How to toy?\n\nI have a toy.\n\nA: Accepted.\n\nA: Second.\n\nA: Third & last.",
@@ -78,7 +78,7 @@ def expected(path, site):
             author="5",
             answers=[given(3, False, 3, author="user9")],
         ),
-        Omitted(f"{path.name}:6", "no_question"),
+        Omitted(f"{path}, post 6", "no_question"),
     ]
 
 
@@ -131,15 +131,17 @@ def test_rules(tmp_path):
     (tmp_path / "Posts.xml").write_text(posts(*ROWS, question(20, score=-1), question(21), answer(22, 21, ""), question(23, "", "<br>")))
 
     def left_out(**options):
-        return [(where[len("Posts.xml:") :], reason) for where, reason in omitted(read(StackExchange(str(tmp_path), **options)))]
+        return [
+            (where.removeprefix("Posts.xml, post "), reason) for where, reason in omitted(read(StackExchange(str(tmp_path), **options)))
+        ]
 
     always = [("5", "post_type"), ("6", "no_question")]
-    assert left_out() == [always[0], ("22", "no_text"), ("23", "no_text"), always[1]]
+    assert left_out() == [always[0], ("22", "empty"), ("23", "empty"), always[1]]
     assert left_out(question_score=0, answer_score=1, answers=1) == [
         always[0],
         ("7", "low_score"),
         ("20", "low_score"),
-        ("22", "no_text"),
+        ("22", "empty"),
         ("21", "few_answers"),
         ("23", "few_answers"),
         always[1],
@@ -161,13 +163,13 @@ def test_damaged(tmp_path):
     assert found(tmp_path, b"") == ([], [end])
     assert found(tmp_path, posts(rows[0], rows[1].replace(" Id=", " Ix="), rows[2], rows[2])) == (
         [0, 2],
-        [("Posts.xml, line 4", "has no Id, no PostTypeId or no ParentId"), ("Posts.xml:2", "is there twice")],
+        [("Posts.xml, line 4", "has no Id, no PostTypeId or no ParentId"), ("Posts.xml, post 2", "is there twice")],
     )
     assert found(tmp_path, posts(rows[0], rows[1].replace('Score="12"', 'Score="x"'), rows[2].replace("lt;", "l;"))) == (
         [0],
         [
-            ("Posts.xml:1", "has a row that is not readable (invalid literal for int() with base 10: 'x')"),
-            ("Posts.xml:2", "has a row that is not readable (undefined entity: line 1, column 2)"),
+            ("Posts.xml, post 1", "cannot be read (invalid literal for int() with base 10: 'x')"),
+            ("Posts.xml, post 2", "cannot be read (undefined entity: line 1, column 2)"),
         ],
     )
     assert found(tmp_path, posts(rows[0], question(1, body="x" * 999), rows[2]), longest=500) == (
@@ -184,9 +186,9 @@ def test_damaged_archives(tmp_path):
     data = packed(posts(*[question(n) for n in range(5)]))
     for bad in (data[:-20], data[:40] + bytes(40) + data[80:], data[:20], b"7z\xbc\xaf\x27\x1c" + b"\xff" * 99):
         _, problems = found(tmp_path, bad, "toy.com.7z")
-        assert any("does not unpack" in reason for _, reason in problems)
+        assert any("cannot be read" in reason for _, reason in problems)
     assert found(tmp_path, packed("", "Votes.xml"), "toy.com.7z") == ([], [("toy.com.7z", "holds 0 files Posts.xml, expected one")])
-    with pytest.raises(FileNotFoundError, match=r"stackexchange: '.*none' holds no file Posts.xml or .7z"):
+    with pytest.raises(FileNotFoundError, match=r"stackexchange='.*none' does not exist; give a file"):
         StackExchange(str(tmp_path / "none")).units()
 
 

@@ -69,10 +69,10 @@ def expected(path):
         metadata |= {"revision_id": str(number + 1000), "language": "de"}
         return Document(f"{path.name}:{number}", text, str(path), metadata, "2016-04-22T10:19:33Z")
 
-    reasons = {13: "redirect", 14: "redirect", 15: "namespace", 16: "model", 17: "deleted", 18: "no_text"}
+    reasons = {13: "redirect", 14: "redirect", 15: "namespace", 16: "model", 17: "deleted", 18: "empty"}
     return [
         document(12, "Größe & <Toy>", "Gr%C3%B6%C3%9Fe_&_%3CToy%3E", "A toy is a plaything."),
-        *[Omitted(f"{path.name}:{number}", reason) for number, reason in reasons.items()],
+        *[Omitted(f"{path}, page {number}", reason) for number, reason in reasons.items()],
         document(19, "Toy 19", "Toy_19", "Toys are old."),
     ]
 
@@ -132,15 +132,15 @@ def test_damaged_xml(tmp_path):
     bad = TEN[4].replace("<revision>", "<revision")
     assert found(tmp_path, HEAD + "".join([*TEN[:4], bad, *TEN[5:], TAIL])) == (
         [0, 1, 2, 3, 5, 6, 7, 8, 9],
-        [("a.xml:4", "is not XML (not well-formed (invalid token): line 6, column 6)")],
+        [("a.xml, page 4", "is not XML (not well-formed (invalid token): line 6, column 6)")],
     )
     bad = TEN[4].replace("</page>", "")
     assert found(tmp_path, HEAD + "".join([*TEN[:4], bad, *TEN[5:], TAIL])) == (
         [0, 1, 2, 3, 5, 6, 7, 8, 9],
-        [("a.xml:4", "has no </page>")],
+        [("a.xml, page 4", "has no </page>")],
     )
     whole = HEAD + "".join(TEN) + TAIL
-    assert found(tmp_path, whole[: whole.index("Toy number 7")]) == ([0, 1, 2, 3, 4, 5, 6], [("a.xml:7", "has no </page>"), CUT_OFF])
+    assert found(tmp_path, whole[: whole.index("Toy number 7")]) == ([0, 1, 2, 3, 4, 5, 6], [("a.xml, page 7", "has no </page>"), CUT_OFF])
     assert found(tmp_path, HEAD + "".join(TEN)) == (list(range(10)), [CUT_OFF])
     assert found(tmp_path, "") == ([], [CUT_OFF])
     assert found(tmp_path, whole.encode("utf-16")) == ([], [CUT_OFF])
@@ -148,12 +148,12 @@ def test_damaged_xml(tmp_path):
     kept = [0, 1, 2, 3, 5, 6, 7, 8, 9]
     assert found(tmp_path, HEAD + "".join([*TEN[:4], long, *TEN[5:], TAIL]), longest=700) == (
         kept,
-        [("a.xml:4", "does not end within 700 bytes")],
+        [("a.xml, page 4", "does not end within 700 bytes")],
     )
     bad = TEN[4].replace("<id>", "<idea>").replace("</id>", "</idea>")
     assert found(tmp_path, HEAD + "".join([*TEN[:4], bad, *TEN[5:], TAIL])) == (
         kept,
-        [("a.xml:?", "has no title, no id, no namespace or no revision")],
+        [("a.xml, page ?", "has no title, no id, no namespace or no revision")],
     )
 
 
@@ -163,13 +163,13 @@ def test_a_damaged_stream_costs_its_pages(tmp_path):
     for bad in (streams[2][:-30], streams[2][:40] + b"\0" * 60 + streams[2][100:], b"\xff" * 200):
         pages, problems = found(tmp_path, b"".join([*streams[:2], bad, *streams[3:]]), "a.xml.bz2")
         assert pages == [0, 1, 4, 5, 6, 7, 8, 9]
-        assert [where for where, _ in problems] == [f"a.xml.bz2:{start}"]
+        assert [where for where, _ in problems] == [f"a.xml.bz2, from byte {start}"]
     pages, problems = found(tmp_path, b"".join(streams[:4]), "a.xml.bz2")
     assert (pages, problems) == ([0, 1, 2, 3, 4, 5], [("a.xml.bz2", CUT_OFF[1])])
     pages, problems = found(tmp_path, b"".join(streams[:4])[:-60], "a.xml.bz2")
-    assert (pages, problems) == ([0, 1, 2, 3], [(f"a.xml.bz2:{sum(map(len, streams[:3]))}", "cut off")])
+    assert (pages, problems) == ([0, 1, 2, 3], [(f"a.xml.bz2, from byte {sum(map(len, streams[:3]))}", "cannot be read (it is cut off)")])
     single = bz2.compress((HEAD + "".join(TEN) + TAIL).encode())
-    assert found(tmp_path, single[: len(single) // 2], "a.xml.bz2") == ([], [("a.xml.bz2:0", "cut off")])
+    assert found(tmp_path, single[: len(single) // 2], "a.xml.bz2") == ([], [("a.xml.bz2, from byte 0", "cannot be read (it is cut off)")])
 
 
 WHOLE = "".join([HEAD, *TEN[:3], *PAGES[:3], TAIL]).encode()
@@ -249,7 +249,7 @@ def test_any_wikitext(wikitext):
 
 
 def test_what_is_no_dump(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"wikipedia: '.*' holds no file .xml or .xml.bz2; give such a file"):
+    with pytest.raises(FileNotFoundError, match=r"wikipedia='.*' is a folder without a file to read \(it holds nothing\); expected .xml"):
         Wikipedia(str(tmp_path)).units()
     (tmp_path / "a.xml").write_text("<html>\n</html>")
     assert damage(read(Wikipedia(str(tmp_path)))) == [CUT_OFF]
