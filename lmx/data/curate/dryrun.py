@@ -26,6 +26,7 @@ from lmx.data.sources.source import Unit
 from lmx.data.tokenizers import load_tokenizer
 
 Z = 1.96  # two-sided 95% of the normal distribution
+PADDING = 3 << 15  # bytes of an ArrayRecord file beside what it holds: its last block, and half of one that is not full
 RESOLVING = 100  # bytes for each document that a corpus step takes where it is resolved
 
 
@@ -153,7 +154,8 @@ def _forecast(recipe: Recipe, tally: Tally, sample: list, count: int, scale: flo
     seconds = {source.name: tally.seconds[source.name] * scale for source in recipe.sources}
     seconds |= {name: judged.seconds[name] * up for name in (*(step.name for step in recipe.steps), "identity terms")}
     seconds |= {"setup": cost.setup, "records": cost.records * up, "tokens": cost.tokens * up}
-    tallies = len(json.dumps(judged.to_json(), indent=1)) * scale * len(chosen)
+    splits = 2 if recipe.held_out else 1
+    for_each_unit = len(json.dumps(judged.to_json(), indent=1)) + 2 * splits * PADDING
     return Forecast(
         sampled=len(sample),
         documents=population,
@@ -161,7 +163,7 @@ def _forecast(recipe: Recipe, tally: Tally, sample: list, count: int, scale: flo
         kept_bytes=kept_bytes,
         rules=rules,
         seconds=seconds,
-        disk=cost.disk * up + tallies,
+        disk=cost.disk * up + for_each_unit * scale * len(chosen),
         memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + RESOLVING * population * bool(corpus_steps),
         tally=_sum(tally, judged),
     )
@@ -227,7 +229,7 @@ def _judge(recipe: Recipe, sample: list, chosen: list, tally: Tally, cost: Cost)
         with TemporaryDirectory() as folder:
             tokenizer = load_tokenizer("bytes" if trained(recipe.tokenizer) else recipe.tokenizer, name="tokenizer")
             write_shard((record for _, record in here), tokenizer, Path(folder), 0, corpus="")
-            cost.disk += sum(path.stat().st_size for path in Path(folder).iterdir())
+            cost.disk += sum(path.stat().st_size for path in Path(folder).iterdir()) - 2 * PADDING
     cost.tokens = time.process_time() - clock
     return fates
 

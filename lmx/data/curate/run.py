@@ -178,7 +178,6 @@ def _finish(recipe: Recipe, folder: Path, units: Sequence[tuple[int, Unit]], tok
         "versions": versions(),
         "sources": dict(sorted((hashes | {str(path): file_hash(path) for path in files_read(recipe, ())}).items())),
     }
-    write_json(folder / "tally.json", tally.to_json())
     parts = {}
     for split in splits(recipe):
         if is_shards(folder / split):
