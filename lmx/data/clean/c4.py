@@ -93,6 +93,10 @@ class C4BadWords:
     """Only as words of their own; False for languages written without spaces (Japanese, Thai, Chinese)."""
     name: str = "c4_bad_words"
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.path,)
+
     def __call__(self, document: Document) -> Drop | None:
         by_word, anywhere = _bad_words(self.path, self.separated)
         text = document.text.lower()

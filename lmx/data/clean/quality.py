@@ -35,6 +35,10 @@ class Quality:
         if self.alpha <= 0 or not 0 <= self.threshold <= 1:
             raise ValueError(f"alpha={self.alpha} must be positive, and threshold={self.threshold} from 0 to 1")
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.model,)
+
     def __call__(self, document: Document) -> Verdict:
         score = round(load_linear(self.model, self.fingerprint)(document.text), 6)
         stays = score >= self.threshold if self.keep == "threshold" else pareto(document.id, self.alpha, self.seed) > 1 - score

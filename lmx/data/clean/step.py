@@ -2,6 +2,7 @@
 
 A step is a frozen dataclass (its fields are the paper's thresholds, as defaults) with a `name`; it can be pickled, and the same arguments
 give the same answer in any process. What needs tables or models builds them once a process (`functools.cache` on a function of its fields).
+One that reads files names them as `reads`, paths: a run that goes on after they changed is refused.
 """
 
 from collections.abc import Mapping

@@ -33,6 +33,10 @@ class ToxicWords:
         if not 0 <= self.rate < 1 or self.least < 1:
             raise ValueError(f"rate={self.rate} must be at least 0 and below 1, and least={self.least} at least 1")
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.lists
+
     def __call__(self, document: Document) -> Verdict:
         found = finder(_listed(self.lists)).find(document.text).total()
         if not found:
@@ -76,6 +80,10 @@ class Toxicity:
     def __post_init__(self):
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold={self.threshold} must be above 0 and at most 1")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.model,)
 
     def __call__(self, document: Document) -> Verdict:
         score = round(load_linear(self.model, self.fingerprint)(fold(document.text)), 6)

@@ -23,6 +23,10 @@ class BlockedDomains:
     """Where a document's metadata have its address."""
     name: str = "blocked_domains"
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.path,)
+
     def __call__(self, document: Document) -> Drop | None:
         url = document.metadata.get(self.field)
         if not isinstance(url, str):

@@ -19,8 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corpora import WORDS, Killer, Lines, Long, Upper, contents, counts, expected, recipe, write_corpus
+from lmx.data.clean.c4 import C4BadWords
 from lmx.data.clean.exact import Exact
 from lmx.data.clean.minhash import MinHash
+from lmx.data.clean.toxicity import ToxicWords
 from lmx.data.curate import Local, Recipe, curate
 from lmx.data.curate.beam import Beam
 from lmx.data.curate.recipe import described
@@ -294,6 +296,18 @@ def test_what_changes_while_it_is_read_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"0.txt has changed since this corpus was begun"):
         curate(recipe(corpus), tmp_path / "corpus", workers=Late())
     assert not (tmp_path / "corpus/manifest.json").exists()
+
+
+def test_a_list_that_changes_is_refused(corpus, tmp_path):
+    listed = tmp_path / "words.txt"
+    listed.write_text("slings\n")
+    steps = (C4BadWords(str(listed)), ToxicWords((str(listed),)))
+    plan = Recipe("listed", (Lines(str(corpus)),), steps)
+    manifest = curate(plan, tmp_path / "corpus")
+    assert str(listed) in manifest["sources"]
+    listed.write_text("slings\narrows\n")
+    with pytest.raises(ValueError, match=r"words.txt has changed since"):
+        curate(plan, tmp_path / "corpus")
 
 
 def test_a_tokenizer_that_changes_is_refused(corpus, tmp_path):
