@@ -6,6 +6,7 @@ import inspect
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -136,3 +137,12 @@ def _hidden(secret: Any) -> str:
 def fingerprint(recipe: Recipe) -> str:
     """SHA-256 (hex) of a recipe as `described`."""
     return hashlib.sha256(json.dumps(described(recipe), sort_keys=True).encode()).hexdigest()
+
+
+def code(recipe: Recipe) -> str:
+    """SHA-256 (hex) of the code that makes a recipe's corpus: of `lmx.data`, and of the modules that its sources and steps come from."""
+    paths = set(Path(__file__).parents[1].rglob("*.py"))
+    for part in (*recipe.sources, *recipe.steps):
+        with suppress(TypeError, OSError):  # of a class that was typed in, in a notebook, there is no file
+            paths.add(Path(inspect.getfile(type(part))))
+    return hashlib.sha256(b"".join(sorted(hashlib.sha256(path.read_bytes()).digest() for path in paths))).hexdigest()

@@ -11,7 +11,7 @@ import numpy as np
 
 from lmx.core.config import versions
 from lmx.data.clean.step import CorpusStep, Ragged
-from lmx.data.curate.recipe import Recipe, check, described, files_read, fingerprint, passes
+from lmx.data.curate.recipe import Recipe, check, code, described, files_read, fingerprint, passes
 from lmx.data.curate.records import open_ragged, read_records, write_ragged
 from lmx.data.curate.report import write_report
 from lmx.data.curate.tally import Tally, from_json
@@ -81,7 +81,7 @@ def _claim(recipe: Recipe, folder: Path, units: Sequence[tuple[int, Unit]]) -> N
     """Write down what the folder is for, or refuse one that is for something else."""
     stats = {str(path): [(stat := path.stat()).st_size, stat.st_mtime_ns] for path in files_read(recipe, (unit for _, unit in units))}
     tokenizer = None if trained(recipe.tokenizer) else load_tokenizer(recipe.tokenizer, name="tokenizer").fingerprint
-    claim = {"fingerprint": fingerprint(recipe), "files": stats, "tokenizer": tokenizer, "recipe": described(recipe)}
+    claim = {"fingerprint": fingerprint(recipe), "code": code(recipe), "files": stats, "tokenizer": tokenizer, "recipe": described(recipe)}
     path = folder / "recipe.json"
     if not path.exists():
         write_json(path, claim)
@@ -89,11 +89,26 @@ def _claim(recipe: Recipe, folder: Path, units: Sequence[tuple[int, Unit]]) -> N
     old = json.loads(path.read_bytes())
     if old["fingerprint"] != claim["fingerprint"]:
         raise ValueError(f"{folder} holds the work of another recipe ({_difference(old['recipe'], claim['recipe'])}); use another folder")
-    changed = [name for name in {**old["files"], **stats} if old["files"].get(name) != stats.get(name)]
+    changed = _changed(folder, old["files"], stats)
     if old.get("tokenizer") != tokenizer:
         changed.append(f"tokenizer={recipe.tokenizer!r}")
+    if old.get("code") != claim["code"] and not (folder / "manifest.json").exists():
+        changed.append("the code of its steps or of lmx.data")  # half of a corpus by each would be neither's
     if changed:
         raise ValueError(f"{folder}: {changed[0]} has changed since this corpus was begun; use another folder, or remove this one")
+
+
+def _changed(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The files that are not what they were: of another size, or of another time and not known to have the same contents."""
+    known: dict[str, str] = {}
+    for path in (folder / "work" / "0").glob("*.files.json"):
+        known |= json.loads(path.read_bytes())
+
+    def same(name: str) -> bool:
+        a, b = old.get(name), new.get(name)
+        return a == b or (a is not None and b is not None and a[0] == b[0] and known.get(name) == file_hash(Path(name)))
+
+    return [name for name in {**old, **new} if not same(name)]
 
 
 def _difference(old: Any, new: Any, name: str = "recipe") -> str:

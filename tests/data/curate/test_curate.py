@@ -23,7 +23,7 @@ from lmx.data.clean.c4 import C4BadWords
 from lmx.data.clean.exact import Exact
 from lmx.data.clean.minhash import MinHash
 from lmx.data.clean.toxicity import ToxicWords
-from lmx.data.curate import Local, Recipe, curate
+from lmx.data.curate import Local, Recipe, curate, run
 from lmx.data.curate.beam import Beam
 from lmx.data.curate.recipe import described
 from lmx.data.curate.records import Record
@@ -230,6 +230,32 @@ def test_changed_files_are_refused(tmp_path):
     (corpus / "1.txt").write_text(" ".join(WORDS))
     with pytest.raises(ValueError, match=r"1.txt has changed since this corpus was begun"):
         curate(recipe(corpus), tmp_path / "corpus")
+
+
+def test_a_touched_file_is_not_a_changed_one(tmp_path):
+    corpus = write_corpus(tmp_path / "raw", files=2)
+    manifest = curate(recipe(corpus), tmp_path / "corpus")
+    os.utime(corpus / "1.txt", (0, 0))
+    assert curate(recipe(corpus), tmp_path / "corpus") == manifest
+    text = (corpus / "1.txt").read_text()
+    (corpus / "1.txt").write_text(text[::-1])  # as many bytes
+    with pytest.raises(ValueError, match=r"1.txt has changed since"):
+        curate(recipe(corpus), tmp_path / "corpus")
+
+
+def test_other_code_does_not_go_on_with_half_a_corpus(corpus, tmp_path, monkeypatch):
+    manifest = curate(recipe(corpus), tmp_path / "whole")
+
+    class Cut(Local):
+        def resolve(self, step, folder):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        curate(recipe(corpus), tmp_path / "half", workers=Cut())
+    monkeypatch.setattr(run, "code", lambda recipe: "another")
+    with pytest.raises(ValueError, match=r"the code of its steps or of lmx.data has changed since this corpus was begun"):
+        curate(recipe(corpus), tmp_path / "half")
+    assert curate(recipe(corpus), tmp_path / "whole") == manifest  # what is complete is only read
 
 
 def test_damage_is_refused_or_listed(tmp_path):
