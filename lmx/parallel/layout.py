@@ -41,6 +41,9 @@ class Layout:
     exchange: Literal["ring", "alltoall"] = "ring"
     """How attention sees the whole of a split sequence: ring (keys and values go round; Liu et al., 2023) or alltoall (heads are traded for
     positions; Jacobs et al., 2023; the heads of a tensor device must divide)."""
+    attention: Literal["auto", "xla", "cudnn", "flash"] = "auto"
+    """What computes attention: auto (the fastest that was measured on the chip), or one by name; flash is lmx's own kernel for Hopper GPUs,
+    in bf16 or fp16. Raises where it cannot."""
     pipeline: int = 1
     """Stages into which the stack of layers is cut; microbatches flow through them."""
     schedule: Literal["1f1b", "gpipe"] = "1f1b"

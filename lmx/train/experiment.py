@@ -129,6 +129,11 @@ def check(experiment: Experiment, devices: int | None = None) -> None:
     precision, model = policy(experiment.precision), experiment.model
     if precision.fp8 and model.experts:
         raise ConfigError(f"precision={experiment.precision} is not there for mixtures (model.experts={model.experts}); use bf16")
+    if experiment.layout.attention in ("cudnn", "flash") and experiment.precision not in ("bf16", "fp16", "fp8"):
+        raise ConfigError(
+            f"layout.attention={experiment.layout.attention} computes in bf16 or fp16, not in {experiment.precision}: set precision, or "
+            "layout.attention to auto"
+        )
     model_config.check(with_vocab(model, model.vocab or 8))
     _check_objective(experiment)
     _check_lengths(experiment)

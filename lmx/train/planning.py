@@ -173,7 +173,10 @@ def _work(experiment: Experiment, model: Transformer, length: int, kind: str) ->
     layout, precision = experiment.layout, POLICIES[experiment.precision]
     ring = layout.context > 1 and layout.exchange == "ring"
     packed = experiment.data.packing != "stream" or experiment.data.denoising is not None
-    kernel = "chunked" if ring else _attention(model, length, precision.compute, packed, "cpu" if layout.offload else kind)
+    if ring:
+        kernel = "flash" if layout.attention == "flash" else "chunked"
+    else:
+        kernel = _attention(model, length, precision.compute, packed, "cpu" if layout.offload else kind, layout.attention)
     fused = kernel in ("cudnn", "flash")
     return Work(
         layout=layout,
@@ -216,8 +219,10 @@ def _work(experiment: Experiment, model: Transformer, length: int, kind: str) ->
     )
 
 
-def _attention(model: Transformer, length: int, dtype, packed: bool, kind: str) -> str:
-    """What `lmx.kernels.attention` takes on devices of a kind."""
+def _attention(model: Transformer, length: int, dtype, packed: bool, kind: str, implementation: str) -> str:
+    """What `lmx.kernels.attention` takes on devices of a kind: what is named, or its choice."""
+    if implementation in ("cudnn", "flash"):
+        return implementation
     heads = jax.ShapeDtypeStruct((1, length, 1, model.head_size), dtype)
     segments = jax.ShapeDtypeStruct(heads.shape[:2], "int32") if packed else None
     asked = {
@@ -228,7 +233,7 @@ def _attention(model: Transformer, length: int, dtype, packed: bool, kind: str) 
     }
     device = AbstractDevice(device_kind=kind, num_cores=None, platform=None)
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("chip",), abstract_device=device)):
-        return why(heads, heads, Mask(query_segments=segments, key_segments=segments), **asked)[0]
+        return why(heads, heads, Mask(query_segments=segments, key_segments=segments), **asked, implementation=implementation)[0]
 
 
 def _recurrent(experiment: Experiment, model: RWKV) -> Work:

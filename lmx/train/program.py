@@ -79,7 +79,8 @@ def build(experiment: Experiment, mesh: Mesh | AbstractMesh | None = None) -> Pr
         exchange=layout.exchange,
         collective_matmul=layout.collective_matmul,
         precision=precision,
-        attention="auto" if isinstance(mesh, Mesh) else "xla",  # cuDNN's cannot be lowered where there are no devices
+        # Of its own accord the door takes cuDNN's for a chip, which cannot be lowered where there are no devices.
+        attention="xla" if layout.attention == "auto" and not isinstance(mesh, Mesh) else layout.attention,
         remat=layout.remat,
         sites=layout.sites,
         offload="activations" in layout.offload,

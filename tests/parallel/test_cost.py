@@ -228,6 +228,8 @@ def test_a_kernel_that_the_door_takes_forms_no_scores_and_no_mask(monkeypatch):
     ring = experiment(**capped, context=2)
     assert plans.work(experiment(precision="bf16"), h100).fused
     assert not any(plans.work(one, h100).fused for one in (run, packed, ring, experiment()))
+    named = [experiment(**capped, attention="flash", context=split) for split in (1, 2)]
+    assert all((work.fused, work.dense, cost.mask(work)) == (True, False, 0) for work in (plans.work(one, h100) for one in named))
     monkeypatch.setattr(plans, "why", lambda *_, **__: ("flash", "it has been measured"))
     for one in (run, packed):
         work = plans.work(one, h100)

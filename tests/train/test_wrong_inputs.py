@@ -56,6 +56,7 @@ WRONG = {
     "a window without local layers": ("--model.window 8", ["model.window=8", "pattern"]),
     "ordered reductions of sharded parameters": ("--layout.ordered 8 --layout.fsdp 2", ["layout.ordered", "layout.fsdp"]),
     "a run that is not there": ("--start resume", ["no run to resume", "--name"]),
+    "a kernel for another type": ("--layout.attention flash", ["layout.attention=flash", "not in fp32", "precision"]),
     "no steps": ("--steps 0", ["steps=0", "at least 1"]),
 }
 
