@@ -8,7 +8,7 @@ import numpy as np
 from lmx.core.execution import Execution
 from lmx.core.tree import Tree
 from lmx.infer.scoring import score
-from lmx.infer.texts import check_continues, check_tokens_alone
+from lmx.infer.texts import check_continues
 from lmx.models.config import EncoderDecoder, Model
 
 SHORTEST = 16
@@ -38,7 +38,6 @@ def nats_per_byte(
       ValueError: an empty text, a length or rows that are none, a model that is an encoder-decoder or predicts no next token.
     """
     check_continues(model)
-    check_tokens_alone(model, params)
     length = model.context if length is None else length
     if isinstance(model, EncoderDecoder):
         raise ValueError("an encoder-decoder reads a source beside a text; nats_per_byte needs a model of texts alone")

@@ -14,7 +14,7 @@ from lmx.infer.steps import Request
 
 def job(number: int, prompt: int, arrived: float) -> Job:
     request = Request(tuple(range(prompt)), 5, 1, 0, b"", True)
-    return Job(number, request, Sampling(), 0, 0, (), (), None, [Completion()], arrived, [])
+    return Job(number, request, Sampling(), 0, 0, (), (), [Completion()], arrived)
 
 
 def moments(*steps) -> list[Moment]:
