@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from lmx.data.store import TokenStore
+from lmx.data.store import TokenStore, token_type, tokenised
 from lmx.data.tokenizers import Tokenizer, load_tokenizer
-from lmx.data.whole import placed, whole, write_json
+from lmx.data.whole import file_hash, placed, whole, write_json
 
 FORMAT = 1
 BLOCK = 4096  # tokens in a record: about as long as an example, so that one needs few of them
@@ -34,21 +34,17 @@ ARRAYS = ("lengths", "bytes")
 def write_shard(records: Iterable[Any], tokenizer: Tokenizer, folder: Path, number: int, *, corpus: str) -> None:
     """Write documents (`lmx.data.curate.records.Record`) as shard `number` of a folder; its index file comes last, when all is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = np.dtype("<u2" if tokenizer.vocab <= 1 << 16 else "<u4")
-    end = np.asarray([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype)
-    lengths, sizes, rest = array("q"), array("q"), np.zeros(0, dtype)
+    lengths, sizes, rest = array("q"), array("q"), np.zeros(0, token_type(tokenizer))
     with _writers(folder, number) as writers:
-        for batch in _batches(records):
-            rows = tokenizer.encode_batch([record.document.text for record in batch])
-            arrays = [np.frombuffer(row, np.uint8) if isinstance(row, bytes) else np.asarray(row, np.int64) for row in rows]
+        for batch, arrays in tokenised(records, tokenizer, lambda record: record.document.text):
             for record, tokens in zip(batch, arrays, strict=True):
                 d = record.document
                 size = len(d.text.encode())
                 about = {"id": d.id, "source": d.source, "corpus": corpus, "created": d.created, "metadata": d.metadata, "bytes": size}
                 writers["documents"].write(json.dumps({**about, "decisions": record.decisions}, ensure_ascii=False).encode())
-                lengths.append(len(tokens) + len(end))
+                lengths.append(len(tokens))
                 sizes.append(size)
-            stream = np.concatenate([rest, *(part.astype(dtype) for tokens in arrays for part in (tokens, end))])
+            stream = np.concatenate([rest, *arrays])
             full = len(stream) // BLOCK * BLOCK
             for start in range(0, full, BLOCK):
                 writers["tokens"].write(stream[start : start + BLOCK].tobytes())
@@ -101,7 +97,7 @@ def write_manifest(folder: Path, numbers: Sequence[int], tokenizer: Tokenizer, a
     manifest = {
         "format": FORMAT,
         **{what: sum(shard[what] for shard in shards) for what in ("documents", "tokens", "bytes")},
-        "dtype": "<u2" if tokenizer.vocab <= 1 << 16 else "<u4",
+        "dtype": token_type(tokenizer).str,
         "vocab": tokenizer.vocab,
         "eos_id": tokenizer.eos_id,
         "tokenizer": tokenizer.fingerprint,
@@ -279,22 +275,3 @@ class Blocks:
             while len(self._kept) > KEPT_BLOCKS:
                 self._kept.popitem(last=False)
         return [have[b] for b in wanted.tolist()]
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 (hex) of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _batches(records: Iterable[Any]) -> Iterator[list[Any]]:
-    """Records in groups that one call of a tokenizer does well with."""
-    batch, size = [], 0
-    for record in records:
-        batch.append(record)
-        size += len(record.document.text)
-        if size >= BATCH_BYTES or len(batch) >= 1024:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 from lmx.data.documents import Document
 from lmx.data.sources import documents, source_hash
 from lmx.data.tokenizers import Tokenizer
+from lmx.data.whole import file_hash
 
 FORMAT = 1  # raise it when what a store holds, or how, changes: older caches are then left alone and built again
 BATCH_BYTES, BATCH_DOCUMENTS = 1 << 20, 1024  # how much text one call of the tokenizer gets
@@ -117,8 +118,7 @@ def build_store(texts: Iterable[Document], tokenizer: Tokenizer, directory: str 
 
 
 def _write(texts: Iterable[Document], tokenizer: Tokenizer, directory: Path) -> None:
-    dtype = np.dtype("<u2" if tokenizer.vocab <= 1 << 16 else "<u4")
-    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    dtype = token_type(tokenizer)
     files = {name: (directory / f"{name}.bin").open("wb") for name in FILES}
     hashes = {name: hashlib.sha256() for name in FILES}
 
@@ -134,19 +134,16 @@ def _write(texts: Iterable[Document], tokenizer: Tokenizer, directory: Path) -> 
     for name in ("offsets", "id_offsets"):
         write(name, np.zeros(1, "<i8"))
     try:
-        for batch in _batches(texts):
-            rows = tokenizer.encode_batch([document.text for document in batch])
-            # np.asarray would keep a bytes object whole instead of reading its numbers
-            arrays = [np.frombuffer(row, np.uint8) if isinstance(row, bytes) else np.asarray(row, np.int64) for row in rows]
+        for batch, arrays in tokenised(texts, tokenizer, lambda document: document.text):
             ids = [document.id.encode() for document in batch]
             sizes = [len(document.text.encode()) for document in batch]
-            write("offsets", offsets(tokens, [len(row) + len(end) for row in arrays]))
-            write("tokens", np.concatenate([part.astype(dtype) for row in arrays for part in (row, np.asarray(end, dtype))]))
+            write("offsets", offsets(tokens, list(map(len, arrays))))
+            write("tokens", np.concatenate(arrays))
             write("document_bytes", np.asarray(sizes, "<i8"))
             write("id_offsets", offsets(id_bytes, list(map(len, ids))))
             write("ids", np.frombuffer(b"".join(ids), np.uint8))
             count += len(batch)
-            tokens += sum(map(len, arrays)) + len(end) * len(batch)
+            tokens += sum(map(len, arrays))
             text_bytes += sum(sizes)
             id_bytes += sum(map(len, ids))
     finally:
@@ -169,15 +166,27 @@ def _write(texts: Iterable[Document], tokenizer: Tokenizer, directory: Path) -> 
     (directory / "index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
-def _batches(texts: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in groups that one call of a tokenizer does well with."""
-    texts = iter(texts)
-    while batch := list(islice(texts, 1)):
-        size = len(batch[0].text)
-        while size < BATCH_BYTES and len(batch) < BATCH_DOCUMENTS and (document := next(texts, None)) is not None:
-            batch.append(document)
-            size += len(document.text)
-        yield batch
+def token_type(tokenizer: Tokenizer) -> np.dtype:
+    """What tokens are stored as."""
+    return np.dtype("<u2" if tokenizer.vocab <= 1 << 16 else "<u4")
+
+
+def tokenised[Item](
+    items: Iterable[Item], tokenizer: Tokenizer, text: Callable[[Item], str]
+) -> Iterator[tuple[list[Item], list[np.ndarray]]]:
+    """Items in groups that one call of a tokenizer does well with, and what is stored of each: the tokens of its text and its end."""
+    dtype = token_type(tokenizer)
+    end = np.asarray([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype)
+    items = iter(items)
+    while batch := list(islice(items, 1)):
+        size = len(text(batch[0]))
+        while size < BATCH_BYTES and len(batch) < BATCH_DOCUMENTS and (item := next(items, None)) is not None:
+            batch.append(item)
+            size += len(text(item))
+        rows = tokenizer.encode_batch([text(item) for item in batch])
+        # np.asarray would keep a bytes object whole instead of reading its numbers
+        arrays = [np.frombuffer(row, np.uint8) if isinstance(row, bytes) else np.asarray(row, np.int64) for row in rows]
+        yield batch, [np.concatenate([row.astype(dtype), end]) for row in arrays]
 
 
 def open_store(directory: str | Path) -> TokenStore:
@@ -204,9 +213,8 @@ def open_store(directory: str | Path) -> TokenStore:
         found = path.stat().st_size if path.exists() else 0
         if found != size:
             raise ValueError(f"{path} has {found} bytes, expected {size}: the store is damaged; remove the folder, it will be built again")
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                raise ValueError(f"{path} does not have the contents it was written with: remove the folder, it will be built again")
+        if file_hash(path) != digest:
+            raise ValueError(f"{path} does not have the contents it was written with: remove the folder, it will be built again")
     return _mapped(directory, index)
 
 

@@ -1,5 +1,6 @@
 """Files that are whole or not there, whoever is killed, and folders that one process at a time works in."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -37,6 +38,12 @@ def whole(path: Path) -> Iterator[BinaryIO]:
 def write_json(path: Path, value: Any) -> None:
     with whole(path) as file:  # names of files may hold bytes that are no UTF-8; `json.loads` reads them again
         file.write(json.dumps(value, ensure_ascii=False, indent=1).encode(errors="surrogatepass") + b"\n")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

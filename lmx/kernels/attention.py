@@ -46,9 +46,8 @@ def attention(
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads evenly")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if implementation in ("auto", "xla"):
-        asked = {"scale": scale, "softcap": softcap, "slopes": slopes, "bias": bias, "keep": keep}
-        implementation, _ = why(q, k, mask, v, **asked, implementation=implementation)
+    asked = {"scale": scale, "softcap": softcap, "slopes": slopes, "bias": bias, "keep": keep}
+    implementation, _ = why(q, k, mask, v, **asked, implementation=implementation)
     if implementation == "single":
         if q.shape[1] != 1 or keep is not None:
             raise ValueError(f"attention='single' takes one query a row, not {q.shape[1]}, and no dropout; use auto")
@@ -84,10 +83,13 @@ def why(
     keep: Array | None = None,
     implementation: str = "auto",
 ) -> tuple[str, str]:
-    """What `auto`, or `xla`, takes for a call, and the reason in words. Arrays may be abstract; values are as keys unless given.
+    """What `auto`, or `xla`, takes for a call (another name is taken by its word), and the reason in words. Arrays may be abstract; values are
+    as keys unless given.
 
     Our own kernel is taken by its name alone until it has been checked and measured on a GPU (`experiments.bench.attention`).
     """
+    if implementation not in ("auto", "xla"):
+        return implementation, "it was named"
     v, scale = k if v is None else v, q.shape[-1] ** -0.5 if scale is None else scale
     if keep is not None:
         return "reference", "dropout of attention weights is the textbook's alone"

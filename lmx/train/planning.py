@@ -220,9 +220,7 @@ def _work(experiment: Experiment, model: Transformer, length: int, kind: str) ->
 
 
 def _attention(model: Transformer, length: int, dtype, packed: bool, kind: str, implementation: str) -> str:
-    """What `lmx.kernels.attention` takes on devices of a kind: what is named, or its choice."""
-    if implementation in ("cudnn", "flash"):
-        return implementation
+    """What `lmx.kernels.attention` takes on devices of a kind."""
     heads = jax.ShapeDtypeStruct((1, length, 1, model.head_size), dtype)
     segments = jax.ShapeDtypeStruct(heads.shape[:2], "int32") if packed else None
     asked = {

@@ -179,8 +179,11 @@ def which_lose(before: TermCounts, after: TermCounts, *, level: float = 0.05) ->
     return Losses(before.documents, after.documents, level, tuple(kept))
 
 
-def wilson(successes: int, trials: int, level: float = 0.05) -> tuple[float, float]:
-    """The score interval of a proportion, of confidence 1 - level (Wilson 1927). Raises ValueError for no trials, or other successes."""
+def wilson(successes: float, trials: float, level: float = 0.05) -> tuple[float, float]:
+    """The score interval of a proportion, of confidence 1 - level (Wilson 1927). Raises ValueError for no trials, or other successes.
+
+    Numbers that are not whole are of a sample that is worth so many trials.
+    """
     if not 0 <= successes <= trials or trials < 1:
         raise ValueError(f"{successes} of {trials} is no proportion")
     z = NormalDist().inv_cdf(1 - level / 2)

@@ -8,12 +8,13 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf, sqrt
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from lmx.data.clean import bias
 from lmx.data.clean.bias import Losses, which_lose
 from lmx.data.clean.step import Ragged
 from lmx.data.curate.recipe import Recipe, check, files, files_read, is_corpus_step, passes
@@ -25,7 +26,6 @@ from lmx.data.shards import write_shard
 from lmx.data.sources.source import Unit
 from lmx.data.tokenizers import load_tokenizer
 
-Z = 1.96  # two-sided 95% of the normal distribution
 PADDING = 3 << 15  # bytes of an ArrayRecord file beside what it holds: its last block, and half of one that is not full
 RESOLVING = 100  # bytes for each document that a corpus step takes where it is resolved
 
@@ -74,16 +74,11 @@ class Forecast:
 
 
 def wilson(part: int, whole: int, population: float = inf) -> Share:
-    """Wilson's interval of a share, narrowed by how much of the whole population the sample is.
-
-    Wilson, Probable inference, the law of succession, and statistical inference, 1927.
-    """
+    """Wilson's interval of a share (`lmx.data.clean.bias.wilson`), narrowed by how much of the whole population the sample is."""
     if not whole:
         return Share(0.0, 0.0, 1.0)
-    left = max(1 - whole / population, 0.0) if population != inf else 1.0
-    z2, p = Z * Z * left, part / whole
-    middle, spread = (p + z2 / (2 * whole)) / (1 + z2 / whole), sqrt(z2 * (p * (1 - p) + z2 / (4 * whole)) / whole) / (1 + z2 / whole)
-    return Share(p, max(middle - spread, 0.0), min(middle + spread, 1.0))
+    left = max(1 - whole / population, 0.0)
+    return Share(part / whole, *(bias.wilson(part / left, whole / left) if left else (part / whole, part / whole)))
 
 
 def dry_run(recipe: Recipe, *, documents: int = 2000, units: int = 32, seed: int = 0) -> Forecast:

@@ -18,10 +18,10 @@ from lmx.data.curate.tally import Tally, from_json
 from lmx.data.curate.work import Clean, Place, Tokenise, splits
 from lmx.data.curate.workers import Local
 from lmx.data.learned import replace_file, train_tokenizer, trained
-from lmx.data.shards import file_hash, index_of, is_shards, write_manifest
+from lmx.data.shards import index_of, is_shards, write_manifest
 from lmx.data.sources.source import Unit
 from lmx.data.tokenizers import load_tokenizer
-from lmx.data.whole import alone, whole, write_json
+from lmx.data.whole import alone, file_hash, whole, write_json
 
 
 class Workers(Protocol):
@@ -81,8 +81,10 @@ def _claim(recipe: Recipe, folder: Path, units: Sequence[tuple[int, Unit]]) -> N
     """Write down what the folder is for, or refuse one that is for something else."""
     stats = {str(path): [(stat := path.stat()).st_size, stat.st_mtime_ns] for path in files_read(recipe, (unit for _, unit in units))}
     tokenizer = None if trained(recipe.tokenizer) else load_tokenizer(recipe.tokenizer, name="tokenizer").fingerprint
-    claim = {"fingerprint": fingerprint(recipe), "code": code(recipe), "files": stats, "tokenizer": tokenizer, "recipe": described(recipe)}
+    claim = {"fingerprint": fingerprint(recipe), "files": stats, "tokenizer": tokenizer, "recipe": described(recipe)}
     path = folder / "recipe.json"
+    if not (folder / "manifest.json").exists():
+        claim["code"] = code(recipe)  # half of a corpus by each of two would be neither's; one that is complete is only read
     if not path.exists():
         write_json(path, claim)
         return
@@ -92,8 +94,8 @@ def _claim(recipe: Recipe, folder: Path, units: Sequence[tuple[int, Unit]]) -> N
     changed = _changed(folder, old["files"], stats)
     if old.get("tokenizer") != tokenizer:
         changed.append(f"tokenizer={recipe.tokenizer!r}")
-    if old.get("code") != claim["code"] and not (folder / "manifest.json").exists():
-        changed.append("the code of its steps or of lmx.data")  # half of a corpus by each would be neither's
+    if "code" in claim and old.get("code") != claim["code"]:
+        changed.append("the code of its steps or of lmx.data")
     if changed:
         raise ValueError(f"{folder}: {changed[0]} has changed since this corpus was begun; use another folder, or remove this one")
 

@@ -19,10 +19,10 @@ from lmx.data.curate.recipe import Recipe, files, passes
 from lmx.data.curate.records import Arrays, Record, open_ragged, read_records
 from lmx.data.curate.tally import EXCERPT, Event, Group, Tally
 from lmx.data.documents import Document
-from lmx.data.shards import file_hash, write_shard
+from lmx.data.shards import write_shard
 from lmx.data.sources.source import Omitted, Source, Unit
 from lmx.data.tokenizers import load_tokenizer
-from lmx.data.whole import whole, write_json
+from lmx.data.whole import file_hash, whole, write_json
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,12 @@ class Clean:
                 kinds = (("extracted", f"step {after.name}"), ("ids", "ids"))
                 extracted, ids = (stack.enter_context(Arrays(place.of(self.number, unit, kind), what)) for kind, what in kinds)
 
-            last = self.number == len(passes(self.recipe)) - 1
-
             def judge(record: Record) -> None:
                 if record := through(record, steps, source.name, tally, dropped):
                     kept.write(record.to_line())
-                    if last:
+                    if not after:  # the last pass
                         count_kept(record, source.name, tally)
-                    if after:
+                    else:
                         clock = time.process_time()
                         extracted.append(np.asarray(after.extract(record.document)))
                         ids.append(np.frombuffer(record.document.id.encode(), np.uint8))
