@@ -21,6 +21,8 @@ IMPLEMENTATIONS = ("auto", "xla", "gpu")
 """`gpu` are kernels for Hopper, taken by name until they have been checked and measured on one (`experiments.bench.decode`); `auto` is `xla`."""
 BLOCK = 512
 """Slots that are read at once; half as many by the tokens of prompts."""
+FEW = 64
+"""So many slots at once for each row that decodes, where that is fewer: a short text is not to wait for the reading of empty pages."""
 TILE = 64
 """So many tokens of prompts read together, at most."""
 NONE = -1e30
@@ -151,10 +153,10 @@ class _Queries:
 
 
 def _singles(queries: _Queries, cache: dict[str, Array], view: View, end: Array, static) -> Array:
-    """Of one token a row: each page is read with the query of its row, by products and sums, and what pages give is summed for each row."""
+    """Of one token a row: each page is multiplied with the query of its row, and what pages give is summed for each row."""
     count, (heads, dim), kind = view.singles, queries.vectors.shape[1:], queries.vectors.dtype
     size, kv_heads = cache["key"].shape[2], cache["key"].shape[1]
-    some = max(1, BLOCK // size)
+    some = max(1, min(BLOCK, FEW * count) // size)
     pages, owners, starts = _padded(view, some)
 
     def see(carry, at):
@@ -163,8 +165,8 @@ def _singles(queries: _Queries, cache: dict[str, Array], view: View, end: Array,
         mine = owner < count
         own = jnp.minimum(owner, count - 1)
         key, value, key_scale, value_scale = _read(cache, ids, kind)
-        q = queries.vectors[own].reshape(some, kv_heads, -1, 1, dim)
-        scores = jnp.sum(q * key[:, :, None], -1)  # [pages, kv_heads, group, slots]
+        q = queries.vectors[own].reshape(some, kv_heads, -1, dim)
+        scores = jnp.einsum("phgd,phsd->phgs", q, key)
         scores = scores if key_scale is None else scores * key_scale[:, :, None]
         last = jnp.where(mine, queries.positions[own], -1)[:, None]
         scores = _scored(scores[:, :, :, None], own[:, None], start[:, None] * size + jnp.arange(size), last, last, static)[:, :, :, 0]
@@ -176,7 +178,7 @@ def _singles(queries: _Queries, cache: dict[str, Array], view: View, end: Array,
         total = total * shrink + jax.ops.segment_sum(weights.sum(-1), owner, count + 1)
         weights = weights.reshape(some, kv_heads, -1, size)
         weights = weights if value_scale is None else weights * value_scale[:, :, None]
-        mixed = jnp.sum(weights[..., None] * value[:, :, None], 3).reshape(some, heads, dim)
+        mixed = jnp.einsum("phgs,phsd->phgd", weights, value).reshape(some, heads, dim)
         return higher, total, out * shrink[..., None] + jax.ops.segment_sum(mixed, owner, count + 1)
 
     start = jnp.full((count + 1, heads), NONE, kind), jnp.zeros((count + 1, heads), kind), jnp.zeros((count + 1, heads, dim), kind)
