@@ -81,7 +81,7 @@ def reference(q, keys, values, view, kind, *, scale, causal=True, window=None, s
 def interpreted(**options):
     """Races are found between what different copying threads do; that there are many makes none go unseen."""
     params = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=16)
-    return jax.jit(partial(paged_gpu.attention, interpret=params, **options))
+    return jax.jit(partial(paged_gpu.attention.__wrapped__, interpret=params, **options))
 
 
 MIXED = {"lengths": [70, 0, 23], "new": [1, 0, 5], "singles": 2, "heads": 4, "kv_heads": 2, "page": 16, "dim": 64}
