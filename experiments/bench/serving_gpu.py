@@ -18,7 +18,6 @@ host does for it included.
 """
 
 import argparse
-import json
 import os
 import signal
 import statistics
@@ -35,9 +34,13 @@ from experiments.bench.serving import MODELS, agreeing, generated, mixed, write
 from experiments.bench.turns import Contender, cpu_name, serve, timed
 
 CHECKPOINTS = {
-    "tiny": MODELS["llama"] | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256, "num_attention_heads": 2},
+    "tiny": MODELS["llama"] | {
+        "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+    },
     "gpt2-124m": MODELS["gpt2-124m"],
-    "llama-1b": MODELS["llama"] | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "llama-1b": MODELS["llama"] | {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+    },
 }  # fmt: skip
 WORK = {"cuda": (64, (32, 512), (32, 192)), "cpu": (4, (4, 12), (2, 6))}
 """Requests, and from how many to how many tokens their prompts have and they are continued by."""
