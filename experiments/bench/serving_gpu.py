@@ -222,7 +222,7 @@ def floor(options: argparse.Namespace) -> None:
 
     table = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16), functions(model).specs(model), is_leaf=is_spec)
     params = map_named(weight, jax.eval_shape(unrolled, table))
-    pool = 1 + rows * (2 + -(-model.context // PAGE))  # one more for each row than it fills, since the scheduler keeps that much free
+    pool = 1 + rows * (1 + -(-model.context // PAGE))  # one more for each row than it fills, since the scheduler keeps that much free
     engine = Engine(model, params, rows=rows, page=PAGE, pages=pool, chunk=max(512, rows), execution=execution())
     weights = 2 * (size(params) - vocab * embed)
     del params
@@ -247,8 +247,8 @@ def floor(options: argparse.Namespace) -> None:
         engine.pages.release(pages)
 
     jax.block_until_ready(stage.layers)
-    print(f"A copy moves {bandwidth / 1e12:.2f} TB/s; weights and pages are there after {time.perf_counter() - began:.0f} s.\n")
-    print("| rows | tokens of each | ms a step | tokens/s | floor, ms | of the floor's speed | ms of the host's | s until warm |")
+    print(f"A copy moves {bandwidth / 1e12:.2f} TB/s; weights and pages are there after {time.perf_counter() - began:.0f} s.\n", flush=True)
+    print("| rows | tokens of each | ms a step | tokens/s | floor, ms | of the floor's speed | CPU ms of the main thread | s until warm |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for batch in options.batches:
         began = time.perf_counter()
