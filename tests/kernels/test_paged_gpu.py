@@ -257,12 +257,12 @@ def test_it_lowers_for_an_absent_gpu():
     assert len(re.findall(r"custom_call @mosaic_gpu_v2", text)) == 4  # each of two kernels, for rows that decode and for chunks
 
 
-def test_layers_that_call_it_alike_lower_it_once():
+def test_layers_that_call_it_alike_share_what_is_lowered():
     """A kernel takes about a second to lower, and a model may have a hundred layers."""
     shapes = abstract(rows=6, tokens=6, page=64)
 
     def layers(q, cache, view):
-        for _ in range(3):
+        for _ in range(5):
             q = paged.attention(q, cache, view, scale=1.0, implementation="gpu")
         return q
 
@@ -272,7 +272,7 @@ def test_layers_that_call_it_alike_lower_it_once():
     with on_absent():
         alone = once.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     found, one = (len(re.findall(r"custom_call @mosaic_gpu_v2", t)) for t in (text, alone))
-    assert found == one > 0
+    assert 0 < found <= 2 * one  # the first call's queries are an argument, whose type says so
 
 
 def on(mesh, shapes):
