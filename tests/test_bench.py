@@ -21,6 +21,28 @@ def test_train_gpu_compares_what_computes_the_same_and_names_who_is_absent(root)
     assert "torch absent" in done.stdout
 
 
+@pytest.mark.slow
+def test_serving_gpu_compares_and_names_who_is_absent(root):
+    """The interpreter given has no transformers."""
+    command = [sys.executable, "-m", "experiments.bench.serving_gpu", "--device", "cpu", "--rounds", "1", "--models", "tiny"]
+    done = subprocess.run([*command, "--peer-python", "/usr/bin/false"], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| tiny")]
+    assert [row[2].strip() for row in rows] == ["lmx", "transformers", "transformers, continuous"]
+    assert float(rows[0][3].replace(",", "")) > 0
+    assert all("absent: it ended without a word" in row[3] for row in rows[1:])
+
+
+@pytest.mark.slow
+def test_serving_gpu_decodes_rows_whose_prompts_are_in_pages(root):
+    command = [sys.executable, "-m", "experiments.bench.serving_gpu", "--device", "cpu", "--floor", "--shape", "tiny"]
+    done = subprocess.run([*command, "--batches", "1", "4", "--steps", "5"], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith(("| 1 ", "| 4 "))]
+    assert [int(row[1]) for row in rows] == [1, 4]
+    assert all(float(row[3]) > float(row[5]) > 0 for row in rows)  # no step is faster than memory
+
+
 def curation(root, tmp_path, *arguments):
     """The lines of the table that the benchmark of cleaning prints, for a text of its own; the interpreter given has no datatrove."""
     sentence = "The {} of number {} is to be read with care, and that of the others too."

@@ -80,9 +80,9 @@ def checked(attend) -> float:
     return worst
 
 
-def copied(rounds: int) -> float:
-    """Bytes a second that a copy reads and writes."""
-    a = jax.random.normal(jax.random.key(1), (1 << 30,), jnp.bfloat16)
+def copied(rounds: int, count: int = 1 << 30) -> float:
+    """Bytes a second that a copy of so many numbers reads and writes."""
+    a = jax.random.normal(jax.random.key(1), (count,), jnp.bfloat16)
     return 2 * a.nbytes / timed(lambda copy=jax.jit(jnp.negative): copy(a), rounds, 10)
 
 

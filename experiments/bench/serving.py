@@ -41,22 +41,26 @@ REQUESTS, ALONE = 16, (16, 64)
 BATCHES = (1, 8, 16)
 
 
-def work_of(model: str) -> list[tuple[list[int], int]]:
-    """Prompts and how many tokens each is to be continued by, without a library that a peer may lack."""
-    vocab = MODELS[model]["vocab_size"]
+def mixed(vocab: int, number: int, lengths: tuple[int, int], new: tuple[int, int]) -> list[tuple[list[int], int]]:
+    """Prompts and how many tokens each is to be continued by, both from a least to a most, without a library that a peer may lack."""
     found = []
-    for i in range(REQUESTS):
-        length, new = 8 + (37 * i * i + 11 * i) % 185, 16 + (53 * i + 7 * i * i) % 65
-        found.append(([(7919 * (i + 1) * (j + 3) + 13 * j * j) % vocab for j in range(length)], new))
+    for i in range(number):
+        length = lengths[0] + (37 * i * i + 11 * i) % (lengths[1] - lengths[0] + 1)
+        count = new[0] + (53 * i + 7 * i * i) % (new[1] - new[0] + 1)
+        found.append(([(7919 * (i + 1) * (j + 3) + 13 * j * j) % vocab for j in range(length)], count))
     return found
+
+
+def work_of(model: str) -> list[tuple[list[int], int]]:
+    return mixed(MODELS[model]["vocab_size"], REQUESTS, (8, 192), (16, 80))
 
 
 def alone(model: str) -> list[tuple[list[int], int]]:
     return [(work_of(model)[0][0][:1] * 2 + list(range(5, 3 + ALONE[0])), ALONE[1])]
 
 
-def write(folder: Path, model: str) -> None:
-    """A random checkpoint as transformers reads it."""
+def write(folder: Path, config: dict[str, Any]) -> None:
+    """A random checkpoint of a configuration as transformers reads it."""
     import jax
     import numpy as np
 
@@ -65,7 +69,7 @@ def write(folder: Path, model: str) -> None:
     from lmx.interop.checkpoint import read_config, save
     from lmx.models.families import functions
 
-    config = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0} | MODELS[model]
+    config = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0} | config
     (folder / "config.json").write_text(json.dumps(config))
     found, rng = read_config(folder), np.random.default_rng(0)
 
@@ -137,6 +141,26 @@ def ours(folder: str, kind: str) -> None:
     serve(lambda request: answers[request]())
 
 
+def generated(model, requests: list[tuple[list[int], int]], batch: int) -> list[list[int]]:
+    """What transformers' `generate` continues prompts by, so many at a time, padded left, each batch to its longest wish."""
+    import torch
+
+    found = {}
+    for start in range(0, len(requests), batch):
+        some = range(start, min(start + batch, len(requests)))
+        longest, most = max(len(requests[i][0]) for i in some), max(requests[i][1] for i in some)
+        ids = torch.tensor([[0] * (longest - len(requests[i][0])) + requests[i][0] for i in some], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(requests[i][0])) + [1] * len(requests[i][0]) for i in some], device=model.device)
+        new = model.generate(ids, attention_mask=mask, max_new_tokens=most, min_new_tokens=most, do_sample=False, use_cache=True)
+        found |= {i: new[row, longest : longest + requests[i][1]].tolist() for row, i in enumerate(some)}
+    return [found[i] for i in range(len(requests))]
+
+
+def agreeing(texts: list[list[int]], others: list[list[int]]) -> int:
+    """How many tokens come before the first that differs, of all texts together."""
+    return sum((*(a == b for a, b in zip(x, y, strict=True)), False).index(False) for x, y in zip(texts, others, strict=True))
+
+
 def theirs(folder: str, kind: str) -> None:
     """The process of transformers."""
     import torch
@@ -147,17 +171,7 @@ def theirs(folder: str, kind: str) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     name = next(n for n, config in MODELS.items() if config["model_type"] == model.config.model_type)
 
-    def run(requests: list[tuple[list[int], int]], batch: int) -> list[list[int]]:
-        found = {}
-        for start in range(0, len(requests), batch):
-            some = range(start, min(start + batch, len(requests)))
-            longest, most = max(len(requests[i][0]) for i in some), max(requests[i][1] for i in some)
-            ids = torch.tensor([[0] * (longest - len(requests[i][0])) + requests[i][0] for i in some])
-            mask = torch.tensor([[0] * (longest - len(requests[i][0])) + [1] * len(requests[i][0]) for i in some])
-            new = model.generate(ids, attention_mask=mask, max_new_tokens=most, min_new_tokens=most, do_sample=False, use_cache=True)
-            found |= {i: new[row, longest : longest + requests[i][1]].tolist() for row, i in enumerate(some)}
-        return [found[i] for i in range(len(requests))]
-
+    run = partial(generated, model)
     answers = {
         "tokens": lambda: run(work_of(name), max(BATCHES)),
         "mixed": lambda: [min(timed(partial(run, work_of(name), batch))[0] for batch in BATCHES)],
@@ -171,7 +185,7 @@ def compare(model: str, peer_python: str, rounds: int) -> None:
     """Prints the rows of a model."""
     new = sum(count for _, count in work_of(model))
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder), model)
+        write(Path(folder), MODELS[model])
         contenders = {}
         for kind in ("fp32", "bf16"):
             for who, python in (("lmx", sys.executable), ("transformers", peer_python)):
@@ -193,8 +207,7 @@ def compare(model: str, peer_python: str, rounds: int) -> None:
                     continue
                 mixed, one = (statistics.median(seconds[who, kind][what]) for what in ("mixed", "alone"))
                 ratios = [statistics.median(seconds[who, kind][w]) / statistics.median(seconds["lmx", kind][w]) for w in ("mixed", "alone")]
-                pairs = zip(texts[who, kind], texts["lmx", kind], strict=True)
-                same = sum((*(a == b for a, b in zip(x, y, strict=True)), False).index(False) for x, y in pairs)
+                same = agreeing(texts[who, kind], texts["lmx", kind])
                 near = f"{least / took:.0%} of the floor's speed, {1 / took:.1f} tokens/s" if who == "lmx" else ""
                 print(
                     f"| {model} | {who}, {kind} | {new / mixed:,.1f} ({ratios[0]:.2f}) | {ALONE[1] / one:,.1f} ({ratios[1]:.2f}) |"

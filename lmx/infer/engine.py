@@ -26,13 +26,14 @@ from lmx.infer import sampling as draws
 from lmx.infer.jobs import GREEDY, Begun, Completion, Door, Finish, Job, Moment, Piece
 from lmx.infer.pages import Pages, Statistics
 from lmx.infer.places import places, where
-from lmx.infer.runners import Sizes, runner
+from lmx.infer.runners import FEWEST, Sizes, runner
 from lmx.infer.sampling import Drawn, History, Knobs, Sampling
 from lmx.infer.scheduler import Scheduler
 from lmx.infer.steps import Chunk, Request, Sequence
 from lmx.infer.stopping import Stopper
 from lmx.infer.texts import VIRTUAL, check_continues, context_of, lead_of, opening
 from lmx.infer.weights import fingerprint
+from lmx.kernels.devices import on_cpu
 from lmx.models.config import RWKV, EncoderDecoder, Model
 from lmx.models.losses import logits
 from lmx.models.rope import by_length
@@ -111,7 +112,7 @@ class Engine(Door):
         self.longest = longest
         self.limit = model.vocab if tokenizer is None else min(tokenizer.vocab, model.vocab)
         self.top, self.reuse, self.timeline = top, reuse, [] if trace else None
-        sizes = Sizes(rows, chunk, min(prompts, rows))
+        sizes = Sizes(rows, chunk, min(prompts, rows), 1 if on_cpu() else FEWEST)
         recurrent, reading = isinstance(model, RWKV), isinstance(model, EncoderDecoder)
         each = -(-self.longest // page)
         count_of = rows * each + 1 if pages is None else pages
@@ -304,7 +305,8 @@ class Engine(Door):
         self._runner.warm_up()
         hidden = self._place.put(jnp.zeros((self._sizes.rows, self.model.embed), self.execution.precision.compute))
         for rows in self._sizes.decodes:
-            self._picked(hidden, np.zeros(rows, np.int32), draws.knobs([None] * rows, self.limit), *np.zeros((3, rows), np.int32))
+            for wish in (None, Sampling()):
+                self._picked(hidden, np.zeros(rows, np.int32), draws.knobs([wish] * rows, self.limit), *np.zeros((3, rows), np.int32))
         with self._place.entered():
             for length in {self._length(tokens) for tokens in range(1, self.longest + 1)}:
                 self._history = _begun(self._history, np.int32(0), np.full(length, -1, np.int32), np.zeros(length, bool))

@@ -31,6 +31,8 @@ from lmx.models.vision_config import LLaVA
 from lmx.parallel.attention import page_heads, write_pages
 from lmx.parallel.rules import constrain
 
+FEWEST = 16
+"""Rows of the smallest step on a GPU, whose tensor cores multiply so many at once; of one alone XLA writes the products down before it adds them."""
 MOVES = 16
 """Pages, or states, that one program moves."""
 
@@ -43,16 +45,19 @@ class Sizes:
       rows: sequences that run at a time.
       chunk: tokens of prompts in one step.
       prompts: prompts that share a step.
+      least_rows: of the smallest program that only decodes.
     """
 
     rows: int
     chunk: int
     prompts: int
+    least_rows: int = 1
 
     @property
     def decodes(self) -> tuple[int, ...]:
         """Rows of a step that only decodes: powers of two, and all."""
-        return (*(2**i for i in range(self.rows.bit_length()) if 2**i < self.rows), self.rows)
+        most = max(self.rows, self.least_rows)
+        return (*(2**i for i in range(most.bit_length()) if self.least_rows <= 2**i < most), most)
 
     @property
     def prefills(self) -> tuple[int, ...]:
@@ -62,7 +67,8 @@ class Sizes:
     @property
     def all(self) -> tuple[tuple[int, int], ...]:
         """Pairs of rows that decode and tokens of prompts."""
-        return (*((rows, 0) for rows in self.decodes), *((rows, tokens) for tokens in self.prefills for rows in (0, self.rows)))
+        together = (0, self.decodes[-1])
+        return (*((rows, 0) for rows in self.decodes), *((rows, tokens) for tokens in self.prefills for rows in together))
 
     def least(self, rows: int, tokens: int) -> tuple[int, int]:
         """The smallest that holds so many."""

@@ -122,6 +122,8 @@ class Knobs:
     bias_values: Float[Arrays, "rows biases"]
     kind: Int[Arrays, "rows"]
     """Which of `KINDS` its log-probabilities are; -1: none."""
+    plain: bool = flax.struct.field(pytree_node=False, default=False)
+    """Whether no row wishes more than its likeliest token. Static: a GPU stops at each branch until the host has read which way it goes."""
 
 
 NOTHING = np.iinfo(np.int32).max
@@ -156,6 +158,7 @@ def knobs(wishes: Sequence[Sampling | None], vocab: int) -> Knobs:
         bias_tokens=tokens,
         bias_values=values,
         kind=np.array([KINDS.index(wish.log_probs) if wish.log_probs else -1 for wish in rows], np.int32),
+        plain=all(w.temperature == 0 and not (w.penalised or w.logit_bias or w.log_probs) for w in rows),
     )
 
 
@@ -238,7 +241,13 @@ def draw(
       allowed: which tokens may be drawn at all; None: any. `raw` does not heed it.
       top: how many alternatives come with rows that wish log-probabilities (static).
     """
-    logits = logits.astype(jnp.float32)
+    logits, rows = logits.astype(jnp.float32), logits.shape[0]
+
+    def untold(tokens: Array) -> Drawn:
+        return Drawn(tokens, jnp.zeros(rows, jnp.float32), jnp.zeros((rows, top), jnp.int32), jnp.zeros((rows, top), jnp.float32))
+
+    if knobs.plain:
+        return untold(likeliest(logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)))
     random, wished = knobs.temperature > 0, knobs.kind >= 0
     scores = _adjusted(logits, knobs, history, allowed, slots)
     best = likeliest(scores)
@@ -248,14 +257,12 @@ def draw(
 
     def told() -> Drawn:
         kind = knobs.kind[:, None]
-        rows = jax.nn.log_softmax(jnp.where(kind == 2, truncated, jnp.where(kind == 1, tempered, logits)), -1)
-        rows = jnp.where(wished[:, None], rows, 0.0)
-        values, ids = jax.lax.top_k(rows, top)
-        return Drawn(tokens, taken(rows, tokens), ids.astype(jnp.int32), values)
+        log_probs = jax.nn.log_softmax(jnp.where(kind == 2, truncated, jnp.where(kind == 1, tempered, logits)), -1)
+        log_probs = jnp.where(wished[:, None], log_probs, 0.0)
+        values, ids = jax.lax.top_k(log_probs, top)
+        return Drawn(tokens, taken(log_probs, tokens), ids.astype(jnp.int32), values)
 
-    rows = logits.shape[0]
-    none = Drawn(tokens, jnp.zeros(rows, jnp.float32), jnp.zeros((rows, top), jnp.int32), jnp.zeros((rows, top), jnp.float32))
-    return jax.lax.cond(wished.any(), told, lambda: none)
+    return jax.lax.cond(wished.any(), told, lambda: untold(tokens))
 
 
 def log_probs(

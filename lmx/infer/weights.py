@@ -85,19 +85,15 @@ def _all_read(model: Model, compute: str, turning: bool, params: Tree) -> Tree:
 
 def fingerprint(params: Tree) -> bytes:
     """16 bytes that stand for a tree's names, shapes, types and numbers. What sees the numbers is two sums, with other factors for every place,
-    formed where the arrays are."""
+    formed where the arrays are, by one program for each shape."""
     digest = hashlib.blake2b(digest_size=16)
-    sums = jax.device_get(_all_sums(params))
+    sums = jax.device_get(jax.tree.map(_sums, params))
     for (name, leaf), found in zip(named_leaves(params).items(), jax.tree.leaves(sums), strict=True):
         digest.update(f"{name} {leaf.shape} {leaf.dtype}".encode() + found.tobytes())
     return digest.digest()
 
 
 @jax.jit
-def _all_sums(params: Tree) -> Tree:
-    return jax.tree.map(_sums, params)
-
-
 def _sums(a: Array) -> Array:
     """Two 32-bit sums of an array's bytes, each byte (or what it is part of) times an odd number that its place decides."""
     kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[a.dtype.itemsize]

@@ -60,9 +60,11 @@ class View:
 
     def tokens(self, count: int) -> tuple[Int[Array, "tokens"], Int[Array, "tokens"]]:
         """Of each new token its row, or how many rows there are where it is none's; and its position, -1 where it has none."""
-        places = jnp.arange(count)
-        rows = jnp.searchsorted(self.queries[1:], places, side="right").astype(jnp.int32)
-        rows = jnp.where(places < self.singles, places, jnp.maximum(rows, self.singles))
+        places = jnp.arange(count, dtype=jnp.int32)
+        rows = places
+        if count > self.singles:  # a search is a loop, which decoding need not wait for
+            rows = jnp.searchsorted(self.queries[1:], places, side="right").astype(jnp.int32)
+            rows = jnp.where(places < self.singles, places, jnp.maximum(rows, self.singles))
         here = jnp.minimum(rows, self.lengths.shape[0] - 1)
         after = self.queries[here + 1] - places
         return rows, jnp.where(rows < self.lengths.shape[0], self.lengths[here] - after, -1)

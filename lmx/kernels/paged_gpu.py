@@ -4,6 +4,9 @@ Rows that decode and chunks of prompts are cut into tiles of up to 64 rows, toke
 of a text (a chunk, a draft) read its keys and values once. `paged_work` cuts, `paged_mosaic` computes.
 """
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
@@ -48,6 +51,8 @@ def refusal(q: Array, cache: dict[str, Array], *, bias=None) -> str | None:
     return "takes no learned bias" if bias is not None else None
 
 
+# One program's layers call it alike: compiled as a function of its own, the kernels of all of them are lowered once, which takes a second.
+@partial(jax.jit, static_argnames=("scale", "causal", "window", "softcap", "cut", "interpret"))
 def attention(
     q: Float[Array, "tokens heads head_dim"],
     cache: dict[str, Array],

@@ -6,6 +6,7 @@ import pytest
 from lmx.data.tokenizers import ByteTokenizer
 from lmx.infer import score
 from lmx.infer.engine import Engine
+from lmx.infer.runners import Sizes
 from lmx.infer.sampling import Sampling
 from lmx.models.config import Transformer
 from plain import SMALL, Plain, prompts_of, weights
@@ -345,3 +346,17 @@ def test_an_empty_stop_string_is_refused(writer):
 def test_sizes_that_mean_nothing_are_refused(params, sizes, said):
     with pytest.raises(ValueError, match=said):
         Engine(SMALL, params, **SIZES | sizes)
+
+
+@pytest.mark.parametrize(("rows", "decodes"), [(1, (16,)), (16, (16,)), (24, (16, 24)), (64, (16, 32, 64))])
+def test_the_smallest_program_has_as_many_rows_as_are_worth_having(rows, decodes):
+    """Whatever a step has, one of the programs that there are holds it."""
+    sizes = Sizes(rows, 64, 4, 16)
+    assert sizes.decodes == decodes
+    assert Sizes(rows, 64, 4).decodes[-1] == rows
+    for some in range(rows + 1):
+        for tokens in (0, 1, 8, 9, 64):
+            held = sizes.least(some, tokens)
+            assert held in sizes.all
+            assert held[0] >= some
+            assert held[1] >= tokens

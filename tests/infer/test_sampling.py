@@ -232,12 +232,29 @@ def test_a_key_is_of_the_seed_and_of_how_many_tokens_were_drawn():
         assert np.array_equal(jax.random.key_data(found), jax.random.key_data(jax.random.fold_in(jax.random.key(seed), count)))
 
 
-def test_one_program_serves_any_mix():
+def test_one_program_serves_any_mix_and_another_the_likeliest_alone():
     logits, wishes, seeds, drawn = mixed()
     run = jax.jit(lambda *args: draw(*args, top=3))  # a function of its own: programs of one are counted together
     for some in (wishes, [None] * ROWS, [Sampling(log_probs="raw")] * ROWS, wishes[::-1], [FULL] * ROWS, [Sampling(0.0)] * ROWS):
         run(logits, knobs(some, VOCAB), row_keys(seeds, drawn), history(ROWS))
-    assert run._cache_size() == 1
+    assert run._cache_size() == 2
+
+
+def test_the_likeliest_alone_is_drawn_without_a_branch():
+    """A GPU waits for the host at each."""
+    logits, _, seeds, drawn = mixed()
+    plain, allowed = knobs([Sampling(0.0), None] * ROWS, VOCAB), (np.arange(VOCAB) % 3 > 0)[None]
+    plain = jax.tree.map(lambda a: a[:ROWS], plain)
+    assert plain.plain
+    for other in ({"repetition_penalty": 2.0}, {"logit_bias": ((1, 1.0),)}, {"log_probs": "raw"}, {"temperature": 1.0}):
+        assert not knobs([None, Sampling(**{"temperature": 0.0} | other)], VOCAB).plain
+    for among in (None, allowed):
+        args = row_keys(seeds, drawn), history(ROWS)
+        found, told = (drawing(logits, k, *args, allowed=among, top=2) for k in (plain, plain.replace(plain=False)))
+        jax.tree.map(np.testing.assert_array_equal, found, told)
+        text = str(jax.make_jaxpr(lambda *a, among=among: draw(*a, allowed=among))(logits, plain, *args))
+        assert "cond" not in text
+        assert "while" not in text
 
 
 def test_what_no_row_wishes_is_not_computed():

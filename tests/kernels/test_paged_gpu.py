@@ -81,7 +81,7 @@ def reference(q, keys, values, view, kind, *, scale, causal=True, window=None, s
 def interpreted(**options):
     """Races are found between what different copying threads do; that there are many makes none go unseen."""
     params = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=16)
-    return jax.jit(partial(paged_gpu.attention, interpret=params, **options))
+    return jax.jit(partial(paged_gpu.attention.__wrapped__, interpret=params, **options))
 
 
 MIXED = {"lengths": [70, 0, 23], "new": [1, 0, 5], "singles": 2, "heads": 4, "kv_heads": 2, "page": 16, "dim": 64}
@@ -255,6 +255,24 @@ def test_it_lowers_for_an_absent_gpu():
         attend = partial(paged.attention, scale=1.0, window=100, implementation="gpu")
         text = jax.jit(attend).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert len(re.findall(r"custom_call @mosaic_gpu_v2", text)) == 4  # each of two kernels, for rows that decode and for chunks
+
+
+def test_layers_that_call_it_alike_share_what_is_lowered():
+    """A kernel takes about a second to lower, and a model may have a hundred layers."""
+    shapes = abstract(rows=6, tokens=6, page=64)
+
+    def layers(q, cache, view):
+        for _ in range(5):
+            q = paged.attention(q, cache, view, scale=1.0, implementation="gpu")
+        return q
+
+    with on_absent():
+        text = jax.jit(layers).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    once = jax.jit(partial(paged.attention, scale=1.0, implementation="gpu"))
+    with on_absent():
+        alone = once.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    found, one = (len(re.findall(r"custom_call @mosaic_gpu_v2", t)) for t in (text, alone))
+    assert 0 < found <= 2 * one  # the first call's queries are an argument, whose type says so
 
 
 def on(mesh, shapes):
