@@ -9,13 +9,15 @@ products from registers. TFLOP/s count what the mask shows. Without a GPU the sc
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 
@@ -80,16 +82,32 @@ def passes(case: str, length: int, head_dim: int, implementation: str):
     return {"forward": (jax.jit(run), (q, k, v)), "both": (jax.jit(both), (q, k, v, g))}
 
 
+@cache
+def compiled(case: str, length: int, head_dim: int, implementation: str) -> dict:
+    """Each pass, compiled; or what is refused."""
+    try:
+        return {name: f.lower(*given).compile() for name, (f, given) in passes(case, length, head_dim, implementation).items()}
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        return {"refused": str(error).splitlines()[0][:120]}
+
+
+def prepared(cases: list[list]) -> int:
+    """Compiles many at a time, since one takes seconds and its measurement none: how many."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return len(list(pool.map(lambda case: compiled(*case), cases)))
+
+
 def measured(case: str, length: int, head_dim: int, implementation: str, times: int) -> dict:
     """Milliseconds of the GPU for each pass; or what is refused."""
     from jax.experimental.mosaic.gpu import profiler
 
+    programs = compiled(case, length, head_dim, implementation)
+    if "refused" in programs:
+        return programs
+    given = inputs(case, length, head_dim)[0]
     try:
-        return {
-            name: profiler.measure(f, iterations=times)(*arguments)[1]
-            for name, (f, arguments) in passes(case, length, head_dim, implementation).items()
-        }
-    except (ValueError, NotImplementedError, RuntimeError) as error:
+        return {name: profiler.measure(f, iterations=times)(*given[: 3 if name == "forward" else 4])[1] for name, f in programs.items()}
+    except RuntimeError as error:
         return {"refused": str(error).splitlines()[0][:120]}
 
 
@@ -127,6 +145,8 @@ def work() -> None:
 
     def answer(request: str):
         asked = json.loads(request)
+        if "prepare" in asked:
+            return prepared(asked["prepare"])
         return checked(*asked["check"]) if "check" in asked else measured(**asked)
 
     serve(answer)
@@ -197,6 +217,8 @@ def main() -> None:
             print(f"{case}, head_dim {head_dim}: errors of out, dq, dk, dv {found['errors']}; {found['moved']} of 20 repeats moved")
             if found["moved"]:
                 raise SystemExit(f"the kernel's results move from call to call at {case}, head_dim {head_dim}: nothing is worth timing")
+    shapes = itertools.product(options.cases, options.lengths, options.head_dims)
+    lmx.ask(json.dumps({"prepare": [(*shape, name) for shape in shapes for name in OURS]}))
     print("\n| case | length | head_dim | contender | forward, ms (TFLOP/s) | both, ms | forward / ours | both / ours | spread |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for case in options.cases:
