@@ -166,9 +166,11 @@ def test_an_encoder_decoder_counts_the_tokens_of_both_sides(capsys):
     assert "source" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("knob", "value"), [("shared_layers", True), ("embed_size", 64)])
-def test_models_whose_cost_is_not_known_are_refused(knob, value):
-    model = dataclasses.replace(gpt2.model, **{knob: value})
+@pytest.mark.parametrize(
+    ("model", "knob", "value"), [(gpt2.model, "positions", "transformer_xl"), (RWKV(vocab=512, layers=4, embed=64), "version", 7)]
+)
+def test_models_whose_cost_is_not_known_are_refused(model, knob, value):
+    model = dataclasses.replace(model, **{knob: value})
     with pytest.raises(ConfigError, match=f"model.{knob}={value} cannot be planned yet"):
         plans.settled(dataclasses.replace(gpt2, model=model))
 

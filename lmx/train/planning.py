@@ -105,8 +105,6 @@ def plan(experiment: Experiment, *, chip: str = "h100", compiled: bool = False, 
 
 PLANNED: dict[str, tuple] = {
     "positions": ("rope", "alibi", "learned", "sinusoidal", "relative", "none"),
-    "shared_layers": (False,),
-    "embed_size": (None,),
     "version": (4,),
 }
 """Settings of a model, where it has them, of which `lmx.parallel.cost` counts these values alone: others change what a step keeps or sends."""
@@ -190,6 +188,10 @@ def _work(experiment: Experiment, model: Transformer, length: int, kind: str) ->
         head_dim=model.head_size,
         mlp=model.hidden,
         vocab=model.vocab,
+        table=model.table_size,
+        read_out=model.table_size if model.head == "masked" else model.embed,
+        transformed=model.head == "masked",
+        one_layer=model.shared_layers,
         gated=model.gated,
         norms=(1 if model.parallel and not model.parallel_norms else 2) + 2 * (model.norm_placement == "sandwich"),
         reads=1 if model.parallel and not model.parallel_norms else 2,
@@ -249,6 +251,8 @@ def _recurrent(experiment: Experiment, model: RWKV) -> Work:
         head_dim=1,
         mlp=model.hidden,
         vocab=model.vocab,
+        table=model.embed,
+        read_out=model.embed,
         gated=False,
         tied=model.tied,
         masks=0,
@@ -291,7 +295,8 @@ def state_bytes(model: Model, recipe: optimizers.Optimizer, steps: int, precisio
 def _waiting(tree: Tree, model: Model) -> Iterator[Counter]:
     """Bytes in the host's memory of one repeat of each group's pattern, and (-1) of what is no layer's."""
     own = stack.groups(model)
-    depths = [group.repeats for group in (*own, *(stack.groups(model.encoder) if isinstance(model, EncoderDecoder) else ()))]
+    both = (model, model.encoder) if isinstance(model, EncoderDecoder) else (model,)
+    depths = [1 if one.shared_layers else group.repeats for one in both for group in stack.groups(one)]
     for name, leaf in named_leaves(tree).items():
         words = name.split("/")
         group = int(words[words.index("layers") + 1]) if "layers" in words else -1
@@ -344,7 +349,7 @@ def _besides(experiment: Experiment, work: Work) -> float:
         scores = 4.0 * model.layers * model.heads * model.head_size * (length + source) * tokens
     if source:
         scores += 4.0 * model.encoder.layers * model.encoder.heads * model.encoder.head_size * source**2 * experiment.batch
-    forward = _flops_per_token(model, length, source) / 3 * tokens - 2.0 * model.vocab * model.embed * tokens
+    forward = _flops_per_token(model, length, source) / 3 * tokens - 2.0 * model.vocab * work.read_out * tokens
     again = {"none": 0.0, "dots": scores, "sites": forward, "full": forward}[layout.remat] + (forward if layout.pipeline > 1 else 0.0)
     routed = work.routed * work.microbatches * layout.devices // (layout.tensor * layout.pipeline)
     rows = routed * (1 if work.capacity is not None else work.here.experts) - tokens * work.choices

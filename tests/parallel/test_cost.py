@@ -18,7 +18,7 @@ from lmx.parallel.rules import rules, shardings
 from lmx.parallel.traffic import Traffic
 from lmx.train import planning as plans
 from lmx.train.experiment import Experiment
-from lmx.train.objectives import CausalLM, Seq2Seq
+from lmx.train.objectives import CausalLM, MaskedLM, Seq2Seq
 from lmx.train.optimizers import SGD, Adafactor, Adam8bit, AdamW, Lion, Muon
 
 MODEL = Transformer(vocab=2048, layers=16, embed=256, heads=8, kv_heads=4, mlp=768, context=4096)
@@ -36,6 +36,7 @@ GPT2 = dataclasses.replace(
 )
 T5 = dataclasses.replace(MODEL, positions="relative", activation="relu", gated=False, kv_heads=None)
 BART = dataclasses.replace(GPT2, activation="gelu", norm_placement="post", embed_norm=True)
+ALBERT = dataclasses.replace(BART, kv_heads=None, causal=False, head="masked", head_bias=True, embed_size=64, shared_layers=True)
 RECURRENT = RWKV(vocab=2048, layers=16, embed=256, channels=384, mlp=768, context=512)
 EXPERTS = {"experts": 8, "experts_per_token": 2, "mlp": 384}
 LOW, HIGH = 0.95, 1.15
@@ -53,7 +54,7 @@ def experiment(model: Model = MODEL, length=512, batch=16, microbatches=1, preci
         name="planned",
         data=data,
         model=model,
-        objective=Seq2Seq() if pair else CausalLM(),
+        objective=Seq2Seq() if pair else CausalLM() if model.causal else MaskedLM(),
         optimizer=optimizer or AdamW(),
         batch=batch,
         microbatches=microbatches,
@@ -144,6 +145,10 @@ CASES = {
     "one-long-row-full": {"model": changed(heads=4, kv_heads=4), "data": 2, "fsdp": 4, "remat": "full", "length": 1536, "batch": 8},
     "many-rows-dots": {"model": dataclasses.replace(GPT2, mlp=640), "fsdp": 4, "tensor": 2, "remat": "dots", "length": 256, "batch": 64},
     "one-key-head": {"model": changed(kv_heads=1), "data": 4, "tensor": 2, "remat": "full"},
+    "shared-layers": {"model": changed(shared_layers=True), "fsdp": 8},
+    "shared-layers-full": {"model": changed(shared_layers=True), "fsdp": 2, "tensor": 4, "remat": "full"},
+    "narrow-tables": {"model": changed(embed_size=64, tied=False), "fsdp": 2, "tensor": 4, "remat": "full"},
+    "albert": {"model": ALBERT, "fsdp": 4, "tensor": 2, "zero": 1, "sequence": False, "remat": "dots", "microbatches": 2},
 }
 """On eight simulated devices. In fp32: XLA:CPU widens bf16 here and there."""
 

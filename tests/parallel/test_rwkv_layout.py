@@ -1,7 +1,6 @@
 """An RWKV trained on eight devices has the numbers of one; what it cannot be split over is refused by name."""
 
 from dataclasses import replace
-from functools import cache
 
 import pytest
 
@@ -24,7 +23,6 @@ LAYOUTS = {
 }
 
 
-@cache
 def one(model: RWKV) -> dict:
     return runs.train(runs.experiment(model=model))
 
@@ -39,10 +37,10 @@ def one(model: RWKV) -> dict:
     ],
     ids=lambda value: str(getattr(value, "version", value)),
 )
-def test_losses_gradients_and_parameters_are_those_of_one_device(model, name):
+def test_losses_gradients_and_parameters_are_those_of_one_device(model, name, once):
     layout = LAYOUTS[name]
     found = runs.train(runs.experiment(model=model, layout=layout, microbatches=2 if layout.pipeline > 1 else 1))
-    worst = differences(found, one(model))
+    worst = differences(found, once(one, model))
     assert max(worst.values()) < 2e-5, sorted(worst.items(), key=lambda item: -item[1])[:5]
 
 
