@@ -125,7 +125,7 @@ def _of_weights(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
 def _part(name: str, spec: ParamSpec, work: Work) -> str:
     """Which parameters have a gradient that is summed over other axes than the rest's: experts, and an RWKV's gate and what widens embeddings or
     narrows hidden states, of which each tensor device computes its part of the sequence."""
-    gate = work.layout.sequence and (work.recurrent and name.endswith("feedforward/receptance/weight") or name in BETWEEN)
+    gate = work.layout.sequence and ((work.recurrent and name.endswith("feedforward/receptance/weight")) or name in BETWEEN)
     return "experts" if _is_expert(spec) else "gate" if gate else ""
 
 

@@ -64,11 +64,13 @@ def compare(once, model: str, layout: Layout, microbatches: int = 2):
         assert max(disagreement(found[part], expected[part]).values()) < 2e-5, part
 
 
+@pytest.mark.usefixtures("scanned")
 @pytest.mark.parametrize(("model", "layout"), [(model, layout) for model, layouts in CASES.items() for layout in layouts])
 def test_numbers_do_not_depend_on_the_layout(model, layout, once):
     compare(once, model, LAYOUTS[layout])
 
 
+@pytest.mark.usefixtures("scanned")
 @pytest.mark.parametrize("model", ["dropless", "capacity"])
 @pytest.mark.parametrize("microbatches", [2, 8])
 def test_numbers_do_not_depend_on_how_sequences_are_grouped(model, microbatches, once):
