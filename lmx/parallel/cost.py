@@ -361,6 +361,8 @@ def _of_a_tick(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
         kept_here, formed = {name: 2 * size for name, size in kept_here.items()}, 2 * formed
         scores = 4 * work.scores * (work.dropout + work.period - 1)
         masked = {"attention mask": 4 * mask(work) + scores}
+    elif work.written_out:  # and XLA:GPU the masks alone
+        masked = {"attention mask": 2 * mask(work)}
     flowing = {"stage inputs": work.flow.kept * work.between, "on their way": 2 * work.between, "gradients so far": grads}
     common = flowing | kept_here | taken
     busy = working(work, specs, cpu=cpu) + 4 * work.whole

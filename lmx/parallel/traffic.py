@@ -192,8 +192,11 @@ def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
     if work.layout.collective_matmul:  # each product back and forth, and of the backward pass inputs and gradients once more
         # What both sublayers read goes round once, and on GPUs the gradient of what both give.
         shared = (work.forwards + 1 if work.reads == 1 else 0) + (not cpu) if work.parallel else 0
-        n, rounds = work.layout.tensor, (4 * work.forwards + 6 + again - shared) * times + between
-        return [*found, Traffic("collective-permute", axes, size // n, (n - 1) * rounds, "parts of the residual stream")]
+        n, sublayers = work.layout.tensor, 3 if work.source else 2
+        rounds = (sublayers * (2 * work.forwards + 3) + again - shared) * times + between
+        found.append(Traffic("collective-permute", axes, size // n, (n - 1) * rounds, "parts of the residual stream"))
+        read = times + (1 if remat == "none" else 3)  # the gradient in each layer, itself outside of the loops
+        return [*found, Traffic("collective-permute", axes, work.read // n, (n - 1) * read, "parts of the source, and of its gradient")]
     # XLA:CPU sums the gradients of several projections of one input one by one.
     across = 1 if work.source else 0  # which reads the residual stream for its queries alone
     attention, feed = (1 if replicated else 3, 2 if work.gated else 1) if cpu else (1, work.reads - 1 - across)
@@ -210,7 +213,7 @@ def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
     gated = shared if work.shared_gate else 0  # reads its input again, but for the recomputed forward pass, which sums its product instead
     gathers += (work.forwards + 1 + (remat != "none")) * shared + (work.forwards - (remat != "none")) * gated
     sums += gated if remat == "full" else 0
-    if work.written_out and remat != "full":  # a gradient is gathered for the input's and for the weight's apart
+    if work.written_out and (remat != "full" or not cpu):  # a gradient is gathered for the input's and for the weight's apart
         gathers += times if cpu else times + dense
     found.append(Traffic("all-gather", axes, size, gathers, "residual stream"))
     if mixed:  # which gather, and sum, themselves, and with tokens where they go
@@ -296,7 +299,13 @@ def _of_source(work: Work) -> list[Traffic]:
     if not work.layout.sequence:
         return [Traffic("all-reduce", axes, work.read, m, "embeddings of the source")]
     return [
-        Traffic("all-gather", axes, work.read, 3 * m, "source, and gradients of it and of its embeddings"),
+        Traffic(
+            "all-gather",
+            axes,
+            work.read,
+            m * (1 if work.layout.collective_matmul else 3),
+            "source, and gradients of it and of its embeddings",
+        ),
         Traffic("reduce-scatter", axes, work.read, m, "embeddings of the source"),
     ]
 

@@ -124,15 +124,10 @@ def settled(experiment: Experiment) -> Experiment:
             f"model=RWKV with layout.pipeline={layout.pipeline} and layout.tensor={layout.tensor} cannot be planned: what XLA moves between "
             "tensor devices inside a stage is not counted; plan it with one of them at 1"
         )
-    if layout.collective_matmul and (isinstance(model, EncoderDecoder) or model.experts):
+    if layout.collective_matmul and model.experts:
         raise ConfigError(
-            "layout.collective_matmul cannot be planned with an encoder-decoder or a mixture: what goes round there is not counted; plan "
+            f"layout.collective_matmul cannot be planned with a mixture (model.experts={model.experts}): what goes round there is not counted; plan "
             "without it"
-        )
-    if layout.collective_matmul and model.parallel and layout.pipeline > 1:
-        raise ConfigError(
-            f"layout.collective_matmul with model.parallel and layout.pipeline={layout.pipeline} cannot be planned yet: what a stage holds has "
-            "not been measured; plan with one of them off"
         )
     if experiment.precision == "fp64":
         raise ConfigError("precision=fp64 cannot be planned: no chip trains in it; plan with fp32")

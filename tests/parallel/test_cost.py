@@ -149,6 +149,15 @@ CASES = {
     "shared-layers-full": {"model": changed(shared_layers=True), "fsdp": 2, "tensor": 4, "remat": "full"},
     "narrow-tables": {"model": changed(embed_size=64, tied=False), "fsdp": 2, "tensor": 4, "remat": "full"},
     "albert": {"model": ALBERT, "fsdp": 4, "tensor": 2, "zero": 1, "sequence": False, "remat": "dots", "microbatches": 2},
+    "collective-parallel-pipeline": {
+        "model": changed(parallel=True),
+        "pipeline": 2,
+        "fsdp": 2,
+        "tensor": 2,
+        "microbatches": 4,
+        "collective_matmul": True,
+    },
+    "collective-pair-full": {"model": paired(changed(), 14), "data": 2, "fsdp": 2, "tensor": 2, "collective_matmul": True, "remat": "full"},
 }
 """On eight simulated devices. In fp32: XLA:CPU widens bf16 here and there."""
 
@@ -285,6 +294,17 @@ GPU_CASES = {
         "length": 4096,
         "batch": 4,
     },
+    "collective-parallel-pipeline": {
+        "model": dataclasses.replace(LARGE, parallel=True),
+        "pipeline": 2,
+        "fsdp": 2,
+        "tensor": 2,
+        "microbatches": 4,
+        "collective_matmul": True,
+        "remat": "full",
+        "length": 4096,
+        "batch": 8,
+    },
     "long": {"fsdp": 2, "tensor": 4, "length": 4096, "batch": 4},
     "long-dots": {"fsdp": 2, "tensor": 4, "remat": "dots", "length": 4096, "batch": 4},
     "long-full": {"fsdp": 2, "tensor": 4, "remat": "full", "length": 4096, "batch": 4},
@@ -294,6 +314,7 @@ GPU_CASES = {
     "alltoall": {"fsdp": 2, "context": 4, "exchange": "alltoall", "length": 4096, "batch": 4},
     "alltoall-full": {"fsdp": 2, "context": 4, "exchange": "alltoall", "remat": "full", "length": 4096, "batch": 4},
     "three-axes": {"fsdp": 2, "context": 2, "tensor": 2, "remat": "dots", "length": 4096, "batch": 4},
+    "pipeline-tensor-full": {"pipeline": 2, "fsdp": 2, "tensor": 2, "microbatches": 4, "remat": "full"},
     "1f1b": {"pipeline": 4, "data": 2, "microbatches": 8, "batch": 32},
     "gpipe-full": {"pipeline": 2, "fsdp": 4, "microbatches": 8, "batch": 64, "schedule": "gpipe", "remat": "full"},
     "rounds-full": {"pipeline": 4, "rounds": 2, "data": 2, "microbatches": 4, "remat": "full"},
@@ -301,9 +322,19 @@ GPU_CASES = {
     "experts-capacity": {"model": dataclasses.replace(LARGE, **EXPERTS | {"mlp": 768}, expert_capacity=1.25), "fsdp": 2, "expert": 4},
     "dropout": {"model": dataclasses.replace(LARGE, dropout=0.1), "fsdp": 8},
     "sites": {"fsdp": 2, "tensor": 4, "remat": "sites", "sites": ("mixed", "hidden")},
+    "shared-layers": {"model": dataclasses.replace(LARGE, shared_layers=True), "fsdp": 2, "tensor": 4, "remat": "full"},
+    "narrow-tables": {"model": dataclasses.replace(LARGE, embed_size=128, tied=False), "fsdp": 2, "tensor": 4, "remat": "full"},
     "offload-optimizer": {"data": 2, "fsdp": 4, "offload": ("optimizer",)},
     "offload-state": {"fsdp": 8, "remat": "full", "offload": ("optimizer", "params")},
     "offload-activations": {"fsdp": 8, "remat": "dots", "offload": ("activations",)},
+    "offload-pipeline": {
+        "pipeline": 2,
+        "fsdp": 2,
+        "tensor": 2,
+        "microbatches": 4,
+        "remat": "full",
+        "offload": ("optimizer", "params", "activations"),
+    },
     "offload": {"fsdp": 2, "tensor": 4, "remat": "full", "offload": ("optimizer", "params", "activations")},
 }
 WIDE = {
