@@ -167,7 +167,7 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
         weights = max(weights, 5 * work.whole)  # what is gathered, and formed again, before gradients are there
     found = max(attention + work.whole, feed) + weights
     if layout.collective_matmul and not cpu:  # parts that came by, which the backward pass's second way round finds again
-        found += (8 if layout.remat in ("sites", "full") else 2) * work.whole
+        found += (8 if layout.remat in ("sites", "full") else 2) * (work.whole + work.read)
     everything = replace(work, layout=replace(layout, remat="none"))
     anew = {name: size for name, size in kept(everything, mixture=work.mixed > 0, cpu=cpu).items() if layout.remat != "none"}
     if not cpu:

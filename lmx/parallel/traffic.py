@@ -195,7 +195,8 @@ def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
         n, sublayers = work.layout.tensor, 3 if work.source else 2
         rounds = (sublayers * (2 * work.forwards + 3) + again - shared) * times + between
         found.append(Traffic("collective-permute", axes, size // n, (n - 1) * rounds, "parts of the residual stream"))
-        read = times + (1 if remat == "none" else 3)  # the gradient in each layer, itself outside of the loops
+        # The source is read forwards and backwards, and its gradient summed, in each layer; XLA:CPU takes what is read out of the loops.
+        read = times + (1 if remat == "none" else 3) if cpu else 3 * times
         return [*found, Traffic("collective-permute", axes, work.read // n, (n - 1) * read, "parts of the source, and of its gradient")]
     # XLA:CPU sums the gradients of several projections of one input one by one.
     across = 1 if work.source else 0  # which reads the residual stream for its queries alone
