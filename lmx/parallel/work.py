@@ -14,7 +14,6 @@ class Work:
     Attributes:
       rows, microbatches, length: of one microbatch over all devices, how many there are, tokens of a row.
       table, read_out: width of the embedding tables, and of what the matrix of logits multiplies.
-      transformed: whether that is a masked head's transform of hidden states.
       one_layer: whether all repeats of the pattern have the same parameters.
       norms: norms of a layer.
       reads: how many normed inputs a layer reads (one where attention and feed-forward are parallel and share a norm).
@@ -54,7 +53,6 @@ class Work:
     vocab: int
     table: int
     read_out: int
-    transformed: bool = False
     one_layer: bool = False
     gated: bool = True
     norms: int = 2

@@ -185,7 +185,6 @@ def _work(experiment: Experiment, model: Transformer, length: int, kind: str) ->
         vocab=model.vocab,
         table=model.table_size,
         read_out=model.table_size if model.head == "masked" else model.embed,
-        transformed=model.head == "masked",
         one_layer=model.shared_layers,
         gated=model.gated,
         norms=(1 if model.parallel and not model.parallel_norms else 2) + 2 * (model.norm_placement == "sandwich"),
