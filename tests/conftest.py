@@ -27,7 +27,7 @@ def pytest_collection_finish():
     """What modules hold lives for ever: without it, and looked for less often, garbage costs a tenth of what tracing does."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
+    gc.set_threshold(50_000, 10, 10)
 
 
 MAPS, ROOM, TESTS = Path("/proc/self/maps"), 20_000, itertools.count(1)
@@ -39,6 +39,7 @@ def room_for_programs():
     yield
     if next(TESTS) % 8 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > ROOM:
         jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
