@@ -1,7 +1,12 @@
 """Every test runs on eight simulated CPU devices, with compiled programs kept between runs."""
 
+import fcntl
+import gc
+import hashlib
 import itertools
 import os
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -18,6 +23,13 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_collection_finish():
+    """What modules hold lives for ever. Without looking through it, and looked for less often, garbage no longer costs a fifth of tracing."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 10, 10)
+
+
 MAPS, ROOM, TESTS = Path("/proc/self/maps"), 20_000, itertools.count(1)
 
 
@@ -27,6 +39,7 @@ def room_for_programs():
     yield
     if next(TESTS) % 8 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > ROOM:
         jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
@@ -35,12 +48,43 @@ def root() -> Path:
     return ROOT
 
 
+@pytest.fixture(scope="session")
+def once(tmp_path_factory) -> Callable:
+    """`once(make, *arguments)`: what a function gives for arguments that their `repr` tells apart, made by the first of the workers that asks
+    and read by the others."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    made: dict[str, object] = {}
+
+    def of(make: Callable, *arguments: object) -> object:
+        key = hashlib.sha256(repr((make.__module__, make.__qualname__, *arguments)).encode()).hexdigest()
+        if key not in made:
+            with open(folder / f"{key}.pickle", "ab+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if not file.seek(0, os.SEEK_END):
+                    file.write(pickle.dumps(make(*arguments)))
+                    file.flush()
+                file.seek(0)
+                made[key] = pickle.load(file)
+        return made[key]
+
+    return of
+
+
 @pytest.fixture(scope="module")
 def cheaply_compiled():
     """For tests that compile for long and run for an instant: machine code is not optimised. What XLA does before is the same."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def scanned(monkeypatch):
+    """Layers as a scan, as on other hardware, also where a CPU would unroll them: programs of tests are compiled for longer than they run."""
+    from lmx.train import program
+
+    monkeypatch.setattr(program, "SHALLOW", 0)
 
 
 @pytest.fixture(scope="module")

@@ -167,7 +167,7 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
         weights = max(weights, 5 * work.whole)  # what is gathered, and formed again, before gradients are there
     found = max(attention + work.whole, feed) + weights
     if layout.collective_matmul and not cpu:  # parts that came by, which the backward pass's second way round finds again
-        found += (8 if layout.remat in ("sites", "full") else 2) * work.whole
+        found += (8 if layout.remat in ("sites", "full") else 2) * (work.whole + work.read)
     everything = replace(work, layout=replace(layout, remat="none"))
     anew = {name: size for name, size in kept(everything, mixture=work.mixed > 0, cpu=cpu).items() if layout.remat != "none"}
     if not cpu:
@@ -271,10 +271,10 @@ def loss_working(work: Work, *, cpu: bool = False) -> int:
     """Bytes that head and loss hold: a chunk of logits with its gradient, the head, and its gradient (XLA:CPU adds to it what it makes
     apart)."""
     here = work.here
-    tokens, table = here.rows * here.length, here.vocab * work.embed
+    tokens, table = here.rows * here.length, here.vocab * work.read_out
     parts = chunks(here.rows, here.length, here.vocab, cpu=cpu)
     copies = (2 if cpu and parts > 1 else 1) * work.master + (work.compute if work.compute != work.master or work.layout.zero == 3 else 0)
-    return tokens // parts * here.vocab * (8 + work.compute) + copies * table + 2 * work.whole
+    return tokens // parts * here.vocab * (8 + work.compute) + copies * table + 2 * tokens * work.read_out * work.compute
 
 
 def memory(
@@ -302,7 +302,7 @@ def _of_a_pass(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
     kept_here, unreduced = _kept_on_device(work, cpu=cpu), _unreduced(work)
     if work.encoder is not None:
         return _of_two_passes(work, specs, cpu=cpu)
-    table = work.here.vocab * work.embed
+    table = work.here.vocab * work.table
     read = table * (work.compute + (work.master if layout.zero == 3 and layout.fsdp > 1 else 0))
     masked = {"attention mask": mask(work)}
     # On XLA:CPU, gradients in another order, or parameters in the order in which they are gathered.
@@ -346,7 +346,7 @@ def _of_two_passes(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]
 def _of_a_tick(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
     """Head and loss, and the backward pass of a layer, in the tick of a pipeline that does both a forward and a backward."""
     (grads, _), layout, rounds = gradients(work, specs), work.layout, work.layout.rounds
-    kept_here, unreduced = activations(work, cpu=cpu), _unreduced(work)
+    kept_here, unreduced = _kept_on_device(work, cpu=cpu), _unreduced(work)
     leaves = jax.tree.leaves(specs, is_leaf=is_spec)
     outer = work.master * sum(share(spec, layout, split=layout.zero >= 1) for spec in leaves if not spec.layers)
     layers = work.master * sum(share(spec, layout, split=layout.zero == 3) for spec in leaves if spec.layers)
@@ -361,6 +361,8 @@ def _of_a_tick(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
         kept_here, formed = {name: 2 * size for name, size in kept_here.items()}, 2 * formed
         scores = 4 * work.scores * (work.dropout + work.period - 1)
         masked = {"attention mask": 4 * mask(work) + scores}
+    elif work.written_out:  # and XLA:GPU the masks alone
+        masked = {"attention mask": 2 * mask(work)}
     flowing = {"stage inputs": work.flow.kept * work.between, "on their way": 2 * work.between, "gradients so far": grads}
     common = flowing | kept_here | taken
     busy = working(work, specs, cpu=cpu) + 4 * work.whole
@@ -374,4 +376,4 @@ def _of_a_tick(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
 
 def _unreduced(work: Work) -> int:
     """Bytes of the head's gradient, which is reduced last, with the embedding's."""
-    return work.here.vocab * work.embed * work.master if work.layout.zero >= 1 and work.layout.fsdp > 1 else 0
+    return work.here.vocab * work.read_out * work.master if work.layout.zero >= 1 and work.layout.fsdp > 1 else 0

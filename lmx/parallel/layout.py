@@ -113,10 +113,10 @@ def check(layout: Layout, sizes: dict[str, dict[str, int]], rows: int, microbatc
         )
     if layout.offload and layout.ordered:
         raise ValueError("layout.ordered keeps everything on the device; drop layout.offload")
-    if layout.pipeline > 1 and set(layout.offload) - {"optimizer"}:
+    if layout.rounds > 1 and set(layout.offload) - {"optimizer"}:
         raise ValueError(
-            f"layout.offload={layout.offload} with layout.pipeline={layout.pipeline}: a pipeline's stages keep parameters and inputs on their "
-            "devices; offload the optimizer alone, or set layout.pipeline to 1"
+            f"layout.offload={layout.offload} with layout.rounds={layout.rounds}: one stage of several is cut out of its device's layers, which "
+            "are there for that; offload the optimizer alone, or set layout.rounds to 1"
         )
     if layout.zero not in range(4):
         raise ValueError(f"layout.zero={layout.zero} must be 0, 1, 2 or 3")

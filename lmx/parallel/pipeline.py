@@ -29,6 +29,7 @@ from jax.sharding import PartitionSpec as P
 from lmx.core.params import ParamSpec, is_spec
 from lmx.core.tree import Tree, name_of
 from lmx.parallel.layout import Layout
+from lmx.parallel.offload import joined, stand_ins
 
 AXIS = "pipeline"
 
@@ -254,7 +255,7 @@ class _Device(NamedTuple):
             "x": x,
             "dx": x,
             "kept": jnp.zeros((self.plan.kept, *x.shape), x.dtype),
-            "layers": jax.tree.map(jnp.zeros_like, self.layers),
+            "layers": jax.tree.map(jnp.zeros_like, stand_ins(self.layers)),
             "outer": jax.tree.map(jnp.zeros_like, self.outer),
             "sums": self.no_sums(),
         }
@@ -269,7 +270,8 @@ class _Device(NamedTuple):
     def backward(self, carry: Tree, tick: Array, seed: Array) -> Tree:
         item = self.plan.backward(tick, self.device)
         microbatch, x = self.microbatch(item), carry["kept"][item.slot]
-        (y, added), pull = jax.vjp(self.stage(item, microbatch), self.mine(item), x)
+        layers, stage = self.mine(item), self.stage(item, microbatch)
+        (y, added), pull = jax.vjp(lambda by, x: stage(joined(layers, by), x), stand_ins(layers), x)
         left, d_outer, dy = self.left_with_gradients(item, self.plan.backward(tick, self.plan.stages - 1), y, seed)
         dy = jnp.where(self.is_last(item), dy, carry["dx"])
         d_layers, dx = pull((jnp.where(item.valid, dy, 0), _seeded(added, jnp.where(item.valid, seed, 0))))

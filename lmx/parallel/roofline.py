@@ -20,8 +20,9 @@ def moved(work: Work, parameters: int, optimizer: int) -> int:
 
 def fetched(work: Work, host: dict[str, int]) -> int:
     """Bytes that a device reads from its host's memory in a step, or writes there, whichever are more: the state once to be moved,
-    parameters twice a microbatch besides, activations once."""
-    return (2 * work.microbatches + 1) * host["parameters"] + host["optimizer"] + work.microbatches * host["activations"]
+    parameters besides in each forward and backward pass, activations once a backward pass."""
+    passes = (work.forwards + 1) * work.ticks
+    return (passes + 1) * host["parameters"] + host["optimizer"] + work.ticks * host["activations"]
 
 
 @dataclass(frozen=True)

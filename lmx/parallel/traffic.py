@@ -30,6 +30,8 @@ class Traffic:
 
 TABLES = ("positions", "block_positions", "token_types")
 """Tables that are added to the tokens'."""
+BETWEEN = ("embed_projection/weight", "transform/weight")
+"""Matrices outside the layers, which multiply the residual stream as it is between sublayers."""
 SITES = {"up": "hidden", "gate": "hidden"}
 """Where `remat` sites keeps the products that are not called as the site is."""
 
@@ -82,10 +84,15 @@ def _of_weights(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
 
     for inner, what in ((True, "of layers"), (False, "of embedding, head, final norm")):
         names = [n for n, spec in table.items() if bool(spec.layers) == inner]
-        depth, mine = (work.layers // layout.pipeline if inner else 1), [n for n in names if n in parted]
+        layers = work.period if work.one_layer else work.layers // layout.pipeline
+        depth, mine = (layers if inner else 1), [n for n in names if n in parted]
         times = work.depth * work.ticks if inner else work.ticks
         gathered = [n for n in mine if zero == 3 or _is_expert(table[n])] if zero >= 2 else []
-        if gathered and inner:
+        if gathered and inner and work.one_layer and cpu:  # which takes out of its loops what is the same all along, but for one product
+            last = [n for n in gathered if layout.remat != "none" and not work.after and _is_last(n, work)]
+            found.append(Traffic("all-gather", fsdp, size(set(gathered) - set(last)), 1, f"parameters {what}"))
+            found.append(Traffic("all-gather", fsdp, size(last), (work.forwards + 1) * times, f"parameters {what}, of the last product"))
+        elif gathered and inner:
             found.append(Traffic("all-gather", fsdp, size(gathered) // depth, work.forwards * times, f"parameters {what}, forward"))
             weights = [n for n in gathered if _multiplies(table[n])]
             found.append(Traffic("all-gather", fsdp, size(weights) // depth, times, f"parameters {what}, backward"))
@@ -116,9 +123,9 @@ def _of_weights(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
 
 
 def _part(name: str, spec: ParamSpec, work: Work) -> str:
-    """Which of a layer's parameters have a gradient that is summed over other axes than the rest's: experts, and an RWKV's gate, of which each
-    tensor device computes its part of the sequence."""
-    gate = work.recurrent and work.layout.sequence and name.endswith("feedforward/receptance/weight")
+    """Which parameters have a gradient that is summed over other axes than the rest's: experts, and an RWKV's gate and what widens embeddings or
+    narrows hidden states, of which each tensor device computes its part of the sequence."""
+    gate = work.layout.sequence and ((work.recurrent and name.endswith("feedforward/receptance/weight")) or name in BETWEEN)
     return "experts" if _is_expert(spec) else "gate" if gate else ""
 
 
@@ -151,8 +158,12 @@ def _gathered_again(work: Work, name: str, spec: ParamSpec, cpu: bool) -> bool:
         return False
     if _is_expert(spec):
         return "/up/" in f"/{name}/"
-    last = f"/{work.period - 1}/feedforward/down/" in f"/{name}/"
-    return not cpu and (not last or work.after)
+    return not cpu and (not _is_last(name, work) or work.after)
+
+
+def _is_last(name: str, work: Work) -> bool:
+    """Whether a weight is that of the last product of a repeat of the pattern."""
+    return f"/{work.period - 1}/feedforward/down/" in f"/{name}/"
 
 
 def _sliced(spec: ParamSpec, work: Work) -> bool:
@@ -181,8 +192,12 @@ def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
     if work.layout.collective_matmul:  # each product back and forth, and of the backward pass inputs and gradients once more
         # What both sublayers read goes round once, and on GPUs the gradient of what both give.
         shared = (work.forwards + 1 if work.reads == 1 else 0) + (not cpu) if work.parallel else 0
-        n, rounds = work.layout.tensor, (4 * work.forwards + 6 + again - shared) * times + between
-        return [*found, Traffic("collective-permute", axes, size // n, (n - 1) * rounds, "parts of the residual stream")]
+        n, sublayers = work.layout.tensor, 3 if work.source else 2
+        rounds = (sublayers * (2 * work.forwards + 3) + again - shared) * times + between
+        found.append(Traffic("collective-permute", axes, size // n, (n - 1) * rounds, "parts of the residual stream"))
+        # The source is read forwards and backwards, and its gradient summed, in each layer; XLA:CPU takes what is read out of the loops.
+        read = times + (1 if remat == "none" else 3) if cpu else 3 * times
+        return [*found, Traffic("collective-permute", axes, work.read // n, (n - 1) * read, "parts of the source, and of its gradient")]
     # XLA:CPU sums the gradients of several projections of one input one by one.
     across = 1 if work.source else 0  # which reads the residual stream for its queries alone
     attention, feed = (1 if replicated else 3, 2 if work.gated else 1) if cpu else (1, work.reads - 1 - across)
@@ -199,7 +214,7 @@ def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
     gated = shared if work.shared_gate else 0  # reads its input again, but for the recomputed forward pass, which sums its product instead
     gathers += (work.forwards + 1 + (remat != "none")) * shared + (work.forwards - (remat != "none")) * gated
     sums += gated if remat == "full" else 0
-    if work.written_out and remat != "full":  # a gradient is gathered for the input's and for the weight's apart
+    if work.written_out and (remat != "full" or not cpu):  # a gradient is gathered for the input's and for the weight's apart
         gathers += times if cpu else times + dense
     found.append(Traffic("all-gather", axes, size, gathers, "residual stream"))
     if mixed:  # which gather, and sum, themselves, and with tokens where they go
@@ -247,12 +262,13 @@ def _of_ends(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
     layout, here, m, found = work.layout, work.here, work.ticks, []
     tensor, fsdp = _over(layout, "tensor"), _over(layout, "fsdp")
     tokens = here.rows * here.length
+    both = tokens * (work.table + work.read_out) * work.compute
     found.append(Traffic("all-reduce", tensor, 4 * tokens, 3 * m, "loss: largest logit, sum, target"))
     if layout.sequence:
-        found.append(Traffic("all-gather", tensor, work.whole, 2 * m, "hidden states, and gradient of embeddings"))
-        found.append(Traffic("reduce-scatter", tensor, work.whole, 2 * m, "embeddings, and gradient of hidden states"))
+        found.append(Traffic("all-gather", tensor, both, m, "hidden states, and gradient of embeddings"))
+        found.append(Traffic("reduce-scatter", tensor, both, m, "embeddings, and gradient of hidden states"))
     else:
-        found.append(Traffic("all-reduce", tensor, work.whole, 2 * m, "embeddings, and gradient of hidden states"))
+        found.append(Traffic("all-reduce", tensor, both, m, "embeddings, and gradient of hidden states"))
     uses = {"embed": (2 if work.tied else 1) + (work.encoder is not None), "head": 1} | dict.fromkeys(TABLES, 1)
     head = "embed" if work.tied else "head"
     if work.head_bias and fsdp and layout.zero >= 1:  # with a column more, which does not divide
@@ -284,7 +300,13 @@ def _of_source(work: Work) -> list[Traffic]:
     if not work.layout.sequence:
         return [Traffic("all-reduce", axes, work.read, m, "embeddings of the source")]
     return [
-        Traffic("all-gather", axes, work.read, 3 * m, "source, and gradients of it and of its embeddings"),
+        Traffic(
+            "all-gather",
+            axes,
+            work.read,
+            m * (1 if work.layout.collective_matmul else 3),
+            "source, and gradients of it and of its embeddings",
+        ),
         Traffic("reduce-scatter", axes, work.read, m, "embeddings of the source"),
     ]
 

@@ -13,6 +13,8 @@ class Work:
 
     Attributes:
       rows, microbatches, length: of one microbatch over all devices, how many there are, tokens of a row.
+      table, read_out: width of the embedding tables, and of what the matrix of logits multiplies.
+      one_layer: whether all repeats of the pattern have the same parameters.
       norms: norms of a layer.
       reads: how many normed inputs a layer reads (one where attention and feed-forward are parallel and share a norm).
       parallel: whether they are parallel.
@@ -49,6 +51,9 @@ class Work:
     head_dim: int
     mlp: int
     vocab: int
+    table: int
+    read_out: int
+    one_layer: bool = False
     gated: bool = True
     norms: int = 2
     reads: int = 2

@@ -128,6 +128,8 @@ def check(experiment: Experiment, devices: int | None = None) -> None:
             raise ConfigError(f"{knob}={getattr(experiment, knob)} must be at least 1")
     precision, model = policy(experiment.precision), experiment.model
     if precision.fp8 and model.experts:
+        # Each device multiplies what it has of experts and of their rows. To scale by the largest of all, as numbers that do not depend on the
+        # layout must be, is a reduction over the mesh before each product, forward and backward.
         raise ConfigError(f"precision={experiment.precision} is not there for mixtures (model.experts={model.experts}); use bf16")
     if experiment.layout.attention in ("cudnn", "flash") and experiment.precision not in ("bf16", "fp16", "fp8"):
         raise ConfigError(

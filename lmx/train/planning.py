@@ -105,8 +105,6 @@ def plan(experiment: Experiment, *, chip: str = "h100", compiled: bool = False, 
 
 PLANNED: dict[str, tuple] = {
     "positions": ("rope", "alibi", "learned", "sinusoidal", "relative", "none"),
-    "shared_layers": (False,),
-    "embed_size": (None,),
     "version": (4,),
 }
 """Settings of a model, where it has them, of which `lmx.parallel.cost` counts these values alone: others change what a step keeps or sends."""
@@ -126,15 +124,10 @@ def settled(experiment: Experiment) -> Experiment:
             f"model=RWKV with layout.pipeline={layout.pipeline} and layout.tensor={layout.tensor} cannot be planned: what XLA moves between "
             "tensor devices inside a stage is not counted; plan it with one of them at 1"
         )
-    if layout.collective_matmul and (isinstance(model, EncoderDecoder) or model.experts):
+    if layout.collective_matmul and model.experts:
         raise ConfigError(
-            "layout.collective_matmul cannot be planned with an encoder-decoder or a mixture: what goes round there is not counted; plan "
+            f"layout.collective_matmul cannot be planned with a mixture (model.experts={model.experts}): what goes round there is not counted; plan "
             "without it"
-        )
-    if layout.collective_matmul and model.parallel and layout.pipeline > 1:
-        raise ConfigError(
-            f"layout.collective_matmul with model.parallel and layout.pipeline={layout.pipeline} cannot be planned yet: what a stage holds has "
-            "not been measured; plan with one of them off"
         )
     if experiment.precision == "fp64":
         raise ConfigError("precision=fp64 cannot be planned: no chip trains in it; plan with fp32")
@@ -190,6 +183,9 @@ def _work(experiment: Experiment, model: Transformer, length: int, kind: str) ->
         head_dim=model.head_size,
         mlp=model.hidden,
         vocab=model.vocab,
+        table=model.table_size,
+        read_out=model.table_size if model.head == "masked" else model.embed,
+        one_layer=model.shared_layers,
         gated=model.gated,
         norms=(1 if model.parallel and not model.parallel_norms else 2) + 2 * (model.norm_placement == "sandwich"),
         reads=1 if model.parallel and not model.parallel_norms else 2,
@@ -249,6 +245,8 @@ def _recurrent(experiment: Experiment, model: RWKV) -> Work:
         head_dim=1,
         mlp=model.hidden,
         vocab=model.vocab,
+        table=model.embed,
+        read_out=model.embed,
         gated=False,
         tied=model.tied,
         masks=0,
@@ -291,7 +289,8 @@ def state_bytes(model: Model, recipe: optimizers.Optimizer, steps: int, precisio
 def _waiting(tree: Tree, model: Model) -> Iterator[Counter]:
     """Bytes in the host's memory of one repeat of each group's pattern, and (-1) of what is no layer's."""
     own = stack.groups(model)
-    depths = [group.repeats for group in (*own, *(stack.groups(model.encoder) if isinstance(model, EncoderDecoder) else ()))]
+    both = (model, model.encoder) if isinstance(model, EncoderDecoder) else (model,)
+    depths = [1 if one.shared_layers else group.repeats for one in both for group in stack.groups(one)]
     for name, leaf in named_leaves(tree).items():
         words = name.split("/")
         group = int(words[words.index("layers") + 1]) if "layers" in words else -1
@@ -344,7 +343,7 @@ def _besides(experiment: Experiment, work: Work) -> float:
         scores = 4.0 * model.layers * model.heads * model.head_size * (length + source) * tokens
     if source:
         scores += 4.0 * model.encoder.layers * model.encoder.heads * model.encoder.head_size * source**2 * experiment.batch
-    forward = _flops_per_token(model, length, source) / 3 * tokens - 2.0 * model.vocab * model.embed * tokens
+    forward = _flops_per_token(model, length, source) / 3 * tokens - 2.0 * model.vocab * work.read_out * tokens
     again = {"none": 0.0, "dots": scores, "sites": forward, "full": forward}[layout.remat] + (forward if layout.pipeline > 1 else 0.0)
     routed = work.routed * work.microbatches * layout.devices // (layout.tensor * layout.pipeline)
     rows = routed * (1 if work.capacity is not None else work.here.experts) - tokens * work.choices

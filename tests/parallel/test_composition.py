@@ -1,7 +1,6 @@
 """Loss, gradients and parameters after three steps are one device's under every layout: a covering set of their combinations."""
 
 from dataclasses import replace
-from functools import cache
 
 import jax
 import numpy as np
@@ -12,46 +11,40 @@ import runs
 import tables
 from lmx.core.tree import disagreement
 from lmx.parallel.layout import Layout
-from lmx.train import program
 from lmx.train.experiment import check
 from lmx.train.objectives import CausalLM
 from lmx.verify import BOUND, BOUNDS, differences
 
 CASES = composition.cover()
 EXACT = [case | {"precision": "fp64"} for case in composition.sample(CASES, 10)]
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
+pytestmark = pytest.mark.usefixtures("cheaply_compiled", "scanned")
 
 
-@pytest.fixture(autouse=True)
-def scanned(monkeypatch):
-    """Layers as a scan, as on other hardware: compile times do not grow with the depth."""
-    monkeypatch.setattr(program, "SHALLOW", 0)
-
-
-@cache
 def one_device(model, objective, precision: str) -> dict:
     return runs.train_from_shared_start(runs.experiment(model=model, objective=objective, precision=precision))
 
 
 @pytest.mark.parametrize("case", CASES, ids=composition.name)
-def test_numbers_do_not_depend_on_the_layout(case):
+def test_numbers_do_not_depend_on_the_layout(case, once):
     run = composition.experiment(case)
     check(run)
-    exact = one_device(run.model, run.objective, "fp32")
+    exact = once(one_device, run.model, run.objective, "fp32")
     bound = BOUND
     if run.precision != "fp32":
         # Which experts a token gets is a choice: rounding changes it for those at the border, for other tokens on every layout.
-        bound = (6 if run.model.experts else 2) * max(differences(one_device(run.model, run.objective, run.precision), exact).values())
+        bound = (6 if run.model.experts else 2) * max(
+            differences(once(one_device, run.model, run.objective, run.precision), exact).values()
+        )
     found = differences(runs.train_from_shared_start(run), exact)
     assert max(found.values()) < bound, {name: value for name, value in found.items() if not value < bound}
 
 
 @pytest.mark.parametrize("case", EXACT, ids=composition.name)
-def test_numbers_do_not_depend_on_the_layout_to_ten_digits(case):
+def test_numbers_do_not_depend_on_the_layout_to_ten_digits(case, once):
     run = composition.experiment(case)
     with jax.enable_x64(True):
         check(run)
-        found = differences(runs.train_from_shared_start(run), one_device(run.model, run.objective, "fp64"))
+        found = differences(runs.train_from_shared_start(run), once(one_device, run.model, run.objective, "fp64"))
     assert max(found.values()) < BOUNDS["fp64"], {name: value for name, value in found.items() if not value < BOUNDS["fp64"]}
 
 
@@ -73,9 +66,9 @@ def test_the_readme_has_the_table():
     assert tables.block("composition", composition.table(CASES)) in tables.README.read_text()
 
 
-def test_training_moves_every_parameter():
+def test_training_moves_every_parameter(once):
     """Equality would mean little of gradients that are all noise."""
-    run = one_device(runs.MODEL, CausalLM(), "fp32")
+    run = once(one_device, runs.MODEL, CausalLM(), "fp32")
     assert np.isfinite(run["losses"]).all()
     assert run["losses"][-1] < run["losses"][0]
     assert len(set(disagreement(run["params"], run["gradients"]))) == len(disagreement(run["gradients"], run["gradients"]))

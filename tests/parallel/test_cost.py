@@ -18,7 +18,7 @@ from lmx.parallel.rules import rules, shardings
 from lmx.parallel.traffic import Traffic
 from lmx.train import planning as plans
 from lmx.train.experiment import Experiment
-from lmx.train.objectives import CausalLM, Seq2Seq
+from lmx.train.objectives import CausalLM, MaskedLM, Seq2Seq
 from lmx.train.optimizers import SGD, Adafactor, Adam8bit, AdamW, Lion, Muon
 
 MODEL = Transformer(vocab=2048, layers=16, embed=256, heads=8, kv_heads=4, mlp=768, context=4096)
@@ -36,6 +36,7 @@ GPT2 = dataclasses.replace(
 )
 T5 = dataclasses.replace(MODEL, positions="relative", activation="relu", gated=False, kv_heads=None)
 BART = dataclasses.replace(GPT2, activation="gelu", norm_placement="post", embed_norm=True)
+ALBERT = dataclasses.replace(BART, kv_heads=None, causal=False, head="masked", head_bias=True, embed_size=64, shared_layers=True)
 RECURRENT = RWKV(vocab=2048, layers=16, embed=256, channels=384, mlp=768, context=512)
 EXPERTS = {"experts": 8, "experts_per_token": 2, "mlp": 384}
 LOW, HIGH = 0.95, 1.15
@@ -53,7 +54,7 @@ def experiment(model: Model = MODEL, length=512, batch=16, microbatches=1, preci
         name="planned",
         data=data,
         model=model,
-        objective=Seq2Seq() if pair else CausalLM(),
+        objective=Seq2Seq() if pair else CausalLM() if model.causal else MaskedLM(),
         optimizer=optimizer or AdamW(),
         batch=batch,
         microbatches=microbatches,
@@ -144,6 +145,19 @@ CASES = {
     "one-long-row-full": {"model": changed(heads=4, kv_heads=4), "data": 2, "fsdp": 4, "remat": "full", "length": 1536, "batch": 8},
     "many-rows-dots": {"model": dataclasses.replace(GPT2, mlp=640), "fsdp": 4, "tensor": 2, "remat": "dots", "length": 256, "batch": 64},
     "one-key-head": {"model": changed(kv_heads=1), "data": 4, "tensor": 2, "remat": "full"},
+    "shared-layers": {"model": changed(shared_layers=True), "fsdp": 8},
+    "shared-layers-full": {"model": changed(shared_layers=True), "fsdp": 2, "tensor": 4, "remat": "full"},
+    "narrow-tables": {"model": changed(embed_size=64, tied=False), "fsdp": 2, "tensor": 4, "remat": "full"},
+    "albert": {"model": ALBERT, "fsdp": 4, "tensor": 2, "zero": 1, "sequence": False, "remat": "dots", "microbatches": 2},
+    "collective-parallel-pipeline": {
+        "model": changed(parallel=True),
+        "pipeline": 2,
+        "fsdp": 2,
+        "tensor": 2,
+        "microbatches": 4,
+        "collective_matmul": True,
+    },
+    "collective-pair-full": {"model": paired(changed(), 14), "data": 2, "fsdp": 2, "tensor": 2, "collective_matmul": True, "remat": "full"},
 }
 """On eight simulated devices. In fp32: XLA:CPU widens bf16 here and there."""
 
@@ -280,6 +294,26 @@ GPU_CASES = {
         "length": 4096,
         "batch": 4,
     },
+    "collective-parallel-pipeline": {
+        "model": dataclasses.replace(LARGE, parallel=True),
+        "pipeline": 2,
+        "fsdp": 2,
+        "tensor": 2,
+        "microbatches": 4,
+        "collective_matmul": True,
+        "remat": "full",
+        "length": 4096,
+        "batch": 8,
+    },
+    "collective-pair-full": {
+        "model": paired(LARGE, 14),
+        "fsdp": 2,
+        "tensor": 4,
+        "collective_matmul": True,
+        "remat": "full",
+        "length": 2048,
+        "batch": 4,
+    },
     "long": {"fsdp": 2, "tensor": 4, "length": 4096, "batch": 4},
     "long-dots": {"fsdp": 2, "tensor": 4, "remat": "dots", "length": 4096, "batch": 4},
     "long-full": {"fsdp": 2, "tensor": 4, "remat": "full", "length": 4096, "batch": 4},
@@ -289,6 +323,7 @@ GPU_CASES = {
     "alltoall": {"fsdp": 2, "context": 4, "exchange": "alltoall", "length": 4096, "batch": 4},
     "alltoall-full": {"fsdp": 2, "context": 4, "exchange": "alltoall", "remat": "full", "length": 4096, "batch": 4},
     "three-axes": {"fsdp": 2, "context": 2, "tensor": 2, "remat": "dots", "length": 4096, "batch": 4},
+    "pipeline-tensor-full": {"pipeline": 2, "fsdp": 2, "tensor": 2, "microbatches": 4, "remat": "full"},
     "1f1b": {"pipeline": 4, "data": 2, "microbatches": 8, "batch": 32},
     "gpipe-full": {"pipeline": 2, "fsdp": 4, "microbatches": 8, "batch": 64, "schedule": "gpipe", "remat": "full"},
     "rounds-full": {"pipeline": 4, "rounds": 2, "data": 2, "microbatches": 4, "remat": "full"},
@@ -296,9 +331,19 @@ GPU_CASES = {
     "experts-capacity": {"model": dataclasses.replace(LARGE, **EXPERTS | {"mlp": 768}, expert_capacity=1.25), "fsdp": 2, "expert": 4},
     "dropout": {"model": dataclasses.replace(LARGE, dropout=0.1), "fsdp": 8},
     "sites": {"fsdp": 2, "tensor": 4, "remat": "sites", "sites": ("mixed", "hidden")},
+    "shared-layers": {"model": dataclasses.replace(LARGE, shared_layers=True), "fsdp": 2, "tensor": 4, "remat": "full"},
+    "narrow-tables": {"model": dataclasses.replace(LARGE, embed_size=128, tied=False), "fsdp": 2, "tensor": 4, "remat": "full"},
     "offload-optimizer": {"data": 2, "fsdp": 4, "offload": ("optimizer",)},
     "offload-state": {"fsdp": 8, "remat": "full", "offload": ("optimizer", "params")},
     "offload-activations": {"fsdp": 8, "remat": "dots", "offload": ("activations",)},
+    "offload-pipeline": {
+        "pipeline": 2,
+        "fsdp": 2,
+        "tensor": 2,
+        "microbatches": 4,
+        "remat": "full",
+        "offload": ("optimizer", "params", "activations"),
+    },
     "offload": {"fsdp": 2, "tensor": 4, "remat": "full", "offload": ("optimizer", "params", "activations")},
 }
 WIDE = {

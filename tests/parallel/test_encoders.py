@@ -1,7 +1,6 @@
 """Masked language models under further kinds of layout: loss, gradients and parameters after three steps are one device's."""
 
 from dataclasses import replace
-from functools import cache
 
 import pytest
 
@@ -12,7 +11,7 @@ from lmx.train.experiment import check
 from lmx.train.objectives import CausalLM, MaskedLM
 from lmx.verify import BOUND, differences
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
+pytestmark = pytest.mark.usefixtures("cheaply_compiled", "scanned")
 
 BERT = replace(
     runs.MODEL,
@@ -52,16 +51,15 @@ def sentences(monkeypatch):
     monkeypatch.setattr(verify, "packed", kinds)
 
 
-@cache
 def one_device(model: str) -> dict:
     return runs.train_from_shared_start(runs.experiment(model=MODELS[model], objective=MaskedLM()))
 
 
 @pytest.mark.parametrize(("model", "layout", "microbatches"), CASES)
-def test_numbers_do_not_depend_on_the_layout(model, layout, microbatches):
+def test_numbers_do_not_depend_on_the_layout(model, layout, microbatches, once):
     run = runs.experiment(model=MODELS[model], objective=MaskedLM(), layout=layout, microbatches=microbatches)
     check(run)
-    found = differences(runs.train_from_shared_start(run), one_device(model))
+    found = differences(runs.train_from_shared_start(run), once(one_device, model))
     assert max(found.values()) < BOUND, {name: value for name, value in found.items() if not value < BOUND}
 
 

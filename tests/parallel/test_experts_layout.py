@@ -1,7 +1,6 @@
 """Mixtures of experts under every layout: loss, gradients and parameters after three steps are one device's."""
 
 from dataclasses import replace
-from functools import cache
 
 import jax
 import numpy as np
@@ -52,32 +51,33 @@ CASES = {
 }  # fmt: skip
 
 
-@cache
 def one_device(model: str) -> dict:
     return runs.train_from_shared_start(runs.experiment(model=MODELS[model], objective=OBJECTIVE))
 
 
-def compare(model: str, layout: Layout, microbatches: int = 2):
+def compare(once, model: str, layout: Layout, microbatches: int = 2):
     run = runs.experiment(model=MODELS[model], objective=OBJECTIVE, layout=layout, microbatches=microbatches)
     check(run)
-    found, expected = runs.train_from_shared_start(run), one_device(model)
+    found, expected = runs.train_from_shared_start(run), once(one_device, model)
     np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-5)
     for part in ("gradients", "params"):
         assert max(disagreement(found[part], expected[part]).values()) < 2e-5, part
 
 
+@pytest.mark.usefixtures("scanned")
 @pytest.mark.parametrize(("model", "layout"), [(model, layout) for model, layouts in CASES.items() for layout in layouts])
-def test_numbers_do_not_depend_on_the_layout(model, layout):
-    compare(model, LAYOUTS[layout])
+def test_numbers_do_not_depend_on_the_layout(model, layout, once):
+    compare(once, model, LAYOUTS[layout])
 
 
+@pytest.mark.usefixtures("scanned")
 @pytest.mark.parametrize("model", ["dropless", "capacity"])
 @pytest.mark.parametrize("microbatches", [2, 8])
-def test_numbers_do_not_depend_on_how_sequences_are_grouped(model, microbatches):
-    compare(model, Layout(), microbatches)
+def test_numbers_do_not_depend_on_how_sequences_are_grouped(model, microbatches, once):
+    compare(once, model, Layout(), microbatches)
 
 
-def test_the_runs_drop_tokens_and_train_every_part():
+def test_the_runs_drop_tokens_and_train_every_part(once):
     """Equality would mean little of a mixture that drops none, or whose gradients are zero."""
     run = runs.experiment(model=CAPACITY, objective=OBJECTIVE)
     program = build(run)
@@ -86,7 +86,7 @@ def test_the_runs_drop_tokens_and_train_every_part():
     assert metrics["loss"] == pytest.approx(
         metrics["cross_entropy"] + metrics["z_loss"] + 2 * (0.2 * metrics["balance"] + 0.05 * metrics["router_z"]), rel=1e-5
     )
-    for name, gradient in named_leaves(one_device("capacity")["gradients"]).items():
+    for name, gradient in named_leaves(once(one_device, "capacity")["gradients"]).items():
         assert np.abs(gradient).max() > 1e-7 or "bias" in name, name
 
 

@@ -13,9 +13,9 @@ from lmx.core.weights import E4M3, Narrow, Split, linear, quantised
 from lmx.parallel import absent
 from lmx.parallel.layout import Layout, make_mesh
 from lmx.train.experiment import check
-from runs import experiment, train
+from runs import experiment, train, train_from_shared_start
 
-pytestmark = pytest.mark.usefixtures("compiled_here")
+pytestmark = pytest.mark.usefixtures("compiled_here", "cheaply_compiled", "scanned")
 
 LAYOUTS = {
     "zero-3 and tensor": (Layout(fsdp=2, tensor=2, data=2, remat="full"), 1),
@@ -24,9 +24,8 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def exact():
-    return train(experiment())
+def one_device(precision: str, microbatches: int) -> dict:
+    return train_from_shared_start(experiment(precision=precision, microbatches=microbatches))
 
 
 def test_a_tiny_model_trains_as_in_bf16():
@@ -38,12 +37,12 @@ def test_a_tiny_model_trains_as_in_bf16():
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts_agree_within_the_error_of_float8_itself(name, exact):
+def test_layouts_agree_within_the_error_of_float8_itself(name, once):
     """A number at the edge of two float8 ones may go to either: so the bound, as of other precisions, is twice one device's distance from
     fp32."""
     layout, microbatches = LAYOUTS[name]
-    found = train(experiment(precision="fp8", layout=layout, microbatches=microbatches))
-    alone = train(experiment(precision="fp8", microbatches=microbatches))
+    found = train_from_shared_start(experiment(precision="fp8", layout=layout, microbatches=microbatches))
+    alone, exact = once(one_device, "fp8", microbatches), once(one_device, "fp32", 1)
     np.testing.assert_allclose(found["losses"], alone["losses"], rtol=2e-3)
     for what in ("gradients", "params"):
         own = max(disagreement(alone[what], exact[what]).values())

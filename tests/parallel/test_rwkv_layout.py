@@ -1,7 +1,6 @@
 """An RWKV trained on eight devices has the numbers of one; what it cannot be split over is refused by name."""
 
 from dataclasses import replace
-from functools import cache
 
 import pytest
 
@@ -12,7 +11,7 @@ from lmx.train.experiment import check
 from lmx.train.planning import compile_step
 from lmx.verify import differences, shrink, verify
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
+pytestmark = pytest.mark.usefixtures("cheaply_compiled", "scanned")
 
 MODEL = RWKV(vocab=48, layers=4, embed=16, channels=24, mlp=32, context=runs.LENGTH, init_std=0.1, rescale_every=2)
 FINCH = replace(MODEL, version=6, layers=2, channels=16, head_dim=4, mix_rank=4, decay_rank=6, rescale_every=0)
@@ -24,9 +23,8 @@ LAYOUTS = {
 }
 
 
-@cache
 def one(model: RWKV) -> dict:
-    return runs.train(runs.experiment(model=model))
+    return runs.train_from_shared_start(runs.experiment(model=model))
 
 
 @pytest.mark.parametrize(
@@ -39,10 +37,10 @@ def one(model: RWKV) -> dict:
     ],
     ids=lambda value: str(getattr(value, "version", value)),
 )
-def test_losses_gradients_and_parameters_are_those_of_one_device(model, name):
+def test_losses_gradients_and_parameters_are_those_of_one_device(model, name, once):
     layout = LAYOUTS[name]
-    found = runs.train(runs.experiment(model=model, layout=layout, microbatches=2 if layout.pipeline > 1 else 1))
-    worst = differences(found, one(model))
+    found = runs.train_from_shared_start(runs.experiment(model=model, layout=layout, microbatches=2 if layout.pipeline > 1 else 1))
+    worst = differences(found, once(one, model))
     assert max(worst.values()) < 2e-5, sorted(worst.items(), key=lambda item: -item[1])[:5]
 
 

@@ -1,7 +1,6 @@
 """Settings of a model that one family or another has, on a mesh: the same numbers as on one device."""
 
 from dataclasses import replace
-from functools import cache
 
 import pytest
 
@@ -25,17 +24,16 @@ LAYOUTS = {
     "tensor": Layout(data=2, fsdp=2, tensor=2, sequence=True),
     "pipeline, and expert or context": Layout(fsdp=2, pipeline=2, expert=2),
 }
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
+pytestmark = pytest.mark.usefixtures("cheaply_compiled", "scanned")
 
 
-@cache
 def one_device(name: str) -> dict:
     return runs.train_from_shared_start(runs.experiment(model=MODELS[name], microbatches=2))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", MODELS)
-def test_numbers_do_not_depend_on_the_layout(name, layout):
+def test_numbers_do_not_depend_on_the_layout(name, layout, once):
     degrees = LAYOUTS[layout]
     if MODELS[name].positions == "transformer_xl":
         degrees = replace(degrees, expert=1, data=degrees.data * degrees.expert)
@@ -43,5 +41,5 @@ def test_numbers_do_not_depend_on_the_layout(name, layout):
         degrees = replace(degrees, expert=1, context=degrees.expert)
     run = runs.experiment(model=MODELS[name], layout=degrees, microbatches=2)
     check(run)
-    found = differences(runs.train_from_shared_start(run), one_device(name))
+    found = differences(runs.train_from_shared_start(run), once(one_device, name))
     assert max(found.values()) < BOUND, {part: value for part, value in found.items() if not value < BOUND}
