@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from lmx.core.execution import Execution
 from lmx.core.tree import Tree
+from lmx.core.weights import shifted, whole
 from lmx.kernels import devices
 from lmx.kernels.wide import widened
 from lmx.models.config import Transformer
@@ -44,17 +45,22 @@ def feedforward(
     """`down(activation(up(x)))`, or gated `down(activation(gate(x)) * up(x))` (GLU variants)."""
     activation = ACTIVATIONS[config.activation]
 
-    def activated(*projected: Array) -> Array:
-        first, *second = map(widened, projected)
+    into = [params[name] for name in (("gate", "up") if config.gated else ("up",))]
+    biases = [whole(layer["bias"]) for layer in into if "bias" in layer]
+
+    def activated(*given: Array) -> Array:
+        projected, biases = given[: len(into)], given[len(into) :]
+        first, *second = map(widened, map(shifted, projected, biases) if biases else projected)
         return (activation(first) * second[0] if second else activation(first)).astype(x.dtype)
 
     def down(hidden: Array) -> Array:
         return linear_back(hidden, params["down"], "mlp", execution)
 
-    into = [params[name] for name in (("gate", "up") if config.gated else ("up",))]
-    projected = [constrain(y, ("batch", "length", "mlp"), execution.rules) for y in linears(x, into, "mlp", execution)]
+    # The activation adds the biases: added before, what it reads would be written once more, for its backward pass.
+    products = linears(x, [{"weight": layer["weight"]} for layer in into], "mlp", execution)
+    projected = [constrain(y, ("batch", "length", "mlp"), execution.rules) for y in products]
     projected = [checkpoint_name(y, "hidden") for y in projected]
     # For the backward pass a CPU keeps only the projections: the activation is cheaper to do again than to write and read.
     if devices.on_cpu() and not sites.asked("feedforward/hidden"):
-        return jax.checkpoint(lambda *projected: down(activated(*projected)))(*projected)
-    return down(sites("feedforward/hidden", jax.checkpoint(activated)(*projected)))
+        return jax.checkpoint(lambda *projected: down(activated(*projected)))(*projected, *biases)
+    return down(sites("feedforward/hidden", jax.checkpoint(activated)(*projected, *biases)))
