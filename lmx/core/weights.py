@@ -282,13 +282,17 @@ def sum_rows(g: Array, dtype) -> Array:
     return jax.lax.platform_dependent(g, cpu=product, default=lambda g: g.sum(lead, dtype=dtype))
 
 
-@jax.custom_vjp
-def shifted(y: Array, bias: Array) -> Array:
-    """`y + b` of y `[..., columns]` and a bias in its own type, for what adds a product's bias where it reads the product."""
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def shifted(y: Array, bias: Array, rest: bool) -> Array:
+    """`y + b` of y `[..., columns]` and a bias in its own type, for what adds a product's bias where it reads the product; `rest`: whether
+    y's gradient is to lie in memory before its rows are summed (`at_rest`), or the sum may ride on what forms it."""
     return y + bias.astype(y.dtype)
 
 
-shifted.defvjp(lambda y, bias: (shifted(y, bias), bias), lambda bias, g: (g, sum_rows(g, bias.dtype)))
+shifted.defvjp(
+    lambda y, bias, rest: (shifted(y, bias, rest), bias),
+    lambda rest, bias, g: (g, sum_rows(at_rest(g) if rest else g, bias.dtype)),
+)
 
 
 def at_rest(tree: Tree) -> Tree:

@@ -37,6 +37,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
 }
 
+HEAVY = ("gelu", "tanh")
+"""Whose derivatives XLA:GPU would rather write and read in fp32 than form where it sums the gradient of a bias."""
+
 
 def specs(config: Transformer) -> Tree:
     """Parameters of one feed-forward layer; `gate` only where it is gated."""
@@ -55,10 +58,11 @@ def feedforward(
 
     into = [params[name] for name in (("gate", "up") if config.gated else ("up",))]
     biases = [whole(layer["bias"]) for layer in into if "bias" in layer]
+    rest = config.gated or config.activation in HEAVY
 
     def activated(*given: Array) -> Array:
         projected, biases = given[: len(into)], given[len(into) :]
-        first, *second = map(widened, map(shifted, projected, biases) if biases else projected)
+        first, *second = map(widened, (shifted(y, bias, rest) for y, bias in zip(projected, biases, strict=True)) if biases else projected)
         return (activation(first) * second[0] if second else activation(first)).astype(x.dtype)
 
     def down(hidden: Array) -> Array:

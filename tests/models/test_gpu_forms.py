@@ -35,10 +35,11 @@ def test_gelu_by_a_sigmoid_and_its_derivative_are_those_of_the_tanh():
     np.testing.assert_allclose(gradient, (1 + tanh) / 2 + wide * (1 - tanh**2) / 2 * slope, rtol=1e-5, atol=5e-6)
 
 
-def test_a_bias_that_is_added_late_gets_the_sum_of_its_rows_in_its_own_type():
+@pytest.mark.parametrize("rest", [False, True])
+def test_a_bias_that_is_added_late_gets_the_sum_of_its_rows_in_its_own_type(rest):
     r = np.random.default_rng(1)
     y, g, bias = (r.standard_normal(shape).astype(np.float32) for shape in ((3, 40, 6), (3, 40, 6), (6,)))
-    out, back = jax.vjp(shifted, jnp.asarray(y, jnp.bfloat16), jnp.asarray(bias))
+    out, back = jax.vjp(lambda y, bias: shifted(y, bias, rest), jnp.asarray(y, jnp.bfloat16), jnp.asarray(bias))
     d_y, d_bias = back(jnp.asarray(g, jnp.bfloat16))
     assert (out.dtype, d_y.dtype, d_bias.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(d_bias, np.asarray(jnp.asarray(g, jnp.bfloat16), np.float64).sum((0, 1)), rtol=1e-5, atol=1e-5)
