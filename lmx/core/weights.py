@@ -282,6 +282,19 @@ def sum_rows(g: Array, dtype) -> Array:
     return jax.lax.platform_dependent(g, cpu=product, default=lambda g: g.sum(lead, dtype=dtype))
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def shifted(y: Array, bias: Array, rest: bool) -> Array:
+    """`y + b` of y `[..., columns]` and a bias in its own type, for what adds a product's bias where it reads the product; `rest`: whether
+    y's gradient is to lie in memory before its rows are summed (`at_rest`), or the sum may ride on what forms it."""
+    return y + bias.astype(y.dtype)
+
+
+shifted.defvjp(
+    lambda y, bias, rest: (shifted(y, bias, rest), bias),
+    lambda rest, bias, g: (g, sum_rows(at_rest(g) if rest else g, bias.dtype)),
+)
+
+
 def at_rest(tree: Tree) -> Tree:
     """What lies in memory anyway, for what is to read it there: XLA:GPU would rather form it anew, and keep more of it."""
     return jax.lax.platform_dependent(tree, cpu=lambda tree: tree, default=jax.lax.optimization_barrier)
@@ -355,7 +368,7 @@ def _linear_backward(inputs, saved, g):
     flat, g = _flat(x, inputs), _flat(g, len(weight.shape) - inputs)
     dx = jax.lax.dot_general(g, _matrix(values(weight, g.dtype), inputs), (((g.ndim - 1,), (1,)), ((), ()))).reshape(x.shape)
     d_weight = weight_gradient(flat, g, weight.dtype).reshape(weight.shape)
-    d_bias = None if bias is None else sum_rows(at_rest(g), bias.dtype).reshape(bias.shape)
+    d_bias = None if bias is None else sum_rows(g, bias.dtype).reshape(bias.shape)
     return dx, gradient_of(weight, d_weight), d_bias
 
 

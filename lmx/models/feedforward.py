@@ -1,5 +1,6 @@
 """The feed-forward layer, plain or gated (Shazeer, 2020)."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -10,6 +11,7 @@ from jaxtyping import Float
 
 from lmx.core.execution import Execution
 from lmx.core.tree import Tree
+from lmx.core.weights import shifted, whole
 from lmx.kernels import devices
 from lmx.kernels.wide import widened
 from lmx.models.config import Transformer
@@ -18,15 +20,25 @@ from lmx.models.sites import NONE, Sites
 from lmx.parallel.collective import linear_back, linears
 from lmx.parallel.rules import constrain
 
+
+def gelu_by_sigmoid(x: Array) -> Array:
+    """`jax.nn.gelu(x, approximate=True)`, whose `(1 + tanh(u)) / 2` is `sigmoid(2 u)`: by fewer instructions, of which a GPU has no time to
+    spare beside its memory, and few enough for XLA to sum the gradient of a bias where it forms that of x."""
+    return x * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True) if devices.on_cpu() else gelu_by_sigmoid(x),
     "gelu_quick": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
     "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
     "silu": jax.nn.silu,
     "tanh": jnp.tanh,
 }
+
+HEAVY = ("gelu", "tanh")
+"""Whose derivatives XLA:GPU would rather write and read in fp32 than form where it sums the gradient of a bias."""
 
 
 def specs(config: Transformer) -> Tree:
@@ -44,17 +56,23 @@ def feedforward(
     """`down(activation(up(x)))`, or gated `down(activation(gate(x)) * up(x))` (GLU variants)."""
     activation = ACTIVATIONS[config.activation]
 
-    def activated(*projected: Array) -> Array:
-        first, *second = map(widened, projected)
+    into = [params[name] for name in (("gate", "up") if config.gated else ("up",))]
+    biases = [whole(layer["bias"]) for layer in into if "bias" in layer]
+    rest = config.gated or config.activation in HEAVY
+
+    def activated(*given: Array) -> Array:
+        projected, biases = given[: len(into)], given[len(into) :]
+        first, *second = map(widened, (shifted(y, bias, rest) for y, bias in zip(projected, biases, strict=True)) if biases else projected)
         return (activation(first) * second[0] if second else activation(first)).astype(x.dtype)
 
     def down(hidden: Array) -> Array:
         return linear_back(hidden, params["down"], "mlp", execution)
 
-    into = [params[name] for name in (("gate", "up") if config.gated else ("up",))]
-    projected = [constrain(y, ("batch", "length", "mlp"), execution.rules) for y in linears(x, into, "mlp", execution)]
+    # The activation adds the biases: added before, what it reads would be written once more, for its backward pass.
+    products = linears(x, [{"weight": layer["weight"]} for layer in into], "mlp", execution)
+    projected = [constrain(y, ("batch", "length", "mlp"), execution.rules) for y in products]
     projected = [checkpoint_name(y, "hidden") for y in projected]
     # For the backward pass a CPU keeps only the projections: the activation is cheaper to do again than to write and read.
     if devices.on_cpu() and not sites.asked("feedforward/hidden"):
-        return jax.checkpoint(lambda *projected: down(activated(*projected)))(*projected)
-    return down(sites("feedforward/hidden", jax.checkpoint(activated)(*projected)))
+        return jax.checkpoint(lambda *projected: down(activated(*projected)))(*projected, *biases)
+    return down(sites("feedforward/hidden", jax.checkpoint(activated)(*projected, *biases)))
