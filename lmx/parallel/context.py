@@ -75,7 +75,9 @@ def ring_refusal(implementation: str) -> str | None:
     """Why a ring cannot go by an implementation of attention, or None."""
     if implementation in RING:
         return None
-    return "cannot go on from what a hop of layout.exchange='ring' found; use auto or xla (in tiles) or flash, or layout.exchange='alltoall'"
+    return (
+        "cannot go on from what a hop of layout.exchange='ring' found; use auto or xla (in tiles) or flash, or layout.exchange='alltoall'"
+    )
 
 
 def ring(
