@@ -27,10 +27,10 @@ def context_of(model: Model) -> int:
 
 
 def check_continues(model: Model) -> None:
-    """Raises ValueError for a model that continues no texts."""
+    """Raises ValueError for a model that predicts no next token: it neither continues texts nor scores them so."""
     if not model.causal or not model.vocabulary_head:
         raise ValueError(
-            f"a model with causal={model.causal} and head={model.head} continues nothing; generate needs a causal one with logits"
+            f"a model with causal={model.causal} and head={model.head} predicts no next token; that takes a causal one with logits"
         )
 
 
@@ -157,7 +157,8 @@ def openings(
     blanks: Sequence[Blanks] | None = None,
     **wishes: Any,
 ) -> list[Opening]:
-    """Of several prompts, each with its images and blanks. Raises ValueError as `opening`, with the prompt's number; and for texts longer than the model's."""
+    """Of several prompts, each with its images and blanks. Raises ValueError as `opening`, with the prompt's number; and for texts longer than the
+    model's."""
     check_continues(model)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")

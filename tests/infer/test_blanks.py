@@ -271,7 +271,7 @@ def test_generate_says_which_prompt_has_no_blank_and_what_has_no_room():
     params = weights(GLM)
     with pytest.raises(ValueError, match=r"prompt 1: the prompt has no blank to fill; put one of the mask tokens \(20, 21\)"):
         generate(GLM, params, [[MASK], [1]], max_new_tokens=2, blanks=MARKS)
-    with pytest.raises(ValueError, match="prompt 0 begins with 44 tokens and max_new_tokens=30: longer than model.context=64"):
+    with pytest.raises(ValueError, match=r"prompt 0 begins with 44 tokens and max_new_tokens=30: longer than model\.context=64"):
         generate(GLM, params, [[MASK] * 2 + [1] * 10], max_new_tokens=30, blanks=MARKS)
     with pytest.raises(ValueError, match="leave out bidirectional, pixel_values and blanks"):
         generate(GLM, params, [[MASK]], max_new_tokens=2, blanks=MARKS, edits={}, execution=Execution())
