@@ -61,5 +61,5 @@ def test_files_that_are_no_images_and_images_of_several_sizes_are_refused(cases,
     for path, words in ((tmp_path / "text.png", "text.png cannot be read"), (tmp_path / "none.png", "none.png does not exist")):
         with pytest.raises(ValueError, match=words):
             prepare(path)
-    with pytest.raises(ValueError, match="images come out as .*; a model's are all of one size"):
+    with pytest.raises(ValueError, match=r"images come out as .*; a model's are all of one size"):
         prepared([cases / "wide.png", cases / "gray.png"], prepare)
