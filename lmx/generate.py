@@ -141,6 +141,10 @@ def read_images(writer: Writer, paths: Sequence[str]) -> np.ndarray | None:
         return None
     if not isinstance(writer.model, LLaVA):
         raise ConfigError(f"image={', '.join(paths)} for a {type(writer.model).__name__}, which reads none; leave it out")
+    if writer.files is None:
+        raise ConfigError(
+            "--image needs the preprocessor_config.json of a Hugging Face checkpoint, and this run began with none; leave it out"
+        )
     return prepared(paths, read_preparation(writer.files))
 
 
