@@ -2,7 +2,7 @@
 
 `python -m lmx.generate PATH PROMPT [PROMPT ...] [--temperature 0.8] [...]`: PATH is the folder of a run, of a Hugging Face checkpoint, or of an
 adapter of PEFT's that names its base. Several prompts are continued together and shown one after another; `-` stands for the lines of the
-standard input. An encoder-decoder reads the prompt and writes its own text.
+standard input. An encoder-decoder reads the prompt and writes its own text. A model that reads images takes `--image FILE [FILE ...]`.
 """
 
 import re
@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+
 from lmx.core.config import ConfigError, command_line, exits_with_one_line
 from lmx.core.execution import Execution
 from lmx.core.precision import PrecisionName, policy
@@ -20,8 +22,10 @@ from lmx.infer.engine import Engine
 from lmx.infer.jobs import Job
 from lmx.infer.sampling import Sampling
 from lmx.infer.texts import context_of, lead_of
+from lmx.interop.image_files import prepared, read_preparation
 from lmx.interop.tokenizers import CheckpointTokenizer
 from lmx.interop.writers import Writer, load_writer
+from lmx.models.vision_config import LLaVA
 
 BOLD, DIM = 1, 2
 CHUNK = 256
@@ -57,6 +61,8 @@ class Wishes:
     """Strings that end a text; they are no part of it."""
     chat: bool = False
     """Prompts are what a user says, in the chat template of the checkpoint."""
+    image: tuple[str, ...] = ()
+    """Files of images, which each prompt is about. Its image tokens (<image>) say where they stand; without any, before it."""
     bidirectional: bool = False
     """The tokens of a prompt see each other in both directions, as a prefix decoder was trained."""
     adapter: str | None = None
@@ -91,10 +97,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         precision = policy(wishes.precision)
         where = {"adapter": wishes.adapter, "merge": wishes.merge, "tokenizer": wishes.tokenizer, "step": wishes.step}
         writer = load_writer(words[0], **where, dtype=precision.params)
-        ids = [encoded(writer, prompt, chat=wishes.chat) for prompt in prompts]
+        images = read_images(writer, wishes.image)
+        ids = [encoded(writer, prompt, chat=wishes.chat, images=len(wishes.image)) for prompt in prompts]
         engine = engine_for(writer, ids, wishes)
         how = {"max_new_tokens": wishes.max_new_tokens, "n": wishes.n, "stop": wishes.stop, "bidirectional": wishes.bidirectional}
-        how |= {"stop_ids": writer.stop_ids, "start_id": writer.start_id}
+        how |= {"stop_ids": writer.stop_ids, "start_id": writer.start_id, "images": images}
         started = time.perf_counter()
         # With one seed for all, prompts that are alike would draw alike.
         draws = [replace(sampling, seed=(wishes.seed + number) % 2**32) for number in range(len(ids))]
@@ -128,13 +135,45 @@ def sampling_of(wishes: Wishes) -> Sampling:
     return Sampling(**{name: getattr(wishes, name) for name in names})
 
 
-def encoded(writer: Writer, prompt: str, *, chat: bool) -> list[int]:
-    """Tokens of a prompt. Raises ConfigError for a chat with what has no chat template."""
+def read_images(writer: Writer, paths: Sequence[str]) -> np.ndarray | None:
+    """Images as the model takes them, `[images, channels, height, width]`; None without any. Raises ConfigError for a model that reads none."""
+    if not paths:
+        return None
+    if not isinstance(writer.model, LLaVA):
+        raise ConfigError(f"image={', '.join(paths)} for a {type(writer.model).__name__}, which reads none; leave it out")
+    if writer.files is None:
+        raise ConfigError(
+            "--image needs the preprocessor_config.json of a Hugging Face checkpoint, and this run began with none; leave it out"
+        )
+    return prepared(paths, read_preparation(writer.files))
+
+
+def encoded(writer: Writer, prompt: str, *, chat: bool, images: int = 0) -> list[int]:
+    """Tokens of a prompt, its places for so many images as wide as these are. Raises ConfigError for a chat with what has no chat template, and for
+    other than so many places."""
+    if images:
+        prompt = _placed(writer, prompt, images)
     if not chat:
-        return writer.tokenizer.encode(prompt)
-    if not isinstance(writer.tokenizer, CheckpointTokenizer):
+        ids = writer.tokenizer.encode(prompt)
+    elif isinstance(writer.tokenizer, CheckpointTokenizer):
+        ids = writer.tokenizer.chat_ids([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    else:
         raise ConfigError("--chat needs the chat template of a Hugging Face checkpoint, and a run's tokenizer has none; leave it out")
-    return writer.tokenizer.chat_ids([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    if not images:
+        return ids
+    if (places := ids.count(writer.model.image_token)) != images:
+        raise ConfigError(f"the prompt {prompt!r} has places for {places} images, and there are {images} of --image; name as many")
+    return [token for one in ids for token in [one] * (writer.model.image_tokens if one == writer.model.image_token else 1)]
+
+
+def _placed(writer: Writer, prompt: str, images: int) -> str:
+    """The prompt, behind as many image tokens where it has none."""
+    token = writer.tokenizer.token(writer.model.image_token) if writer.model.image_token < writer.tokenizer.vocab else None
+    if token is None:
+        raise ConfigError(
+            f"the tokenizer has no token {writer.model.image_token}, for which the model reads images; name its own with --tokenizer"
+        )
+    return prompt if token in prompt else token * images + f"\n{prompt}"
 
 
 def engine_for(writer: Writer, prompts: Sequence[Sequence[int]], wishes: Wishes) -> Engine:

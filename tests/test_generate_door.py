@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from lmx import generate as door
 from lmx import interop
@@ -20,6 +21,7 @@ from lmx.infer import generate
 from lmx.infer.dense import continued
 from lmx.interop.checkpoint import Model
 from lmx.interop.families import FAMILIES
+from lmx.interop.image_files import prepared, read_preparation
 from lmx.interop.writers import load_writer
 from lmx.models.config import EncoderDecoder, Transformer
 from lmx.models.families import functions
@@ -284,3 +286,58 @@ def test_help_explains_every_flag(capsys):
     said = capsys.readouterr().out
     for flag in ("--max-new-tokens", "--repetition-penalty", "--cache", "--chat", "--stats"):
         assert flag in said
+
+
+@pytest.fixture(scope="module")
+def sees(root, tmp_path_factory):
+    """A LLaVA that reads words, with the settings of a processor; and a folder of images."""
+    folder, images = tmp_path_factory.mktemp("sees"), root / "tests" / "data_files" / "images"
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(images / "llava_mistral" / name, folder / name)
+    shutil.copyfile(images / "prepared" / "llava.json", folder / "preprocessor_config.json")
+    words = ["<pad>", "<s>", "</s>", "<unk>", "the", "<image>", *(f"w{i}" for i in range(34))]
+    reads = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    reads.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    reads.add_special_tokens(["<image>"])
+    reads.save(str(folder / "tokenizer.json"))
+    return folder, images / "prepared"
+
+
+def test_images_are_read_from_files(sees, capsys):
+    folder, images = sees
+    model, params = interop.load(folder)
+    paths, shown = [str(images / "wide.png"), str(images / "gray.png")], 4 * [5]
+    pixels = prepared(paths, read_preparation(folder))
+    reads = interop.load_tokenizer(folder)
+
+    def wanted(ids, seen):
+        (new,) = generate(model, params, [ids], max_new_tokens=6, pixel_values=pixels[seen], stop_ids=reads.stop_ids)
+        return reads.decode(new)
+
+    def written(prompt, *files):
+        return printed(capsys, folder, prompt, "--max-new-tokens", 6, "--image", *files).removeprefix(prompt).strip()
+
+    texts = [written("the w3", paths[0]), written("the w3", paths[1]), written("the <image> w3 <image>", *paths)]
+    assert texts[:2] == [wanted([*shown, 4, 9], [0]), wanted([*shown, 4, 9], [1])]
+    assert texts[2] == wanted([4, *shown, 9, *shown], [0, 1])
+    assert len(set(texts)) == 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "images", "words"),
+    [
+        ("the <image>", ["wide.png", "gray.png"], "has places for 1 images, and there are 2 of --image"),
+        ("the", ["none.png"], "none.png does not exist"),
+    ],
+)
+def test_images_that_have_no_place_are_refused(sees, prompt, images, words, capsys):
+    folder, there = sees
+    with pytest.raises(SystemExit):
+        door.main([str(folder), prompt, "--image", *(str(there / name) for name in images)])
+    assert words in capsys.readouterr().err
+
+
+def test_a_model_that_reads_no_images_refuses_them(run, sees, capsys):
+    with pytest.raises(SystemExit):
+        door.main([str(run), "ROMEO.", "--image", str(sees[1] / "wide.png")])
+    assert "for a Transformer, which reads none; leave it out" in capsys.readouterr().err

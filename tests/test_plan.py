@@ -131,6 +131,10 @@ def test_the_vocabulary_of_a_trained_tokenizer_is_known():
         ({"ordered": 2, "data": 2}, "layout.ordered=2 is for debugging and cannot be planned"),
         ({"tensor": 5}, "model.heads=12 is not divisible by layout.tensor=5"),
         ({"data": 7}, "is not divisible by layout.data x layout.fsdp"),
+        (
+            {"context": 2, "attention": "cudnn"},
+            "layout.attention=cudnn cannot go on from what a hop of layout.exchange='ring' found; use auto",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_refused(changes, message):

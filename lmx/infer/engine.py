@@ -23,11 +23,12 @@ from lmx.core.execution import Execution
 from lmx.core.tree import Tree
 from lmx.data.tokenizers import Tokenizer
 from lmx.infer import sampling as draws
+from lmx.infer.blanks import Blanks
 from lmx.infer.jobs import GREEDY, Begun, Completion, Door, Finish, Job, Moment, Piece
 from lmx.infer.pages import Pages, Statistics
 from lmx.infer.places import places, where
 from lmx.infer.runners import FEWEST, Sizes, runner
-from lmx.infer.sampling import Drawn, History, Knobs, Sampling
+from lmx.infer.sampling import Drawn, History, Knobs, Sampling, without
 from lmx.infer.scheduler import Scheduler
 from lmx.infer.steps import Chunk, Request, Sequence
 from lmx.infer.stopping import Stopper
@@ -155,6 +156,7 @@ class Engine(Door):
         start_id: int | None = None,
         bidirectional: bool = False,
         images: Array | np.ndarray | None = None,
+        blanks: Blanks | None = None,
     ) -> Job:
         """A prompt waits for its turn. For an encoder-decoder it is what the encoder reads, and the text begins behind `start_id`.
 
@@ -168,13 +170,17 @@ class Engine(Door):
             then read in one step, so it has `chunk` tokens at most.
           images: `[images, channels, height, width]`, for a model that reads them: in the order in which the prompt has places for them, each
             as many image tokens as an image takes (`LLaVA.image_tokens`).
+          blanks: those of the prompt, of which the text fills one; the prompt is then read in both directions. `blanks.start` is never drawn.
 
         Raises:
           ValueError: what cannot be done, by name; the engine goes on with the rest.
         """
         if stop and self.tokenizer is None:
             raise ValueError(f"stop={list(stop)!r} are strings, so the engine needs a tokenizer; or give stop_ids")
-        begun = opening(self.model, self._lead, self.read(prompt), start_id=start_id, bidirectional=bidirectional, images=images)
+        how = {"start_id": start_id, "bidirectional": bidirectional, "images": images, "blanks": blanks}
+        begun = opening(self.model, self._lead, self.read(prompt), **how)
+        if blanks is not None:  # else pages could not tell what is written in one piece from the beginning of another
+            sampling = without(sampling, blanks.start)
         if not 0 <= top <= self.top:
             raise ValueError(f"top={top} alternatives, and the engine was made for top={self.top}")
         if top and sampling.log_probs is None:

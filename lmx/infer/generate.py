@@ -11,6 +11,7 @@ from lmx.core.execution import Execution
 from lmx.core.tree import Tree
 from lmx.data.tokenizers import Tokenizer
 from lmx.infer import dense
+from lmx.infer.blanks import Marks, at_last, fill
 from lmx.infer.engine import Engine
 from lmx.infer.sampling import Sampling
 from lmx.infer.texts import context_of, lead_of, openings
@@ -37,6 +38,7 @@ def generate(
     suppress_ids: Sequence[int] = (),
     bidirectional: bool = False,
     pixel_values: Array | np.ndarray | None = None,
+    blanks: Marks | None = None,
     tokenizer: Tokenizer | None = None,
     edits: Edits | None = None,
     execution: Execution = Execution(),
@@ -56,17 +58,19 @@ def generate(
       bidirectional: whether the tokens of a prompt see each other in both directions.
       pixel_values: images `[images, channels, height, width]`, for a model that reads them: in the order in which the prompts, one after
         another, have places for them, each as many image tokens as an image takes (`LLaVA.image_tokens`).
+      blanks: the mask tokens of prompts stand for blanks, which are filled (`lmx.infer.blanks`), `max_new_tokens` for each at most; prompts are
+        then read in both directions.
       edits: what is changed inside (`lmx.models.sites`), in every forward. They are of a dense cache's rows, so there is no engine then
         (`lmx.infer.dense`), and none of what it alone can do.
       seed: row i's draws depend on (seed, i) alone, not on the rest of the batch.
 
     Returns:
-      each prompt's new ids, or its new text when the prompts are strings.
+      each prompt's new ids, or its new text when the prompts are strings; with `blanks` all of each prompt, its masks replaced.
 
     Raises:
       ValueError: an empty prompt, a token outside the vocabulary, more tokens than the model has positions for; an encoder-decoder without
         start_id, or another model with one; images for a model that reads none, or prompts that have not just as many places for them;
-        edits together with what they cannot be with.
+        a prompt without a blank, or blanks for a model that fills none; edits together with what they cannot be with.
     """
     model = getattr(model, "config", model)  # of a checkpoint (`lmx.interop.Model`)
     if isinstance(prompts, str):
@@ -80,12 +84,14 @@ def generate(
     ids = [list(tokenizer.encode(p)) if texts else list(map(int, p)) for p in prompts]
     how = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "start_id": start_id}
     if edits is not None:
-        if bidirectional or pixel_values is not None:
-            raise ValueError("edits are of prompts of tokens, read from left to right; leave out bidirectional and pixel_values")
+        if bidirectional or pixel_values is not None or blanks is not None:
+            raise ValueError("edits are of prompts of tokens, read from left to right; leave out bidirectional, pixel_values and blanks")
         found = dense.continued(model, params, ids, **how, sampling=sampling, seed=seed, limit=limit, edits=edits, execution=execution)
         return [tokenizer.decode(row) for row in found] if texts else found
     images = _images_of(model, ids, pixel_values)
-    begun = openings(model, lead_of(model, params), ids, max_new_tokens, start_id=start_id, bidirectional=bidirectional, images=images)
+    last = None if blanks is None else at_last(ids, blanks, max_new_tokens)
+    lead = lead_of(model, params)
+    begun = openings(model, lead, ids, max_new_tokens, start_id=start_id, bidirectional=bidirectional, images=images, blanks=last)
     if not ids:
         return []
     # Sizes that few programs serve.
@@ -93,12 +99,15 @@ def generate(
     longest = min(context_of(model), -(-(max(lengths) + max_new_tokens) // 16) * 16)
     chunk = max(16, min(CHUNK, 1 << (sum(lengths) - 1).bit_length()), 1 << (max(one.whole for one in begun) - 1).bit_length())
     engine = Engine(model, params, tokenizer=tokenizer, rows=min(ROWS, len(ids)), longest=longest, chunk=chunk, execution=execution)
-    jobs = []
-    for row, (prompt, own) in enumerate(zip(ids, images, strict=True)):
-        draws = replace(sampling, seed=int(np.random.SeedSequence((seed % 2**32, row)).generate_state(1)[0]))
-        jobs.append(engine.submit(prompt, **how, sampling=draws, bidirectional=bidirectional, images=own))
-    engine.run()
-    found = [job.completions[0].tokens for job in jobs]
+    seeds = [int(np.random.SeedSequence((seed % 2**32, row)).generate_state(1)[0]) for row in range(len(ids))]
+    each = [{"sampling": replace(sampling, seed=own), "images": seen} for own, seen in zip(seeds, images, strict=True)]
+    how |= {"bidirectional": bidirectional}
+    if blanks is None:
+        jobs = [engine.submit(prompt, **how, **own) for prompt, own in zip(ids, each, strict=True)]
+        engine.run()
+        found = [job.completions[0].tokens for job in jobs]
+    else:
+        found = [one.filled(prompt) for one, prompt in zip(fill(engine, ids, blanks, each, **how), ids, strict=True)]
     return [tokenizer.decode(row) for row in found] if texts else found
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from lmx.core.execution import Execution
 from lmx.core.tree import Tree
 from lmx.infer.scoring import score
-from lmx.infer.texts import check_continues
+from lmx.infer.texts import check_continues, lead_of
 from lmx.models.config import EncoderDecoder, Model
 
 SHORTEST = 16
@@ -31,18 +31,21 @@ def nats_per_byte(
 
     Args:
       encode: a tokenizer's; what it puts before and behind a text counts as its tokens.
-      length: tokens of a span; None: the model's context.
+      length: tokens of a span; None: the model's context, less an adapter's virtual tokens, which stand before each span.
       rows: spans that run at a time, at most. Spans are padded to powers of two, in number and in tokens, so that few programs serve all.
 
     Raises:
       ValueError: an empty text, a length or rows that are none, a model that is an encoder-decoder or predicts no next token.
     """
     check_continues(model)
-    length = model.context if length is None else length
+    lead = lead_of(model, params)
+    most = model.context - lead.prefix - lead.prompt
+    length = most if length is None else length
     if isinstance(model, EncoderDecoder):
         raise ValueError("an encoder-decoder reads a source beside a text; nats_per_byte needs a model of texts alone")
-    if not 2 <= length <= model.context or rows < 1:
-        raise ValueError(f"length={length} must be from 2 to model.context={model.context}, and rows={rows} at least 1")
+    if not 2 <= length <= most or rows < 1:
+        virtual = f" less {model.context - most} virtual tokens" if most < model.context else ""
+        raise ValueError(f"length={length} must be from 2 to model.context={model.context}{virtual}, and rows={rows} at least 1")
     if empty := [i for i, text in enumerate(texts) if not text]:
         raise ValueError(f"text {empty[0]} is empty; nothing is predicted of it")
     spans = []

@@ -3,7 +3,7 @@
 Of a layout's axes inference has a meaning for three. `tensor` devices split heads, feed-forward and vocabulary as in training. `pipeline` cuts
 the stack of layers into stages, each on its own devices with its own program and its own pages (MPMD in one process). `data` is replicas:
 engines of their own (`lmx.infer.replicas`). What a layout says of the backward pass (zero, remat, schedule, ...) and of sequences between
-sublayers, of which there is one token each, has no meaning here.
+sublayers, of which there is one token each, has no meaning here, nor its `attention`, which the execution names.
 """
 
 from collections.abc import Iterator
@@ -26,6 +26,7 @@ from lmx.models.config import RWKV, EncoderDecoder, Model
 from lmx.models.families import functions
 from lmx.models.llava import SEEING
 from lmx.parallel import layout as layouts
+from lmx.parallel.attention import paged_name
 from lmx.parallel.host import compiled_here
 from lmx.parallel.layout import Layout, make_mesh
 from lmx.parallel.rules import partition, rules
@@ -178,7 +179,7 @@ def places(model: Model, params: Tree, layout: Layout, execution: Execution, dev
       devices: which ones, stage after stage; None: this process's first, or where the layout has one, the one that has the parameters.
 
     Raises:
-      ValueError: as `check`; replicas; an execution that brings rules of its own.
+      ValueError: as `check`; replicas; an execution that brings rules of its own, or names an attention that reads no pages.
     """
     check(model, layout, len(jax.local_devices() if devices is None else devices))
     if layout.data > 1:
@@ -187,6 +188,8 @@ def places(model: Model, params: Tree, layout: Layout, execution: Execution, dev
         )
     if execution.rules is not None or execution.split is not None:
         raise ValueError("execution.rules and execution.split are the layout's to say; leave them None, and give layout")
+    if not isinstance(model, RWKV):
+        paged_name(execution)
     spread = any(isinstance(leaf, Array) and len(leaf.devices()) > 1 for leaf in jax.tree.leaves(params))
     if layout.devices == 1 and devices is None and not spread:
         return (Place(None, execution, (0, model.layers)),)

@@ -177,7 +177,7 @@ class PagedRunner:
         self.stages = tuple(Stage(model, place, **kept) for place in places)
         self._sources: dict[int, int] = {}  # tokens of each slot's source
         self._given = Given(model.table_size, sizes.rows, self.stages[0].look)
-        self._spans = by_length(model.rope_scaling) is not None
+        self._spans, self._blanks = by_length(model.rope_scaling) is not None, model.block_positions
 
     @property
     def place(self) -> Place:
@@ -280,6 +280,7 @@ class PagedRunner:
         queries, pages, first = np.arange(rows + 1, dtype=np.int32), np.zeros(self._most, np.int32), np.zeros(rows + 1, np.int32)
         source_pages, source_lengths = np.zeros((rows, self._source), np.int32), np.zeros(rows, np.int32)
         at_least, prefix = np.zeros(singles + chunk, np.int32), np.zeros(rows, np.int32)
+        located = np.zeros((2, singles + chunk), np.int32)
         used, last, token = 0, [], singles
         for i, one in enumerate([*decodes, *[None] * (singles - len(decodes)), *prefills]):
             first[i] = used
@@ -296,7 +297,7 @@ class PagedRunner:
             if opening.vectors is not None and not self._source and (opening.vectors[begun] != NONE).any():
                 vectors = vectors or self._given.blank(singles + chunk)
                 self._given.put(vectors, begin + np.arange(len(begun)), opening, begun)
-            prefix[i] = opening.whole
+            prefix[i], located[:, here] = opening.whole, opening.located(places)
             slots[here] = own[places // self.page] * self.page + places % self.page
             pages[used : used + len(own)] = own
             at_least[here] = 0 if spans is None else spans[len(last)]
@@ -313,7 +314,7 @@ class PagedRunner:
         view = View(pages, first, lengths, queries, singles, prefix)
         taken = np.zeros(self.sizes.rows, np.int32)
         taken[: len(take)] = [last[i] for i in take]
-        there = Pages(view, slots, source, None if spans is None else at_least)
+        there = Pages(view, slots, source, None if spans is None else at_least, *(located if self._blanks else ()))
         hidden = tokens
         for stage in self.stages:
             begins = stage is self.stages[0]

@@ -97,6 +97,12 @@ class Sampling:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
+def without(sampling: Sampling, token: int) -> Sampling:
+    """The same wishes, and one token banned."""
+    others = tuple(pair for pair in sampling.logit_bias if pair[0] != token)
+    return replace(sampling, logit_bias=(*others, (token, -math.inf)))
+
+
 def check(sampling: Sampling, vocab: int) -> None:
     """Raises ValueError for wishes that a vocabulary of this size cannot meet: a bias outside of it, all of it banned."""
     for token, _ in sampling.logit_bias:

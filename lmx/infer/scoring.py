@@ -12,6 +12,7 @@ from jax import Array
 from lmx.core.execution import Execution
 from lmx.core.tree import Tree
 from lmx.infer.sampling import KINDS, History, Kind, Knobs, Sampling, knobs, log_probs, taken
+from lmx.infer.texts import check_continues, lead_of
 from lmx.kernels import devices
 from lmx.models import virtual
 from lmx.models.config import EncoderDecoder, Model
@@ -48,7 +49,8 @@ def score(
     sources: Sequence[Sequence[int]] | None = None,
     execution: Execution = Execution(),
 ) -> list[Scored]:
-    """Log-probabilities of each text's tokens, in one batch; logits of a few positions at a time, so those of long texts never exist.
+    """Log-probabilities of each text's tokens, in one batch, behind the virtual tokens of an adapter in `params` where there are any (they are
+    given, as the first token is); logits of a few positions at a time, so those of long texts never exist.
 
     Args:
       texts: lists of token ids.
@@ -59,8 +61,9 @@ def score(
       sources: what the encoder of an encoder-decoder reads, one for each text, which then begins with its start token.
 
     Raises:
-      ValueError: an empty text, one longer than the model's context, a token outside the vocabulary, a kind that is none, more
-        alternatives than there are tokens, a model that predicts no next token; an encoder-decoder without sources, or another model with.
+      ValueError: an empty text, one longer than the model's context, with virtual tokens before it, a token outside the vocabulary, a kind
+        that is none, more alternatives than there are tokens, a model that predicts no next token; an encoder-decoder without sources, or
+        another model with; a recurrent model with virtual tokens.
     """
     model = getattr(model, "config", model)  # of a checkpoint (`lmx.interop.Model`)
     _check(model, params, texts, kind, top, prompts, sources)
@@ -95,14 +98,10 @@ def _check(
     prompts: Sequence[int] | None,
     sources: Sequence | None,
 ) -> None:
-    if not model.causal or not model.vocabulary_head:
-        raise ValueError(
-            f"a model with causal={model.causal} and head={model.head} predicts no next token; score needs a causal one with logits"
-        )
+    check_continues(model)
+    lead = lead_of(model, params)
     if isinstance(model, EncoderDecoder) != (sources is not None):
         raise ValueError(f"sources={sources} of model={type(model).__name__}: an encoder-decoder reads one for each text, others read none")
-    if virtual.prompt(params) or virtual.prefix(params):
-        raise ValueError("params have virtual tokens, behind which score reads no texts; leave out their entry `virtual`")
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
     if not 0 <= top <= model.vocab:
@@ -111,31 +110,58 @@ def _check(
         raise ValueError(f"prompts has {len(prompts)} lengths, and there are {len(texts)} texts")
     if sources is not None and len(sources) != len(texts):
         raise ValueError(f"there are {len(sources)} sources and {len(texts)} texts")
+    own, read = (lead.prefix, lead.prompt) if sources is not None else (lead.prefix + lead.prompt, 0)
     for i, text in enumerate(texts):
-        _check_text(f"text {i}", text, model.vocab, model.context, "model.context")
+        _check_text(f"text {i}", text, model.vocab, model.context, "model.context", own)
         if prompts is not None and not 0 <= prompts[i] <= len(text):
             raise ValueError(f"prompts[{i}]={prompts[i]} must be at least 0 and at most the text's {len(text)} tokens")
     for i, source in enumerate(sources or ()):
-        _check_text(f"source {i}", source, model.encoder.vocab, model.encoder.context, "model.encoder.context")
+        _check_text(f"source {i}", source, model.encoder.vocab, model.encoder.context, "model.encoder.context", read)
 
 
-def _check_text(name: str, text: Sequence[int], vocab: int, context: int, knob: str) -> None:
+def _check_text(name: str, text: Sequence[int], vocab: int, context: int, knob: str, virtual: int) -> None:
     if isinstance(text, str):
         raise ValueError(f"{name} is a string; give its token ids")
     if not len(text):
         raise ValueError(f"{name} is empty; begin it with at least one token")
-    if len(text) > context:
-        raise ValueError(f"{name} has {len(text)} tokens: longer than {knob}={context}")
+    if len(text) + virtual > context:
+        behind = f" behind {virtual} virtual ones" if virtual else ""
+        raise ValueError(f"{name} has {len(text)} tokens{behind}: longer than {knob}={context}")
     if strange := [token for token in text if not 0 <= token < vocab]:
         raise ValueError(f"{name} has token {strange[0]}, outside the model's vocabulary of {vocab}")
+
+
+def _hidden(model, execution: Execution, params: Tree, tokens: Array, segments: Array, read) -> Array:
+    """Of the texts' own tokens, behind the adapter's virtual ones: those of an encoder-decoder's soft prompt are its encoder's."""
+    rows, more = tokens.shape[0], {}
+
+    def behind(tokens: Array, segments: Array) -> dict[str, Array]:
+        wide = {
+            name: jnp.pad(a, ((0, 0), (soft, 0)), constant_values=i)
+            for i, (name, a) in enumerate((("tokens", tokens), ("segments", segments)))
+        }
+        places = jnp.broadcast_to(jnp.arange(wide["tokens"].shape[1]), wide["tokens"].shape)
+        return wide | ({"given": virtual.embedded(params, places)} if soft else {})
+
+    soft, prefix = virtual.prompt(params), virtual.prefix(params)
+    own = {"tokens": tokens, "segments": segments}
+    if read is None:
+        own = behind(tokens, segments)
+    else:
+        more["source"] = Source(**behind(*read))
+    if prefix:
+        dtype, width = jnp.dtype(execution.precision.compute), own["tokens"].shape[1]
+        more["cache"] = virtual.cache(params, model, rows, prefix + width, dtype)
+        more["positions"] = jnp.broadcast_to(prefix + jnp.arange(width), own["tokens"].shape)
+    hidden = functions(model).forward(params, model, own.pop("tokens"), **own, **more, execution=execution).hidden
+    return hidden[:, hidden.shape[1] - tokens.shape[1] :]
 
 
 @partial(jax.jit, static_argnums=tuple(range(5)))
 def _run(model, kind, top, penalised, execution, params, tokens, segments, written, read, wishes: Knobs) -> tuple[Array, Array, Array]:
     """Of each position's next token; of the last there is none, and what is told of it means nothing."""
     rows, length = tokens.shape
-    source = {} if read is None else {"source": Source(read[0], segments=read[1])}
-    hidden = functions(model).forward(params, model, tokens, segments=segments, **source, execution=execution).hidden
+    hidden = _hidden(model, execution, params, tokens, segments, read)
     targets = jnp.roll(tokens, -1, axis=1)
     parts = chunks(rows, length, model.vocab, cpu=devices.on_cpu())
     wishes = jax.tree.map(lambda a: jnp.repeat(a, length // parts, axis=0), wishes)  # one for each position of a part

@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 
 from lmx.core.tree import Tree
+from lmx.infer.blanks import Blanks, check_blanks
 from lmx.models import virtual
 from lmx.models.config import RWKV, EncoderDecoder, Model
 from lmx.models.vision_config import LLaVA
@@ -26,10 +27,10 @@ def context_of(model: Model) -> int:
 
 
 def check_continues(model: Model) -> None:
-    """Raises ValueError for a model that continues no texts."""
+    """Raises ValueError for a model that predicts no next token: it neither continues texts nor scores them so."""
     if not model.causal or not model.vocabulary_head:
         raise ValueError(
-            f"a model with causal={model.causal} and head={model.head} continues nothing; generate needs a causal one with logits"
+            f"a model with causal={model.causal} and head={model.head} predicts no next token; that takes a causal one with logits"
         )
 
 
@@ -64,6 +65,7 @@ class Opening:
       vectors: of each token of what the model reads first (the source, or the text), which vector stands in its place, of a soft prompt's and
         behind them the images'; `NONE`: its own. None: so it is of all.
       images: `[images, channels, height, width]`, or None.
+      pieces: `[2, pieces]`, of what fills blanks: which token is a piece's first, and the position of its blank. None where none does.
       key: stands for what keys and values depend on besides weights and tokens before (`lmx.infer.pages`).
     """
 
@@ -73,7 +75,16 @@ class Opening:
     whole: int = 0
     vectors: np.ndarray | None = None
     images: np.ndarray | None = None
+    pieces: np.ndarray | None = None
     key: bytes = b""
+
+    def located(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of tokens by their places, those to come too: their positions, and those in the blanks that they fill."""
+        if self.pieces is None:
+            return places, np.zeros_like(places)
+        begins, blanks = self.pieces
+        which = np.searchsorted(begins, places, side="right") - 1
+        return np.where(which < 0, places, blanks[which]), np.where(which < 0, 0, places - begins[which] + 1)
 
 
 def opening(
@@ -84,13 +95,14 @@ def opening(
     start_id: int | None = None,
     bidirectional: bool = False,
     images: Array | np.ndarray | None = None,
+    blanks: Blanks | None = None,
 ) -> Opening:
     """Of a prompt.
 
     Raises:
       ValueError: an empty prompt, a token outside the vocabulary, an encoder-decoder without `start_id` or another model with one, more than an
         encoder reads, images that are not as many as the prompt has places for, a model that reads none, or that reads no prompt in both
-        directions.
+        directions; as `lmx.infer.blanks.check_blanks`.
     """
     reads = isinstance(model, EncoderDecoder)
     if not prompt:
@@ -106,22 +118,31 @@ def opening(
     if reads and len(read) > model.encoder.context:
         raise ValueError(f"the prompt has {len(read)} tokens, and model.encoder.context={model.encoder.context}")
     tokens = (*(VIRTUAL,) * lead.prefix, *(begun if reads else read))
-    if bidirectional:
+    if bidirectional or blanks is not None:
         _check_bidirectional(model)
+    if blanks is not None:
+        check_blanks(model, prompt, blanks)
     images = _images(model, prompt, images)
-    whole, key = len(tokens) if bidirectional else 0, hashlib.blake2b(digest_size=16)
-    if bidirectional:
+    vectors = _vectors(model, lead, read if reads else tokens)
+    whole, key = len(tokens) if bidirectional or blanks is not None else 0, hashlib.blake2b(digest_size=16)
+    if whole:
         key.update(np.array(tokens).tobytes())
+    pieces = None
+    if blanks is not None:
+        key.update(repr((blanks.start, blanks.places)).encode())
+        tokens, pieces = blanks.behind(tokens, len(tokens) - len(prompt))
+        vectors = None if vectors is None else np.append(vectors, np.full(len(tokens) - whole, NONE, np.int32))
     if images is not None:
         key.update(str(images.shape).encode() + images.tobytes())
-    given = bidirectional or images is not None
+    given = whole or images is not None
     return Opening(
         tokens,
         source=read if reads else None,
         prefix=lead.prefix,
         whole=whole,
-        vectors=_vectors(model, lead, read if reads else tokens),
+        vectors=vectors,
         images=images,
+        pieces=pieces,
         key=key.digest() if given else b"",
     )
 
@@ -133,16 +154,19 @@ def openings(
     max_new_tokens: int,
     *,
     images: Sequence[np.ndarray | None] | None = None,
+    blanks: Sequence[Blanks] | None = None,
     **wishes: Any,
 ) -> list[Opening]:
-    """Of several prompts, each with its images. Raises ValueError as `opening`, with the prompt's number; and for texts longer than the model's."""
+    """Of several prompts, each with its images and blanks. Raises ValueError as `opening`, with the prompt's number; and for texts longer than the
+    model's."""
     check_continues(model)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     found, most = [], context_of(model)
     for i, prompt in enumerate(prompts):
         try:
-            found.append(opening(model, lead, prompt, images=None if images is None else images[i], **wishes))
+            own = {name: each[i] for name, each in (("images", images), ("blanks", blanks)) if each is not None}
+            found.append(opening(model, lead, prompt, **own, **wishes))
         except ValueError as error:
             raise ValueError(f"prompt {i}: {error}") from None
         begun = found[-1].tokens

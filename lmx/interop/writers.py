@@ -31,6 +31,7 @@ class Writer:
     Attributes:
       stop_ids: tokens that end a text.
       start_id: behind which an encoder-decoder's texts begin; None of others.
+      files: the folder of a checkpoint's files, which says how images are prepared (`lmx.interop.image_files`); None of a run that began with none.
     """
 
     model: model_config.Model
@@ -38,6 +39,7 @@ class Writer:
     tokenizer: Tokenizer | CheckpointTokenizer
     stop_ids: tuple[int, ...]
     start_id: int | None
+    files: Path | None = None
 
 
 def load_writer(
@@ -116,7 +118,7 @@ def _of_checkpoint(model: Model, params: Tree, files: Path, tokenizer: str | Non
             raise ValueError(
                 f"neither config.json nor generation_config.json of {files} has decoder_start_token_id, behind which texts begin"
             )
-    return Writer(model.config, params, reads, tuple(stops), start)
+    return Writer(model.config, params, reads, tuple(stops), start, files)
 
 
 def _of_run(run: Path, tokenizer: str | None, step: int | None, adapter: Path | None, merge: bool) -> Writer:

@@ -34,12 +34,16 @@ class Pages:
       slots: where each new token's key and value go; padding's to page 0, which is nobody's.
       source: the pages of the text that an encoder has read for each row.
       lengths: of each new token's text, at least, where wavelengths depend on it (`lmx.models.rope`).
+      positions, block_positions: of each new token, as `lmx.models.transformer.forward` takes them; None: a token's position is its place in
+        its row, and it fills no blank.
     """
 
     view: View
     slots: Int[Array, "tokens"]
     source: View | None = None
     lengths: Int[Array, "tokens"] | None = None
+    positions: Int[Array, "tokens"] | None = None
+    block_positions: Int[Array, "tokens"] | None = None
 
 
 @flax.struct.dataclass

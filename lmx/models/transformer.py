@@ -193,22 +193,27 @@ def forward(
       token_types: each token's kind, in a model that has kinds; 0 when None.
       given: vectors that are read in place of some tokens' embeddings.
       cache: keys and values of earlier tokens. New ones are written to its next slots; the caller keeps count of what fits. With pages,
-        what they say decides positions and segments.
+        what they say decides positions (those in blanks too) and segments.
       source: what the encoder of an encoder-decoder reads; a token attends to what is of its own segment there. With a cache it is given
         the first time alone: each layer's keys and values of it are kept.
       dropout: None, or what is dropped from where.
       edits: what is changed inside, by the names of `lmx.models.sites`.
 
     Raises:
-      ValueError: a source that is missing, or that nothing reads; a name that is no site's.
+      ValueError: a source that is missing, or that nothing reads; block positions with a cache; a name that is no site's.
     """
     edits = edits or {}
     named.check(config, execution, edits)
     sites = named.outside(execution.taps, edits)
     batch, length = tokens.shape
     paged = isinstance(cache, Paged)
+    if block_positions is not None and cache is not None:
+        raise ValueError(
+            "block_positions with a cache of slots, where what comes first goes by positions, of which a span's tokens have one; leave it out,"
+            " or let pages say them (lmx.infer.blanks)"
+        )
     if paged:
-        positions, context = _over_pages(params, config, cache, length, execution)
+        positions, block_positions, context = _over_pages(params, config, cache, length, execution)
     else:
         if positions is None:
             start = 0 if cache is None else cache.used
@@ -328,20 +333,23 @@ def over_pages(
       cache: its own layers' as one tuple.
       given: as of `forward`, for the first.
     """
-    positions, context = _over_pages(params, config, cache, x.shape[1], execution)
-    x = x if first else enter(params, config, x, positions, None, execution, given=given)
+    positions, inside, context = _over_pages(params, config, cache, x.shape[1], execution)
+    x = x if first else enter(params, config, x, positions, None, execution, inside, given=given)
     x, layers = stack.run_some(x, params["layers"], config, context, execution, first, cache.layers)
     return x if first + len(layers) < config.layers else leave(params, config, x, execution), cache.replace(layers=layers)
 
 
-def _over_pages(params: Tree, config: Transformer, cache: Paged, length: int, execution: Execution) -> tuple[Array, Context]:
-    """Of new tokens that pages place: their positions, and what their layers share."""
-    rows = cache.pages.view.tokens(length)[1][None]
-    positions, segments = jnp.maximum(rows, 0), (rows >= 0).astype(jnp.int32)
+def _over_pages(params: Tree, config: Transformer, cache: Paged, length: int, execution: Execution) -> tuple[Array, Array | None, Context]:
+    """Of new tokens that pages place: their positions, those in the blanks that they fill, and what their layers share."""
+    pages = cache.pages
+    rows = pages.view.tokens(length)[1][None]
+    segments = (rows >= 0).astype(jnp.int32)
+    positions = jnp.maximum(rows, 0) if pages.positions is None else pages.positions[None]
+    inside = None if pages.block_positions is None else pages.block_positions[None]
     context, _ = _context(config, positions, segments, None, cache, None, execution)
     if config.positions == "relative":
         context = context.replace(relative=whole(placed_outside(params, specs(config), execution)["relative"]))
-    return positions, context
+    return positions, inside, context
 
 
 def share(

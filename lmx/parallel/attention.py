@@ -20,6 +20,9 @@ from lmx.parallel import context
 from lmx.parallel.manual import axes, manual, names
 from lmx.parallel.rules import partition
 
+PAGED = {"auto": "auto", "xla": "xla", "flash": "gpu"}
+"""Implementations that attention to pages has, by their names over plain arrays."""
+
 
 def attention(
     q: Array,
@@ -39,7 +42,8 @@ def attention(
     scores and weights, as `lmx.kernels.reference.attention`: every score is formed, and XLA splits it as its inputs are.
 
     Raises:
-      ValueError: a split sequence with dropout of attention weights or a learned bias, with a cache, or of a length that does not divide.
+      ValueError: a split sequence with dropout of attention weights or a learned bias, with a cache, of a length that does not divide, or
+        round a ring by an implementation that it does not go by (`lmx.parallel.context.RING`).
     """
     sizes = axes()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -139,8 +143,8 @@ def attend_pages(
     bias: HeadBias | None = None,
     **how: Any,
 ) -> Float[Array, "1 tokens heads head_dim"]:
-    """As `lmx.kernels.paged.attention`, of tokens in a batch of one; each device its heads. `execution.attention="flash"` takes its kernels."""
-    how["implementation"] = "gpu" if execution.attention == "flash" else "auto"
+    """As `lmx.kernels.paged.attention`, of tokens in a batch of one; each device its heads. The implementation: `paged_name`."""
+    how["implementation"] = paged_name(execution)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     at = _of_pages(cache, execution)
     if at is None:
@@ -152,6 +156,13 @@ def attend_pages(
         return paged.attention(q, cache, view, scale=scale, slopes=slopes, bias=bias, **how)
 
     return manual(local, (heads, at, P(), P(axis), of_bias), heads)(q[0], cache, view, slopes, bias)[None]
+
+
+def paged_name(execution: Execution) -> str:
+    """What `lmx.kernels.paged.attention` calls the execution's implementation. Raises ValueError for one that reads no pages."""
+    if execution.attention not in PAGED:
+        raise ValueError(f"execution.attention={execution.attention!r} reads no pages; use {', '.join(PAGED)}")
+    return PAGED[execution.attention]
 
 
 def _of_pages(cache: dict[str, Array], execution: Execution) -> dict[str, P] | None:

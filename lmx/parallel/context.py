@@ -24,6 +24,8 @@ from lmx.parallel.layout import divisors
 from lmx.parallel.manual import axes
 
 AXIS = "context"
+RING = ("auto", "xla", "chunked", "flash")
+"""Implementations of attention by which a ring can go: tiles under three names, and the kernels for Hopper GPUs."""
 
 
 def arrange(batch: dict[str, Array], execution: Execution) -> dict[str, Array]:
@@ -69,17 +71,28 @@ def repeats(heads: int, kv_heads: int, n: int) -> int:
     return next(often for often in divisors(heads // kv_heads) if kv_heads * often % n == 0)
 
 
+def ring_refusal(implementation: str) -> str | None:
+    """Why a ring cannot go by an implementation of attention, or None."""
+    if implementation in RING:
+        return None
+    return (
+        "cannot go on from what a hop of layout.exchange='ring' found; use auto or xla (in tiles) or flash, or layout.exchange='alltoall'"
+    )
+
+
 def ring(
     q: Array, k: Array, v: Array, mask: Mask, *, scale: float, softcap: float | None, slopes: Array | None, implementation: str = "auto"
 ) -> Array:
     """Attention of each device's part `[batch, length / n, heads, head_dim]`, in zig-zag order, over the whole sequence.
 
     Args:
-      implementation: `"flash"` takes the kernels for Hopper GPUs, any other name tiles (`lmx.kernels.chunked`).
+      implementation: one of `RING`: `"flash"` takes the kernels for Hopper GPUs, the others tiles (`lmx.kernels.chunked`).
 
     Raises:
-      ValueError: `"flash"` cannot do what is asked, or not here.
+      ValueError: another implementation, or `"flash"` cannot do what is asked, or not here.
     """
+    if reason := ring_refusal(implementation):
+        raise ValueError(f"attention={implementation!r} {reason}")
     by_flash = implementation == "flash"
     if by_flash:
         flash.check(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes)

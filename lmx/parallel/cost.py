@@ -277,6 +277,16 @@ def loss_working(work: Work, *, cpu: bool = False) -> int:
     return tokens // parts * here.vocab * (8 + work.compute) + copies * table + 2 * tokens * work.read_out * work.compute
 
 
+def loss_kept(work: Work) -> int:
+    """Bytes that the head's gradient is formed of, beside the fullest layer: the gradient of logits, and hidden states of all tokens. XLA:GPU
+    forms it behind the backward passes of layers, where nothing waits for it; that of logits in parts is summed in a loop, and leaves nothing. Where
+    attention forms scores, the room that `working` has for these holds it too: they come and go within a layer."""
+    here = work.here
+    if not work.fused or chunks(here.rows, here.length, here.vocab, cpu=False) > 1:
+        return 0
+    return here.rows * here.length * here.vocab * work.compute + work.whole
+
+
 def memory(
     work: Work, specs: Tree, *, parameters: int, optimizer: int, rest: int, fetched: tuple[int, int] = (0, 0), cpu: bool = False
 ) -> dict[str, int]:
@@ -308,10 +318,18 @@ def _of_a_pass(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
     # On XLA:CPU, gradients in another order, or parameters in the order in which they are gathered.
     copied = cpu and (not _forms_again(work) or (layout.zero == 3 and layout.fsdp > 1))
     busy = working(work, specs, cpu=cpu) + (grads if copied else largest)
+    waiting = 0 if cpu else loss_kept(work)
     return [
         {**kept_here, **masked, "working set of a layer": _forward(work, specs) + read},
         {**kept_here, **masked, "head and loss": loss_working(work, cpu=cpu)},
-        {**kept_here, **masked, "gradients": grads, "gradient of the head, whole": unreduced, "working set of a layer": busy},
+        {
+            **kept_here,
+            **masked,
+            "gradient of logits": waiting,
+            "gradients": grads,
+            "gradient of the head, whole": unreduced,
+            "working set of a layer": busy,
+        },
     ]
 
 

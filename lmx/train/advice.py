@@ -24,6 +24,7 @@ LOWERED_BY: dict[str, tuple[str, ...]] = {
     "gradients so far": STATE,
     "gradients of a stage": STATE,
     "gradients of head and embedding": STATE,
+    "gradient of logits": MADE,
     "gradient of the head, whole": ("tensor",),
     "update": STATE,
     "layers of a stage": STATE,

@@ -19,6 +19,7 @@ from lmx.models import config as model_config
 from lmx.models.config import RWKV, EncoderDecoder, Model, Transformer
 from lmx.models.families import functions
 from lmx.parallel import layout as layouts
+from lmx.parallel.context import ring_refusal
 from lmx.parallel.hosts import Hosts
 from lmx.parallel.layout import Layout
 from lmx.train.checkpoints import Checkpoints
@@ -250,6 +251,8 @@ def _check_sequence(experiment: Experiment) -> None:
         raise ConfigError(
             f"data.length={length} is not divisible by 2 x layout.context={layout.context}: a ring cuts it in that many pieces"
         )
+    if layout.exchange == "ring" and (reason := ring_refusal(layout.attention)):
+        raise ConfigError(f"layout.attention={layout.attention} {reason}")
     heads = model.heads // layout.tensor
     if layout.exchange == "alltoall" and heads % layout.context:
         raise ConfigError(

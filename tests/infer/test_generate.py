@@ -168,5 +168,5 @@ def test_rows_that_pad_the_vocabulary_are_never_drawn():
 
 
 def test_an_encoder_continues_nothing(params):
-    with pytest.raises(ValueError, match="causal=False and head=lm continues nothing"):
+    with pytest.raises(ValueError, match="causal=False and head=lm predicts no next token"):
         generate(replace(MODEL, causal=False), params, [A], max_new_tokens=2)

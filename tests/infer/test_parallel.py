@@ -197,5 +197,7 @@ def test_replicas_and_executions_that_do_not_fit_are_refused_by_knob():
         Replicas(GROUPED, params, layout=Layout(data=3, tensor=4))
     with pytest.raises(ValueError, match=r"batches=0"):
         Replicas(GROUPED, params, layout=Layout(data=2), batches=0)
+    with pytest.raises(ValueError, match=r"execution\.attention='cudnn' reads no pages; use auto, xla, flash"):
+        Engine(GROUPED, params, execution=Execution(attention="cudnn"))
     with pytest.raises(ValueError, match=r"execution\.rules .* give layout"):
         Engine(GROUPED, params, layout=Layout(tensor=2), execution=Execution(rules=rules(Layout(tensor=2))))

@@ -7,7 +7,7 @@ import pytest
 
 from lmx.core.execution import Execution
 from lmx.core.params import initial_values
-from lmx.infer import scoring
+from lmx.infer import Engine, scoring
 from lmx.infer.sampling import KINDS, Sampling, begun, blank, draw, knobs, row_keys
 from lmx.infer.scoring import score
 from lmx.models.config import RWKV, EncoderDecoder, Transformer
@@ -124,12 +124,13 @@ def test_a_text_is_scored_alike_beside_others(params):
         ([[1]], {"prompts": []}, "prompts has 0 lengths, and there are 1 texts"),
         ([[1]], {"prompts": [2]}, r"prompts\[0\]=2 must be at least 0 and at most the text's 1"),
         ([[1]], {"sampling": Sampling(logit_bias=((19, 1.0),))}, "logit_bias has token 19"),
-        ([[1]], {"model": ENCODER}, "score needs a causal one with logits"),
+        ([[1]], {"model": ENCODER}, "predicts no next token; that takes a causal one with logits"),
         ([[1]], {"model": PAIR}, "sources=None of model=EncoderDecoder"),
         ([[1]], {"sources": [[1]]}, r"sources=\[\[1\]\] of model=Transformer"),
         ([[1]], {"model": PAIR, "sources": []}, "there are 0 sources and 1 texts"),
         ([[1]], {"model": PAIR, "sources": [[19]]}, "source 0 has token 19, outside the model's vocabulary of 19"),
-        ([[1]], {"params": {"virtual": {"embeddings": np.zeros((2, 16))}}}, "params have virtual tokens"),
+        ([[1] * 31], {"params": {"virtual": {"embeddings": np.zeros((2, 16))}}}, "text 0 has 31 tokens behind 2 virtual ones: longer than"),
+        ([[1]], {"model": RECURRENT, "params": {"virtual": {"embeddings": np.zeros((2, 16))}}}, "a recurrent model reads none"),
     ],
 )
 def test_bad_input_is_refused_by_value(params, texts, how, said):
@@ -137,6 +138,33 @@ def test_bad_input_is_refused_by_value(params, texts, how, said):
     with pytest.raises(ValueError, match=said) as error:
         score(how.pop("model"), how.pop("params"), texts, **how)
     assert "\n" not in str(error.value)
+
+
+def adapted(model, kind):
+    """With a soft prompt, a prefix of keys and values, or both."""
+    rng, shape = np.random.default_rng(1), (2, 2, 3, 8)
+    parts = {"embeddings": rng.normal(size=(4, 16))} if kind != "prefix" else {}
+    parts |= {name: rng.normal(size=shape) for name in ("key", "value")} if kind != "prompt" else {}
+    return weights(model) | {"virtual": jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), parts)}
+
+
+@pytest.mark.parametrize(("model", "kind"), [(MODEL, "prefix"), (MODEL, "both"), (PAIR, "both")], ids=["prefix", "both", "pair"])
+def test_behind_virtual_tokens_scores_are_what_the_engine_says_of_what_it_draws(model, kind):
+    """Of every kind of log-probability, with all knobs on; and what an adapter does not leave as it was."""
+    params, reads = adapted(model, kind), model is PAIR
+    engine = Engine(model, params, rows=2, page=4, chunk=16, longest=32)
+    start = {"start_id": 1} if reads else {}
+    for said in KINDS:
+        sampling = Sampling(**{**vars(ALL), "log_probs": said, "seed": 3})
+        ((drawn,),) = engine.generate([[5, 2, 2, 9]], max_new_tokens=6, sampling=sampling, **start)
+        before = [1] if reads else [5, 2, 2, 9]
+        how = {"kind": said, "sampling": sampling, "prompts": [len(before)], "sources": [[5, 2, 2, 9]] if reads else None}
+        text = [before + drawn.tokens]
+        (scored,) = score(model, params, text, **how)
+        np.testing.assert_allclose(scored.log_probs[len(before) - 1 :], drawn.log_probs, atol=1e-4)
+    (plain,) = score(model, {name: part for name, part in params.items() if name != "virtual"}, text, **how | {"kind": "raw"})
+    (scored,) = score(model, params, text, **how | {"kind": "raw"})
+    assert np.abs(plain.log_probs - scored.log_probs).max() > 0.01
 
 
 def test_no_texts_are_no_scores(params):

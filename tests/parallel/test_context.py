@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmx.core.execution import Execution
-from lmx.kernels import chunked
+from lmx.kernels import chunked, dense, reference
 from lmx.kernels.attention import attention as kernel
 from lmx.kernels.masks import Mask
 from lmx.parallel.attention import attention
@@ -149,3 +149,30 @@ def test_prefixes_go_where_keys_go(exchange):
         found, order = map(np.asarray, run(q, k, v, about))
     expected = np.asarray(kernel(q, k, v, mask(about), implementation="reference"))
     np.testing.assert_allclose(found, expected[:, order[0]], atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["cudnn", "dense", "reference", "single", "flesh"])
+def test_a_ring_refuses_what_it_does_not_go_by(implementation):
+    layout = Layout(context=4)
+    execution = Execution(rules=rules(layout), attention=implementation)
+    q = jnp.zeros((1, 16, 4, 8))
+    with (
+        jax.set_mesh(make_mesh(layout)),
+        pytest.raises(ValueError, match=f"attention=.{implementation}. cannot go on .* layout.exchange='ring' .*; use auto or xla"),
+    ):
+        attention(q, q, q, Mask(), execution)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "dense", "chunked"])
+def test_heads_that_are_traded_take_what_is_named(implementation, monkeypatch):
+    taken = []
+    for module, name in ((reference, "reference"), (dense, "dense"), (chunked, "chunked")):
+        real = module.attention
+        monkeypatch.setattr(module, "attention", lambda *args, real=real, name=name, **how: taken.append(name) or real(*args, **how))
+    layout = Layout(context=4, exchange="alltoall")
+    execution = Execution(rules=rules(layout), exchange="alltoall", attention=implementation)
+    q = jax.random.normal(jax.random.key(0), (1, 16, 4, 8))
+    with jax.set_mesh(make_mesh(layout)):
+        found = attention(q, q, q, Mask(), execution)
+    assert taken == [implementation]
+    np.testing.assert_allclose(np.asarray(found), np.asarray(kernel(q, q, q, Mask(), implementation="xla")), atol=1e-5)

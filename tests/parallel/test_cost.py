@@ -251,6 +251,18 @@ def test_a_kernel_that_the_door_takes_forms_no_scores_and_no_mask(monkeypatch):
     assert not plans.work(ring, h100).fused
 
 
+def test_beside_a_kernels_attention_waits_what_the_heads_gradient_is_formed_of():
+    """The gradient of logits and all hidden states; compiled for H100s, flash with remat full had them beside the fullest layer. Not where logits
+    come in parts, whose gradients are summed at once, nor on a CPU."""
+    flash = {"attention": "flash", "precision": "bf16", "remat": "full", "fsdp": 2, "tensor": 4, "batch": 4}
+    whole = experiment(LARGE, length=4096, **flash)
+    tokens = 2 * 4096
+    assert plans.plan(whole).memory["gradient of logits"] == 2 * tokens * (4096 // 4 + 512)
+    in_parts = experiment(dataclasses.replace(LARGE, vocab=4 * 2**17), length=4096, **flash)
+    assert "gradient of logits" not in plans.plan(in_parts).memory
+    assert "gradient of logits" not in plans.plan(experiment(LARGE, length=1024, batch=4, fsdp=2, remat="none"), cpu=True).memory
+
+
 def test_links_are_as_slow_as_their_slowest_hop():
     chip = chips.chip("h100")
     layout = Layout(data=4, fsdp=2, tensor=4)
@@ -318,6 +330,19 @@ GPU_CASES = {
     "long-dots": {"fsdp": 2, "tensor": 4, "remat": "dots", "length": 4096, "batch": 4},
     "long-full": {"fsdp": 2, "tensor": 4, "remat": "full", "length": 4096, "batch": 4},
     "tiles": {"model": dataclasses.replace(LARGE, attention_softcap=30.0), "fsdp": 2, "tensor": 4, "length": 4096, "batch": 4},
+    "flash": {"attention": "flash", "fsdp": 2, "tensor": 4, "length": 4096, "batch": 4},
+    "flash-full": {"attention": "flash", "fsdp": 2, "tensor": 4, "remat": "full", "length": 4096, "batch": 4},
+    "flash-dots": {"attention": "flash", "fsdp": 2, "tensor": 4, "remat": "dots", "length": 4096, "batch": 4},
+    "flash-zero-3-full": {"attention": "flash", "fsdp": 8, "remat": "full", "length": 4096, "batch": 8},
+    "flash-alltoall-full": {
+        "attention": "flash",
+        "fsdp": 2,
+        "context": 4,
+        "exchange": "alltoall",
+        "remat": "full",
+        "length": 4096,
+        "batch": 4,
+    },
     "ring": {"fsdp": 2, "context": 4, "length": 4096, "batch": 4},
     "ring-full": {"fsdp": 2, "context": 4, "remat": "full", "length": 4096, "batch": 4},
     "alltoall": {"fsdp": 2, "context": 4, "exchange": "alltoall", "length": 4096, "batch": 4},

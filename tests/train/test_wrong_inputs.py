@@ -57,6 +57,10 @@ WRONG = {
     "ordered reductions of sharded parameters": ("--layout.ordered 8 --layout.fsdp 2", ["layout.ordered", "layout.fsdp"]),
     "a run that is not there": ("--start resume", ["no run to resume", "--name"]),
     "a kernel for another type": ("--layout.attention flash", ["layout.attention=flash", "not in fp32", "precision"]),
+    "a kernel that no ring goes by": (
+        "--layout.attention cudnn --precision bf16 --layout.context 2 --model.dropout 0",
+        ["layout.attention=cudnn", "layout.exchange='ring'", "use auto or xla"],
+    ),
     "no steps": ("--steps 0", ["steps=0", "at least 1"]),
 }
 
