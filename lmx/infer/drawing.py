@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from lmx.core.tree import Tree
 from lmx.infer import sampling as draws
 from lmx.infer.places import Place
-from lmx.infer.runners import Sizes
 from lmx.infer.sampling import Drawn, History, Knobs, Sampling
+from lmx.infer.sizes import Sizes
 from lmx.infer.steps import Request, Sequence
 from lmx.models.config import Model
 from lmx.models.losses import logits

@@ -30,9 +30,10 @@ from lmx.infer.drawing import Drawing, Row
 from lmx.infer.jobs import GREEDY, Begun, Completion, Door, Finish, Job, Moment, Piece
 from lmx.infer.pages import Pages, Statistics
 from lmx.infer.places import places, where
-from lmx.infer.runners import Sizes, runner
+from lmx.infer.runners import runner
 from lmx.infer.sampling import Drawn, Sampling
 from lmx.infer.scheduler import Scheduler
+from lmx.infer.sizes import Sizes
 from lmx.infer.steps import Chunk, Request, Sequence, Step
 from lmx.infer.stopping import Stopper
 from lmx.infer.texts import VIRTUAL, check_continues, context_of, lead_of, opening

@@ -1,11 +1,9 @@
 """The devices' side of the engine: caches, and the programs that compute a step of the scheduler.
 
-A program is compiled for a number of rows that decode and of tokens of prompts, of which there are few (`Sizes`); whatever a step has is
-padded to the next. So nothing is compiled once each has been.
+Whatever a step has is padded to the next of a few sizes (`lmx.infer.sizes`), so nothing is compiled once each has been.
 """
 
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -17,6 +15,7 @@ from jaxtyping import Float, Int
 from lmx.core.tree import Tree, map_named
 from lmx.infer.given import Given
 from lmx.infer.places import Place, where
+from lmx.infer.sizes import Sizes
 from lmx.infer.steps import Chunk, Move, Sequence, Step
 from lmx.infer.texts import NONE, Opening, lead_of
 from lmx.infer.weights import reading_params
@@ -33,40 +32,6 @@ from lmx.parallel.rules import constrain
 
 MOVES = 16
 """Pages, or states, that one program moves."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What programs are compiled for.
-
-    Attributes:
-      rows: sequences that run at a time.
-      chunk: tokens of prompts in one step.
-      prompts: prompts that share a step.
-    """
-
-    rows: int
-    chunk: int
-    prompts: int
-
-    @property
-    def decodes(self) -> tuple[int, ...]:
-        """Rows of a step that only decodes: powers of two, and all."""
-        return (*(2**i for i in range(self.rows.bit_length()) if 2**i < self.rows), self.rows)
-
-    @property
-    def prefills(self) -> tuple[int, ...]:
-        """Tokens of prompts: few, or as many as there can be."""
-        return (max(1, self.chunk // 8), self.chunk) if self.chunk > 16 else (self.chunk,)
-
-    @property
-    def all(self) -> tuple[tuple[int, int], ...]:
-        """Pairs of rows that decode and tokens of prompts."""
-        return (*((rows, 0) for rows in self.decodes), *((rows, tokens) for tokens in self.prefills for rows in (0, self.rows)))
-
-    def least(self, rows: int, tokens: int) -> tuple[int, int]:
-        """The smallest that holds so many."""
-        return min((pair for pair in self.all if pair[0] >= rows and pair[1] >= tokens and bool(pair[1]) == bool(tokens)), key=sum)
 
 
 class Stage:
