@@ -181,7 +181,7 @@ class Scheduler:
         self._forks = []
         for sequence in [s for s in self.running if s.remaining == 1]:
             if sequence.status == "running" and self._room(sequence, 1, step):
-                step.decodes.append(Chunk(sequence, sequence.computed, 1, True))
+                step.decodes.append(self._chunk(sequence, 1))
                 left -= 1
         left = min(left, self.chunk)
         for sequence in [s for s in self.running if s.remaining > 1]:
@@ -190,7 +190,7 @@ class Scheduler:
                 tokens = self._room(sequence, wanted, step)
                 left -= tokens
                 if tokens:
-                    step.prefills.append(Chunk(sequence, sequence.computed, tokens, tokens == sequence.remaining))
+                    step.prefills.append(self._chunk(sequence, tokens))
         # Who would come in now might take what somebody was just put out for.
         while self.waiting and left and not step.preempted and len(step.prefills) < self.prompts:
             tokens = self._admit(self.waiting[0], left, step)
@@ -375,8 +375,15 @@ class Scheduler:
             self._grow(sequence, wanted)
             self.pages.fill(sequence.pages, sequence.registered * size, start)
         chunks = step.decodes if sequence.remaining == 1 else step.prefills
-        chunks.append(Chunk(sequence, start, wanted, wanted == sequence.remaining))
+        chunks.append(self._chunk(sequence, wanted))
         return wanted
+
+    def _chunk(self, sequence: Sequence, tokens: int) -> Chunk:
+        """Its next tokens, which are on their way to its pages."""
+        start = sequence.computed
+        if self.pages is not None:
+            self.pages.fill(sequence.pages, start, start + tokens)
+        return Chunk(sequence, start, tokens, tokens == sequence.remaining)
 
     def _swap_in(self, sequence: Sequence, step: Step) -> None:
         for host in sequence.host_pages:
@@ -400,7 +407,6 @@ class Scheduler:
         pages = self.pages
         if pages is None:
             return
-        pages.fill(sequence.pages, start, stop)
         full = stop // pages.size
         if self._finds and full > sequence.registered:
             keys = self._keys(sequence, full)
