@@ -302,7 +302,8 @@ class Engine(Door):
         rows = [(i, chunk.sequence, k) for i, chunk in enumerate(step.chunks) if chunk.draws for k in range(chunk.sequence.rows)]
         take = sorted({i for i, _, _ in rows})
         hidden = self._runner.compute(step, take, self._drawing.latest, self._spans(step.chunks))
-        return Begun(step, started, rows, self._draw(hidden, [(take.index(i), s, k) for i, s, k in rows]) if rows else None)
+        place = {i: at for at, i in enumerate(take)}
+        return Begun(step, started, rows, self._draw(hidden, [(place[i], s, k) for i, s, k in rows]) if rows else None)
 
     def _draw(self, hidden: Array, rows: list[tuple[int, Sequence, int]]) -> Drawn:
         """One token for each of the rows: which hidden state, whose, and which of the sequences that it is to become."""
