@@ -7,11 +7,14 @@
 
 A text depends on its own prompt, wishes and seed, on nothing that runs beside it. Weights may be replaced at any time (`update`): texts that
 are running go on under the new ones, as if these had read what there is.
+
+The devices are told what to compute a step ahead: while one step runs, the next is on its way to them, with tokens that only they know yet
+(`Scheduler.ahead`). A text that turns out to have ended has then been computed for one token more, of which nothing is kept.
 """
 
+import math
 import time
 from collections.abc import Sequence as Several
-from functools import partial
 from itertools import count
 
 import jax
@@ -24,22 +27,22 @@ from lmx.core.tree import Tree
 from lmx.data.tokenizers import Tokenizer
 from lmx.infer import sampling as draws
 from lmx.infer.blanks import Blanks
+from lmx.infer.drawing import Drawing, Row
 from lmx.infer.jobs import GREEDY, Begun, Completion, Door, Finish, Job, Moment, Piece
 from lmx.infer.pages import Pages, Statistics
 from lmx.infer.places import places, where
-from lmx.infer.runners import FEWEST, Sizes, runner
-from lmx.infer.sampling import Drawn, History, Knobs, Sampling, without
+from lmx.infer.runners import runner
+from lmx.infer.sampling import Drawn, Sampling, without
 from lmx.infer.scheduler import Scheduler
-from lmx.infer.steps import Chunk, Request, Sequence
+from lmx.infer.sizes import FEWEST, Sizes
+from lmx.infer.steps import Chunk, Request, Sequence, Step
 from lmx.infer.stopping import Stopper
 from lmx.infer.texts import VIRTUAL, check_continues, context_of, lead_of, opening
 from lmx.infer.weights import fingerprint
 from lmx.kernels.devices import on_cpu
 from lmx.models.config import RWKV, EncoderDecoder, Model
-from lmx.models.losses import logits
 from lmx.models.rope import by_length
 from lmx.parallel.layout import Layout
-from lmx.parallel.rules import constrain
 
 
 class Engine(Door):
@@ -134,13 +137,13 @@ class Engine(Door):
         self._load(params)
         self._by_length = by_length(getattr(model, "rope_scaling", None))
         self._sizes, self._place = sizes, self._runner.place
-        self._history = self._place.put(draws.blank(rows + 1, model.vocab))
-        self._in_history: dict[int, Sequence] = {}
+        self._drawing = Drawing(model, self._place, sizes, limit=self.limit, top=top)
         self._seeds, self._numbers = np.random.default_rng(seed), count()
         self._jobs: dict[Request, Job] = {}
         self._samples: dict[Sequence, int] = {}
-        self._knobs: tuple[list[Sampling | None], Knobs | None] = [], None
         self._pieces: list[Piece] = []
+        self._flight: list[Begun] = []  # not read yet: one, or two of which the second is ahead
+        self._read = -math.inf  # when the last that was read was
 
     def submit(
         self,
@@ -260,11 +263,15 @@ class Engine(Door):
 
     def update(self, params: Tree) -> None:
         """Other weights from here on. Texts that are running go on, what they have read and written being read again; nothing that was cached
-        under the old weights is found again. Raises ValueError for another number of virtual tokens than the engine began with."""
+        under the old weights is found again, nor is a step finished that was begun under them. Raises ValueError for another number of virtual
+        tokens than the engine began with."""
         if (lead := lead_of(self.model, params)) != self._lead:
             raise ValueError(f"params have {lead}, and the engine was made for {self._lead}; make another")
         new = _fingerprint(params) if self._sharing is None else self._sharing._fingerprint
         old, self._fingerprint = self._fingerprint, new
+        self._drawing.forget([sequence.request for begun in self._flight for sequence in begun.step.draws])
+        self._flight = []
+        self._scheduler.drop()
         self._scheduler.restart(lambda known: known.replace(old, new, 1))
         if self.pages is not None:
             self.pages.clear()
@@ -280,27 +287,45 @@ class Engine(Door):
         """Computes one step; gives what it, and what was cancelled before it, added to texts. Does nothing when nothing is left to do."""
         return self.finish(self.begin())
 
-    def begin(self) -> "Begun | None":
-        """The first half of a step: the devices are told what to compute, and not waited for. Then comes `finish`."""
-        if not self.busy:
-            return None
+    def begin(self) -> Begun | None:
+        """The first half of a step: the devices are told what to compute, and not waited for; and what to compute after it, as far as that is
+        known. Then comes `finish`."""
+        scheduler, flight = self._scheduler, self._flight
+        while flight and flight[0].step.vain:
+            step = flight.pop(0).step
+            scheduler.advance(step, [()] * len(step.draws))
+        if not flight and self.busy:
+            flight.append(self._begun(scheduler.plan()))
+        if len(flight) == 1 and not self._turning(flight[0].step) and (step := scheduler.ahead()):
+            flight.append(self._begun(step))
+        return flight[0] if flight else None
+
+    def _begun(self, step: Step) -> Begun:
         started = time.perf_counter()
-        step = self._scheduler.plan()
         self._runner.move(step)
         back = {move.target for move in step.slots_in}  # what an encoder said is read again rather than kept on the host
         for sequence in [*step.started, *(c.sequence for c in step.chunks if c.sequence.slot in back)]:
             self._runner.start(sequence)
         rows = [(i, chunk.sequence, k) for i, chunk in enumerate(step.chunks) if chunk.draws for k in range(chunk.sequence.rows)]
-        begun, take = Begun(step, started, rows), sorted({i for i, _, _ in rows})
-        hidden = self._runner.compute(step, take, self._spans(step.chunks))
-        if rows:
-            begun.drawn, begun.penalised = self._draw(hidden, [(take.index(i), sequence, k) for i, sequence, k in rows])
-        return begun
+        take = sorted({i for i, _, _ in rows})
+        hidden = self._runner.compute(step, take, self._drawing.latest, self._spans(step.chunks))
+        place = {i: at for at, i in enumerate(take)}
+        return Begun(step, started, rows, self._draw(hidden, [(place[i], s, k) for i, s, k in rows]) if rows else None)
 
-    def finish(self, begun: "Begun | None") -> list[Piece]:
+    def _draw(self, hidden: Array, rows: list[tuple[int, Sequence, int]]) -> Drawn:
+        """One token for each of the rows: which hidden state, whose, and which of the sequences that it is to become."""
+        wished = []
+        for index, sequence, k in rows:
+            job, sample = self._jobs[sequence.request], self._samples[sequence] + k
+            wished.append(Row(index, sequence, job.sampling, (job.seed + sample * 0x9E3779B1) % 2**32))
+        return self._drawing.draw(self._runner.params, hidden, wished)
+
+    def finish(self, begun: Begun | None) -> list[Piece]:
         """The second half: waits for what was drawn; gives what that adds to texts."""
-        if begun is not None:
-            self._advance(begun.step, begun.rows, self._found(begun))
+        if self._flight and begun is self._flight[0]:
+            drawn = jax.device_get(begun.drawn)
+            del self._flight[0]
+            self._advance(begun.step, begun.rows, drawn)
             if self.timeline is not None:
                 self._mark(begun.step, begun.started)
         pieces, self._pieces = self._pieces, []
@@ -310,27 +335,20 @@ class Engine(Door):
         """Compiles every program that there may be, so that no request waits for one."""
         self._runner.warm_up()
         hidden = self._place.put(jnp.zeros((self._sizes.rows, self.model.embed), self.execution.precision.compute))
-        for rows in self._sizes.decodes:
-            for wish in (None, Sampling()):
-                self._picked(hidden, np.zeros(rows, np.int32), draws.knobs([wish] * rows, self.limit), *np.zeros((3, rows), np.int32))
-        with self._place.entered():
-            for length in {self._length(tokens) for tokens in range(1, self.longest + 1)}:
-                self._history = _begun(self._history, np.int32(0), np.full(length, -1, np.int32), np.zeros(length, bool))
-            for rows in self._sizes.decodes:
-                nothing = np.zeros(rows, np.int32)
-                self._history = _extended(self._history, nothing, nothing > 0, nothing)
+        self._drawing.warm_up(self._runner.params, hidden, self.longest)
 
     def _advance(self, step, rows, drawn: Drawn | None) -> None:
         """Texts with what was drawn, and the scheduler with who goes on."""
         going: dict[Sequence, list[tuple[int, int]]] = {}
         for place, (_, sequence, k) in enumerate(rows):
+            going.setdefault(sequence, [])
+            if sequence.status != "running":  # it has ended since
+                continue
             job = self._jobs[sequence.request]
             sample = self._samples[sequence] + k
             token = int(drawn.tokens[place])
             if self._written(job, sample, token, drawn, place):
-                going.setdefault(sequence, []).append((sample, token))
-            else:
-                going.setdefault(sequence, [])
+                going[sequence].append((sample, token))
         order = step.draws
         outcome = self._scheduler.advance(step, [[token for _, token in going[s]] for s in order])
         for sequence in order:
@@ -386,67 +404,15 @@ class Engine(Door):
     def _forget(self, job: Job) -> None:
         self._jobs.pop(job.request, None)
         self._samples = {s: n for s, n in self._samples.items() if s.request is not job.request}
-        self._in_history = {slot: s for slot, s in self._in_history.items() if s.request is not job.request}
-
-    def _draw(self, hidden: Array, rows: list[tuple[int, Sequence, int]]) -> tuple[Drawn, list[tuple[Sequence, int]]]:
-        """One token for each of the rows: which hidden state, whose, and which of the sequences that it is to become. And as of `Begun`, whose
-        history they go to."""
-        size = self._sizes.least(len(rows), 0)[0]
-        which, drawn, slots, seeds = *(np.zeros(size, np.int32) for _ in range(3)), np.zeros(size, np.uint32)
-        wishes: list[Sampling | None] = [None] * size
-        penalised = []
-        for place, (index, sequence, k) in enumerate(rows):
-            job = self._jobs[sequence.request]
-            sample = self._samples[sequence] + k
-            wishes[place], which[place] = job.sampling, index
-            seeds[place] = (job.seed + sample * 0x9E3779B1) % 2**32
-            drawn[place] = len(sequence.tokens) - len(sequence.request.prompt)
-            if job.sampling.penalised:
-                slots[place] = sequence.slot
-                penalised.append((sequence, place))
-                self._remember(sequence)
-        if len(self._knobs[0]) != size or any(a is not b for a, b in zip(self._knobs[0], wishes, strict=True)):
-            self._knobs = wishes, draws.knobs(wishes, self.limit)
-        return self._picked(hidden, which, self._knobs[1], seeds, drawn, slots), penalised
-
-    def _found(self, begun: Begun) -> Drawn | None:
-        """What was drawn, and histories with it."""
-        found = jax.device_get(begun.drawn)
-        if begun.penalised:
-            slots, going = np.zeros(len(found.tokens), np.int32), np.zeros(len(found.tokens), bool)
-            for sequence, place in begun.penalised:
-                slots[place], going[place] = sequence.slot, sequence.rows == 1
-                if not going[place]:  # it and those that it becomes begin with what each has drawn
-                    self._in_history.pop(sequence.slot, None)
-            with self._place.entered():
-                self._history = _extended(self._history, found.tokens, going, slots)
-        return found
-
-    def _picked(self, hidden: Array, which, knobs: Knobs, seeds, drawn, slots) -> Drawn:
-        static = self.model, self.limit, self.top, self._place.execution.rules
-        with self._place.entered():
-            return _pick(static, self._runner.params, hidden, which, knobs, seeds.astype(np.uint32), drawn, self._history, slots)
-
-    def _remember(self, sequence: Sequence) -> None:
-        """The history of a sequence that is new to its slot."""
-        if self._in_history.get(sequence.slot) is sequence:
-            return
-        # What another slot has of it, from before it was put out, lacks what it draws from now on.
-        self._in_history = {slot: s for slot, s in self._in_history.items() if s is not sequence} | {sequence.slot: sequence}
-        length = self._length(len(sequence.tokens))
-        tokens, written = np.full(length, -1, np.int32), np.zeros(length, bool)
-        tokens[: len(sequence.tokens)], written[len(sequence.request.prompt) : len(sequence.tokens)] = sequence.tokens, True
-        with self._place.entered():
-            self._history = _begun(self._history, np.int32(sequence.slot), tokens, written)
-
-    @staticmethod
-    def _length(tokens: int) -> int:
-        """So many places a program has for a text that is to be remembered."""
-        return max(16, 1 << (tokens - 1).bit_length())
+        self._drawing.forget([job.request])
 
     def _turned(self, sequence: Sequence) -> bool:
         """Whether LongRoPE turns a text as a long one."""
         return self._by_length == "longrope" and len(sequence.tokens) > self.model.rope_scaling.original_context
+
+    def _turning(self, step: Step) -> bool:
+        """Whether a text will be turned otherwise when it has what the step draws: then what comes after is computed anew."""
+        return self._by_length == "longrope" and any(len(s.tokens) == self.model.rope_scaling.original_context for s in step.draws)
 
     def _spans(self, chunks: list[Chunk]) -> list[int] | None:
         """For wavelengths that depend on it, how long each text is."""
@@ -461,11 +427,12 @@ class Engine(Door):
         stretched = prompt if self._by_length == "dynamic" and prompt > self.model.rope_scaling.original_context else int(long)
         return self._fingerprint + stretched.to_bytes(8, "little") + key
 
-    def _mark(self, step, started: float) -> None:
+    def _mark(self, step: Step, started: float) -> None:
+        before, self._read = self._read, time.perf_counter()
         self.timeline.append(
             Moment(
-                started,
-                time.perf_counter(),
+                max(started, before),
+                self._read,
                 tuple(c.sequence.order[1] for c in step.decodes),
                 tuple((c.sequence.order[1], c.count) for c in step.prefills),
                 tuple(s.order[1] for s in step.preempted),
@@ -482,23 +449,3 @@ def _fingerprint(params: Tree) -> bytes:
 def _window(model: Model) -> int | None:
     """The window, where every layer has it."""
     return model.window if all(kind.startswith("local") for kind in model.pattern) else None
-
-
-@partial(jax.jit, static_argnums=0)
-def _pick(static, params: Tree, hidden: Array, which, knobs: Knobs, seeds, drawn, history: History, slots) -> Drawn:
-    model, limit, top, rules = static
-    # Each device has logits of its part of the vocabulary; drawing wants a row as a whole.
-    rows = constrain(logits(params, model, hidden[which][:, None]), (None, None, None), rules)[:, 0]
-    # What only pads the vocabulary is never drawn, and has its part in what `raw` means, as where the model is trained and scored.
-    allowed = None if limit == model.vocab else jnp.arange(model.vocab)[None] < limit
-    return draws.draw(rows, knobs, draws.row_keys(seeds, drawn), history, slots=slots, allowed=allowed, top=top)
-
-
-@partial(jax.jit, donate_argnums=0)
-def _begun(history: History, slot: Array, tokens: Array, written: Array) -> History:
-    return draws.begun(history, slot, tokens, written)
-
-
-@partial(jax.jit, donate_argnums=0)
-def _extended(history: History, tokens: Array, going: Array, slots: Array) -> History:
-    return draws.extended(history, tokens, going, slots)

@@ -67,7 +67,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Moment:
-    """One step in the engine's timeline: when, which requests decoded and which read prompts (how many tokens), pages in use then."""
+    """One step in the engine's timeline: when (from the end of the one before, if it was begun by then), which requests decoded and which read
+    prompts (how many tokens), pages in use then."""
 
     start: float
     end: float
@@ -84,14 +85,12 @@ class Begun:
     Attributes:
       rows: those that get a token: the place of their chunk, the sequence, which of those that it is to become.
       drawn: their tokens, on the devices; None where none is drawn.
-      penalised: sequences whose history these go to, and the place of each.
     """
 
     step: Step
     started: float
     rows: list[tuple[int, Sequence, int]]
     drawn: Drawn | None = None
-    penalised: list[tuple[Sequence, int]] = field(default_factory=list)
 
 
 class Door:

@@ -1,22 +1,21 @@
 """The devices' side of the engine: caches, and the programs that compute a step of the scheduler.
 
-A program is compiled for a number of rows that decode and of tokens of prompts, of which there are few (`Sizes`); whatever a step has is
-padded to the next. So nothing is compiled once each has been.
+Whatever a step has is padded to the next of a few sizes (`lmx.infer.sizes`), so nothing is compiled once each has been.
 """
 
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from lmx.core.tree import Tree, map_named
 from lmx.infer.given import Given
 from lmx.infer.places import Place, where
+from lmx.infer.sizes import Sizes
 from lmx.infer.steps import Chunk, Move, Sequence, Step
 from lmx.infer.texts import NONE, Opening, lead_of
 from lmx.infer.weights import reading_params
@@ -31,48 +30,8 @@ from lmx.models.vision_config import LLaVA
 from lmx.parallel.attention import page_heads, write_pages
 from lmx.parallel.rules import constrain
 
-FEWEST = 16
-"""Rows of the smallest step on a GPU, whose tensor cores multiply so many at once; of one alone XLA writes the products down before it adds them."""
 MOVES = 16
 """Pages, or states, that one program moves."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What programs are compiled for.
-
-    Attributes:
-      rows: sequences that run at a time.
-      chunk: tokens of prompts in one step.
-      prompts: prompts that share a step.
-      least_rows: of the smallest program that only decodes.
-    """
-
-    rows: int
-    chunk: int
-    prompts: int
-    least_rows: int = 1
-
-    @property
-    def decodes(self) -> tuple[int, ...]:
-        """Rows of a step that only decodes: powers of two, and all."""
-        most = max(self.rows, self.least_rows)
-        return (*(2**i for i in range(most.bit_length()) if self.least_rows <= 2**i < most), most)
-
-    @property
-    def prefills(self) -> tuple[int, ...]:
-        """Tokens of prompts: few, or as many as there can be."""
-        return (max(1, self.chunk // 8), self.chunk) if self.chunk > 16 else (self.chunk,)
-
-    @property
-    def all(self) -> tuple[tuple[int, int], ...]:
-        """Pairs of rows that decode and tokens of prompts."""
-        together = (0, self.decodes[-1])
-        return (*((rows, 0) for rows in self.decodes), *((rows, tokens) for tokens in self.prefills for rows in together))
-
-    def least(self, rows: int, tokens: int) -> tuple[int, int]:
-        """The smallest that holds so many."""
-        return min((pair for pair in self.all if pair[0] >= rows and pair[1] >= tokens and bool(pair[1]) == bool(tokens)), key=sum)
 
 
 class Stage:
@@ -134,11 +93,11 @@ class Stage:
         with self.place.entered():
             return _seen(self._static, self.params, image)
 
-    def compute(self, x: Array, pages: Pages, take: np.ndarray, given: Embedded | None) -> Array:
-        """What the layers make of tokens, some with vectors in their place, or of what the stage before gave; of the last stage the rows
-        `take`."""
+    def compute(self, x: Array, pages: Pages, take: np.ndarray, given: Embedded | None = None, latest: Array | None = None) -> Array:
+        """What the layers make of tokens, some with vectors in their place and some yet to be read from `latest`, or of what the stage before
+        gave; of the last stage the rows `take`."""
         with self.place.entered():
-            self.layers, x = _compute(self._static, self.params, self.layers, x, pages, take, given)
+            self.layers, x = _compute(self._static, self.params, self.layers, x, pages, take, given, latest)
         return x
 
 
@@ -243,11 +202,17 @@ class PagedRunner:
         most = -(-self.model.encoder.context // 16)
         return [16 * n for n in (*(2**i for i in range(most.bit_length()) if 2**i < most), most)]
 
-    def compute(self, step: Step, take: Several[int], spans: Several[int] | None = None) -> Float[Array, "rows embed"]:
-        """Hidden states of the last tokens of the chunks `take`, in that order; `spans`: of each chunk's text, its length at least, where the
-        model asks for it."""
+    def compute(
+        self, step: Step, take: Several[int], latest: Int[Array, "slots"], spans: Several[int] | None = None
+    ) -> Float[Array, "rows embed"]:
+        """Hidden states of the last tokens of the chunks `take`, in that order.
+
+        Args:
+          latest: what each slot drew last, which is read for tokens that are pending.
+          spans: of each chunk's text, its length at least, where the model asks for it.
+        """
         size = self.sizes.least(len(step.decodes), sum(c.count for c in step.prefills))
-        return self._run(step, size, take, spans)
+        return self._run(step, size, take, latest, spans)
 
     def warm_up(self) -> None:
         """Compiles every program."""
@@ -266,12 +231,13 @@ class PagedRunner:
         if sees:
             image = self.model.image
             self.stages[0].look(np.zeros((1, image.channels, *image.image_size), np.float32))
+        latest = np.zeros(self.sizes.rows + 1, np.int32)
         for size in self.sizes.all:
             for given in (False, True) if sees or (lead.prompt and not self._source) else (False,):
-                self._run(Step(), size, [], [] if self._spans else None, given=given)
+                self._run(Step(), size, [], latest, [] if self._spans else None, given=given)
 
     def _run(
-        self, step: Step, size: tuple[int, int], take: Several[int], spans: Several[int] | None, *, given: bool = False
+        self, step: Step, size: tuple[int, int], take: Several[int], latest: Array, spans: Several[int] | None, *, given: bool = False
     ) -> Float[Array, "rows embed"]:
         decodes, prefills, (singles, chunk) = step.decodes, step.prefills, size
         vectors = self._given.blank(singles + chunk) if given else None
@@ -292,7 +258,7 @@ class PagedRunner:
             held = one.start + one.count
             own = np.asarray(sequence.pages[: -(-held // self.page)], np.int32)
             places, here = np.arange(one.start, held), slice(begin, begin + one.count)
-            tokens[0, here] = np.maximum(sequence.tokens[one.start : held], 0)
+            tokens[0, here] = _read_from(sequence.slot) if sequence.pending else np.maximum(sequence.tokens[one.start : held], 0)
             opening, begun = sequence.request.beside, places[places < len(sequence.request.prompt)]
             if opening.vectors is not None and not self._source and (opening.vectors[begun] != NONE).any():
                 vectors = vectors or self._given.blank(singles + chunk)
@@ -315,10 +281,10 @@ class PagedRunner:
         taken = np.zeros(self.sizes.rows, np.int32)
         taken[: len(take)] = [last[i] for i in take]
         there = Pages(view, slots, source, None if spans is None else at_least, *(located if self._blanks else ()))
-        hidden = tokens
-        for stage in self.stages:
-            begins = stage is self.stages[0]
-            hidden = stage.compute(hidden if begins else stage.place.put(hidden), there, taken, vectors if begins else None)
+        first, *others = self.stages
+        hidden = first.compute(tokens, there, taken, vectors, first.place.put(latest))
+        for stage in others:
+            hidden = stage.compute(stage.place.put(hidden), there, taken)
         return hidden
 
     def _of_source(self, slot: int) -> np.ndarray:
@@ -332,6 +298,7 @@ class StateRunner:
     def __init__(self, model: RWKV, place: Place, sizes: Sizes, *, dtype):
         self.model, self.place, self.params, self.sizes, self._static = model, place, {}, sizes, (model, place)
         self._empty = jax.device_get(rwkv.empty_cache(model, 1, 0, dtype))
+        self._nothing = place.put(jnp.zeros((sizes.rows, model.embed), place.execution.precision.compute))
         with place.entered():
             self.states = jax.tree.map(lambda a: jnp.repeat(a, sizes.rows + 1, 0), self._empty)
             self.states = place.put(self.states) if place.execution.rules is None else _kept(self.states, place)
@@ -358,35 +325,50 @@ class StateRunner:
         with self.place.entered():
             self.states = _put(self.states, self._empty, np.array([slot], np.int32))
 
-    def compute(self, step: Step, take: Several[int], spans: Several[int] | None = None) -> Float[Array, "rows embed"]:
+    def compute(
+        self, step: Step, take: Several[int], latest: Int[Array, "slots"], spans: Several[int] | None = None
+    ) -> Float[Array, "rows embed"]:
         """As of `PagedRunner`; prompts one after another."""
-        found: list[np.ndarray] = []
+        nowhere = self.sizes.rows
+        to, hidden = {i: place for place, i in enumerate(take)}, self._nothing
         if step.decodes:
             rows, _ = self.sizes.least(len(step.decodes), 0)
-            found.append(jax.device_get(self._run(step.decodes, rows, 1))[: len(step.decodes)])
-        for chunk in step.prefills:
-            found.append(jax.device_get(self._run([chunk], 1, self.sizes.least(0, chunk.count)[1])))
-        hidden = np.zeros((self.sizes.rows, self.model.embed), found[0].dtype)
-        hidden[: len(take)] = np.concatenate(found)[np.asarray(take, np.int32)]
-        return self.place.put(hidden)
+            hidden = self._run(step.decodes, rows, 1, [to[i] for i in range(len(step.decodes))], hidden, latest)
+        for i, chunk in enumerate(step.prefills, len(step.decodes)):
+            hidden = self._run([chunk], 1, self.sizes.least(0, chunk.count)[1], [to.get(i, nowhere)], hidden, latest)
+        return hidden
 
     def warm_up(self) -> None:
         """Compiles every program."""
         self.move(Step(forks=[Move(0, 0)]))
         self._clear(0)
+        latest = self.place.put(np.zeros(self.sizes.rows + 1, np.int32))
         for rows, tokens in self.sizes.all:
             if not tokens or not rows:
-                self._run([], rows or 1, tokens or 1)
+                self._run([], rows or 1, tokens or 1, [], self._nothing, latest)
 
-    def _run(self, chunks: Several[Chunk], rows: int, length: int) -> Float[Array, "rows embed"]:
+    def _run(self, chunks: Several[Chunk], rows: int, length: int, to: Several[int], hidden: Array, latest: Array) -> Array:
+        """Hidden states with those of the last tokens of chunks, each where it is to go."""
         tokens, segments, slots = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)
-        last = np.zeros(rows, np.int32)
-        for i, chunk in enumerate(chunks):
-            tokens[i, : chunk.count] = chunk.sequence.tokens[chunk.start : chunk.start + chunk.count]
-            segments[i, : chunk.count], slots[i], last[i] = 1, chunk.sequence.slot, chunk.count - 1
+        last, places = np.zeros(rows, np.int32), np.full(rows, self.sizes.rows, np.int32)
+        places[: len(to)] = to
+        for i, (sequence, start, count, _) in enumerate(chunks):
+            tokens[i, :count] = _read_from(sequence.slot) if sequence.pending else sequence.tokens[start : start + count]
+            segments[i, :count], slots[i], last[i] = 1, sequence.slot, count - 1
         with self.place.entered():
-            self.states, hidden = _recur(self._static, self.params, self.states, tokens, segments, slots, last)
-        return hidden
+            given = tokens, segments, slots, last, places
+            self.states, hidden = _recur(self._static, self.params, self.states, hidden, latest, *given)
+        return self.place.put(hidden)
+
+
+def _read_from(slot: int) -> int:
+    """Stands among tokens for what a slot drew last."""
+    return -slot
+
+
+def _known(tokens: Array, latest: Array) -> Array:
+    """Tokens, with what stands for others (`_read_from`) read."""
+    return jnp.where(tokens < 0, latest[jnp.maximum(-tokens, 0)], tokens)
 
 
 def runner(model: Model, places: Several[Place], sizes: Sizes, *, dtype, **pages) -> PagedRunner | StateRunner:
@@ -402,8 +384,11 @@ def _read_params(model: Model, params: Tree, place: Place) -> Tree:
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _compute(static, params: Tree, layers: Tree, x: Array, pages: Pages, take: Array, given: Embedded | None) -> tuple[Tree, Array]:
+def _compute(
+    static, params: Tree, layers: Tree, x: Array, pages: Pages, take: Array, given: Embedded | None, latest: Array | None
+) -> tuple[Tree, Array]:
     model, place = static
+    x = x if latest is None else _known(x, latest)
     cache, execution = Paged(layers, pages), place.execution
     if place.whole:
         output = functions(model).forward(params, model, x, given=given, cache=cache, execution=execution)
@@ -413,12 +398,23 @@ def _compute(static, params: Tree, layers: Tree, x: Array, pages: Pages, take: A
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _recur(static, params: Tree, states: Tree, tokens: Array, segments: Array, slots: Array, last: Array) -> tuple[Tree, Array]:
+def _recur(
+    static,
+    params: Tree,
+    states: Tree,
+    hidden: Array,
+    latest: Array,
+    tokens: Array,
+    segments: Array,
+    slots: Array,
+    last: Array,
+    places: Array,
+) -> tuple[Tree, Array]:
     model, place = static
     own = jax.tree.map(lambda a: a[slots], states)
-    output = rwkv.forward(params, model, tokens, segments=segments, cache=own, execution=place.execution)
+    output = rwkv.forward(params, model, _known(tokens, latest), segments=segments, cache=own, execution=place.execution)
     states = jax.tree.map(lambda a, new: a.at[slots].set(new), states, output.cache)
-    return _held(states, place), output.hidden[jnp.arange(len(slots)), last]
+    return _held(states, place), hidden.at[places].set(output.hidden[jnp.arange(len(slots)), last], mode="drop")
 
 
 def _held(states: Tree, place: Place) -> Tree:

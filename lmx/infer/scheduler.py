@@ -4,6 +4,9 @@ A step first decodes every running sequence (one token each), then gives what is
 to those who wait, in order (Orca: Yu et al., 2022; chunked prefill: Sarathi-Serve, Agrawal et al., 2024). When pages run out, the sequence
 that comes last in the order loses its own: they move to host memory where there is room for them, or its tokens are computed again when it
 is back at its turn. So the first in the order always goes on, and everything ends.
+
+The step after the one that runs may be planned before it is known what that draws (`ahead`): who draws in it has one token more, which is
+`PENDING`. Whoever might not go on with just one waits for what is drawn; and where somebody would have to be put out, all wait.
 """
 
 from bisect import insort
@@ -12,7 +15,7 @@ from collections.abc import Sequence as Several
 from itertools import count
 
 from lmx.infer.pages import Pages, Slots, child, root
-from lmx.infer.steps import Chunk, Move, Outcome, Request, Sequence, Step
+from lmx.infer.steps import PENDING, Chunk, Move, Outcome, Request, Sequence, Step
 
 
 def _order(sequence: Sequence) -> tuple[int, int, int]:
@@ -20,7 +23,8 @@ def _order(sequence: Sequence) -> tuple[int, int, int]:
 
 
 class Scheduler:
-    """Requests in by `add`, then `plan`, run it, `advance`, until nothing is left.
+    """Requests in by `add`, then `plan`, run it, `advance`, until nothing is left. Or `plan`, then `ahead` and `advance` by turns: each step is
+    planned while the one before it runs.
 
     Args:
       pages: of the K and V cache, or None for a model that has only states.
@@ -65,7 +69,8 @@ class Scheduler:
         self._finds = pages is not None and not states
         self._arrivals = count()
         self._forks: list[Move] = []
-        self._planned: Step | None = None
+        self._planned: list[Step] = []  # one, or two of which the second is ahead
+        self._counted: Step | None = None  # the first of them, once its chunks count as computed
 
     def add(self, request: Request) -> Sequence:
         """The request waits for its turn. Raises ValueError for one that can never have it."""
@@ -103,7 +108,7 @@ class Scheduler:
     def restart(self, rename: Callable[[bytes], bytes]) -> None:
         """Something that all K and V depend on has changed, the weights say: every sequence is computed anew, and its fingerprint is what
         `rename` makes of it. What has been drawn stays. (`Pages.forget` or `clear` gives up what is only cached.)"""
-        if self._planned is not None:
+        if self._planned:
             raise ValueError("restart() while a step runs; advance() it first")
         for sequence in self.running:
             self._give_up(sequence)
@@ -113,9 +118,17 @@ class Scheduler:
             self._leave_host(sequence)
             sequence.fingerprint, sequence.keys, sequence.computed = rename(sequence.fingerprint), [], 0
 
+    def drop(self) -> None:
+        """What is planned is never advanced: what it draws will be drawn anew. What it has written where is not known any more, so `restart`
+        comes next."""
+        for sequence in self.running:
+            if sequence.pending:
+                sequence.tokens.pop()
+        self._planned, self._counted = [], None
+
     def renew(self, sequence: Sequence, fingerprint: bytes) -> None:
         """What a sequence's K and V depend on has changed: it is computed anew under another fingerprint, when its turn comes."""
-        if self._planned is not None:
+        if self._planned:
             raise ValueError("renew() while a step runs; advance() it first")
         if sequence.status == "running":
             self.running.remove(sequence)
@@ -126,13 +139,49 @@ class Scheduler:
 
     def plan(self) -> Step:
         """The next step. Nothing is computed in it only when nothing is left."""
-        if self._planned is not None:
+        if self._planned:
             raise ValueError("plan() before the last step was advanced")
+        step = self._next()
+        self._planned.append(step)
+        return step
+
+    def ahead(self) -> Step | None:
+        """The step after the one that `plan` or this gave last, while that runs, as far as it depends on nothing that is drawn: tokens are
+        `PENDING` until that one is advanced. None where there is no such step, or somebody would have to be put out for it: `plan` it then."""
+        if len(self._planned) != 1:
+            raise ValueError("ahead() is of the step after the one that runs, and there is not just one")
+        if (before := self._planned[0]) is not self._counted:
+            self._count(before)
+            for sequence in before.draws:
+                made = len(sequence.tokens) + 1 - len(sequence.request.prompt)
+                if sequence.status == "running" and sequence.rows == 1 and made < sequence.request.max_new_tokens:
+                    sequence.tokens.append(PENDING)
+        if not self._suffices():
+            return None
+        step = self._next()
+        if not step.chunks:
+            return None
+        self._planned.append(step)
+        return step
+
+    def _suffices(self) -> bool:
+        """Whether there are pages for everybody who runs to go on for a step."""
+        if self.pages is None:
+            return True
+        size, readers, needed = self.pages.size, self.pages.readers, 0
+        for sequence in self.running:
+            if remaining := sequence.remaining:
+                copied = sequence.computed % size and readers[sequence.pages[-1]] > 1
+                last = -(-(sequence.computed + min(remaining, self.chunk)) // size)
+                needed += max(0, last - len(sequence.pages)) + bool(copied)
+        return needed <= self.pages.available
+
+    def _next(self) -> Step:
         step, left = Step(forks=self._forks), self.budget
         self._forks = []
         for sequence in [s for s in self.running if s.remaining == 1]:
             if sequence.status == "running" and self._room(sequence, 1, step):
-                step.decodes.append(Chunk(sequence, sequence.computed, 1, True))
+                step.decodes.append(self._chunk(sequence, 1))
                 left -= 1
         left = min(left, self.chunk)
         for sequence in [s for s in self.running if s.remaining > 1]:
@@ -141,14 +190,13 @@ class Scheduler:
                 tokens = self._room(sequence, wanted, step)
                 left -= tokens
                 if tokens:
-                    step.prefills.append(Chunk(sequence, sequence.computed, tokens, tokens == sequence.remaining))
+                    step.prefills.append(self._chunk(sequence, tokens))
         # Who would come in now might take what somebody was just put out for.
         while self.waiting and left and not step.preempted and len(step.prefills) < self.prompts:
             tokens = self._admit(self.waiting[0], left, step)
             if not tokens:
                 break
             left -= tokens
-        self._planned = step
         return step
 
     def advance(self, step: Step, drawn: Several[Several[int]]) -> Outcome:
@@ -156,9 +204,10 @@ class Scheduler:
         sequence, one is how it goes on, of several each goes on as a sequence of its own. (What is drawn for a sequence cancelled meanwhile
         does not matter.)
 
-        Raises ValueError, and changes nothing, for another step, another number of draws, or more sequences than rows.
+        Raises ValueError, and changes nothing, for another step, another number of draws, more sequences than rows, or several that a text in
+        the step ahead would go on as.
         """
-        if step is not self._planned:
+        if not self._planned or step is not self._planned[0]:
             raise ValueError("advance() of a step that is not the one that plan() gave last")
         draws = step.draws
         if len(drawn) != len(draws):
@@ -169,12 +218,15 @@ class Scheduler:
             raise ValueError(
                 f"drawn goes on as {rows} sequences, and rows={self.rows}; a request of n may become n when it is first drawn for"
             )
-        self._planned = None
-        for chunk in step.chunks:
-            if chunk.sequence.status == "running":
-                self._computed(chunk.sequence, chunk.count)
+        if any(len(new) > 1 and s.pending for s, new in drawing):
+            raise ValueError("drawn goes on as several sequences, and the next token of the one that there was is on its way already")
+        if self._counted is not step:
+            self._count(step)
+        self._planned.pop(0)
         outcome = Outcome([], [])
         for sequence, new in drawing:
+            if sequence.pending:
+                sequence.tokens.pop()
             if not len(new):  # before others fork into their rows
                 self._end(sequence, "finished")
                 outcome.finished.append(sequence)
@@ -190,6 +242,13 @@ class Scheduler:
                     self._end(member, "finished")
                     outcome.finished.append(member)
         return outcome
+
+    def _count(self, step: Step) -> None:
+        """A step's chunks as computed, which whatever is planned from now on comes after."""
+        self._counted = step
+        for chunk in step.chunks:
+            if chunk.sequence.status == "running":
+                self._computed(chunk.sequence, chunk.count)
 
     def _rows_taken(self) -> int:
         return sum(s.rows for s in self.running)
@@ -316,8 +375,15 @@ class Scheduler:
             self._grow(sequence, wanted)
             self.pages.fill(sequence.pages, sequence.registered * size, start)
         chunks = step.decodes if sequence.remaining == 1 else step.prefills
-        chunks.append(Chunk(sequence, start, wanted, wanted == sequence.remaining))
+        chunks.append(self._chunk(sequence, wanted))
         return wanted
+
+    def _chunk(self, sequence: Sequence, tokens: int) -> Chunk:
+        """Its next tokens, which are on their way to its pages."""
+        start = sequence.computed
+        if self.pages is not None:
+            self.pages.fill(sequence.pages, start, start + tokens)
+        return Chunk(sequence, start, tokens, tokens == sequence.remaining)
 
     def _swap_in(self, sequence: Sequence, step: Step) -> None:
         for host in sequence.host_pages:
@@ -341,7 +407,6 @@ class Scheduler:
         pages = self.pages
         if pages is None:
             return
-        pages.fill(sequence.pages, start, stop)
         full = stop // pages.size
         if self._finds and full > sequence.registered:
             keys = self._keys(sequence, full)

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal, NamedTuple
 
+PENDING = -2
+"""Stands for the last of a text's tokens where that is drawn, and not known yet on the host."""
+
 
 @dataclass(frozen=True, eq=False)
 class Request:
@@ -48,7 +51,7 @@ class Sequence:
     order: tuple[int, int, int]
     """Who comes first: priority, arrival, sample."""
     tokens: list[int]
-    """The prompt and what has been drawn since."""
+    """The prompt and what has been drawn since; last a `PENDING` one, between two steps of which the second is planned ahead."""
     fingerprint: bytes
     computed: int = 0
     """So many of the first tokens are in its pages, or its state has read them."""
@@ -76,8 +79,13 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Tokens not computed. One: the next step draws its next token."""
+        """Tokens not computed. One: the next step draws its next token. None, while a step is planned ahead: how it goes on is not known."""
         return len(self.tokens) - self.computed
+
+    @property
+    def pending(self) -> bool:
+        """Whether its last token is not known yet."""
+        return self.tokens[-1] == PENDING
 
     @property
     def rows(self) -> int:
@@ -134,6 +142,11 @@ class Step:
     def draws(self) -> list[Sequence]:
         """Whose next token is drawn, in the order of `chunks`."""
         return [chunk.sequence for chunk in self.chunks if chunk.draws]
+
+    @property
+    def vain(self) -> bool:
+        """Whether all that it computes have ended since."""
+        return not any(chunk.sequence.status == "running" for chunk in self.chunks)
 
 
 class Outcome(NamedTuple):

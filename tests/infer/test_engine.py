@@ -6,7 +6,7 @@ import pytest
 from lmx.data.tokenizers import ByteTokenizer
 from lmx.infer import score
 from lmx.infer.engine import Engine
-from lmx.infer.runners import Sizes
+from lmx.infer.sizes import Sizes
 from lmx.infer.sampling import Sampling
 from lmx.models.config import Transformer
 from plain import SMALL, Plain, prompts_of, weights
@@ -147,9 +147,13 @@ def test_penalties_are_those_of_a_loop_by_hand(params, plain, penalised, sizes):
     assert all(some != free for some in penalised)
 
 
-def test_penalties_survive_slots_that_change_hands(params, plain, penalised):
-    """One text, put out over and over by others that come first, is in one slot, in another, and in the first again."""
+@pytest.mark.parametrize("ahead", [False, True])
+def test_penalties_survive_slots_that_change_hands(params, plain, penalised, ahead):
+    """One text, put out over and over by others that come first, is in one slot, in another, and in the first again: with what it has drawn,
+    and without what is on its way when it is put out."""
     engine = Engine(SMALL, params, **SIZES)
+    if not ahead:
+        engine._scheduler.ahead = lambda: None
     late, slots = engine.submit(PROMPTS[2], max_new_tokens=14, sampling=penal(**PENALTIES[2]), priority=9), []
     while not late.done:
         engine.submit(PROMPTS[4], max_new_tokens=2)

@@ -12,7 +12,7 @@ import pytest
 from lmx.core.execution import Execution
 from lmx.core.params import is_spec
 from lmx.core.tree import map_named
-from lmx.infer import Engine, Replicas, Sampling, engine, runners
+from lmx.infer import Engine, Replicas, Sampling, drawing, runners
 from lmx.interop.runs import run_params
 from lmx.models.config import RWKV, EncoderDecoder, Transformer
 from lmx.models.families import functions
@@ -159,9 +159,9 @@ def test_what_travels_is_two_sums_a_layer_and_rows_of_logits(monkeypatch):
         monkeypatch.setattr(module, name, run)
 
     spied(runners, "_compute")
-    spied(engine, "_pick")
+    spied(drawing, "_pick")
     made.generate([[1, 2, 3]], max_new_tokens=1)
-    (step, _), (pick, (*_, which, _, _, _, _, _)) = found["_compute"], found["_pick"]
+    (step, _), (pick, (*_, which, _, _, _, _, _, _)) = found["_compute"], found["_pick"]
     assert Counter(one.kind for one in step) == {"all-reduce": 1 + 2 * GROUPED.layers}, "the embedding's, and each sublayer's"
     assert all(one.size <= 8 * GROUPED.embed * 4 for one in step), "of the step's tokens"
     assert Counter(one.kind for one in pick) == {"all-gather": 1}

@@ -50,9 +50,9 @@ class Machine(RuleBasedStateMachine):
     def add(self, **request):
         self.world.add(**request)
 
-    @rule(steps=st.integers(1, 6))
-    def go(self, steps):
-        self.world.go(steps)
+    @rule(steps=st.integers(1, 6), ahead=st.booleans())
+    def go(self, steps, ahead):
+        self.world.go(steps, ahead)
 
     @precondition(lambda self: self.world.step is not None)
     @rule()
@@ -98,11 +98,11 @@ def test_under_load_every_text_is_computed_from_itself_and_ends():
             elif what < 0.47:
                 world.update(rng.random() < 0.5)
             else:
-                world.go(rng.randrange(1, 4))
+                world.go(rng.randrange(1, 4), rng.random() < 0.5)
             world.books_agree()
         world.finish()
         seen += world.seen
-    assert len(seen) == 13, f"not everything happened: {seen}"
+    assert len(seen) == 18, f"not everything happened: {seen}"
     assert min(seen.values()) >= 5, f"not everything happened often enough: {seen}"
 
 

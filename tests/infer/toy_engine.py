@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lmx.infer.pages import Pages
+from lmx.infer.pages import Pages, chain
 from lmx.infer.scheduler import Scheduler
 from lmx.infer.steps import Outcome, Request, Sequence, Step
 
@@ -22,12 +22,17 @@ class Engine:
         self.scheduler, self.pages, self.forks = scheduler, scheduler.pages, forks
         self.cells, self.host, self.states, self.host_states = {}, {}, {}, {}
         self.texts: dict[Sequence, list[int]] = {}
+        self.latest: dict[int, int] = {}
         self.seen = Counter() if seen is None else seen
 
     def add(self, request: Request) -> Sequence:
         sequence = self.scheduler.add(request)
         self.texts[sequence] = list(request.prompt)
         return sequence
+
+    def read(self, sequence: Sequence) -> list[int]:
+        """A text's tokens, the pending one as its slot drew it."""
+        return [*sequence.tokens[:-1], self.latest[sequence.slot]] if sequence.pending else sequence.tokens
 
     def move(self, moves, source: dict, target: dict) -> None:
         target |= {move.target: list(content) for move, content in zip(moves, [source[move.source] for move in moves], strict=True)}
@@ -51,7 +56,8 @@ class Engine:
             for i in range(sequence.registered * self.pages.size if given else 0, given):
                 self.put(sequence, i, written)
         for sequence, start, count, _ in step.chunks:
-            texts = [(sequence.fingerprint, tuple(sequence.tokens[:i])) for i in range(start + count + 1)]
+            tokens = self.read(sequence)
+            texts = [(sequence.fingerprint, tuple(tokens[:i])) for i in range(start + count + 1)]
             if self.scheduler.states:
                 assert self.states[sequence.slot] == [texts[start]]
                 self.states[sequence.slot] = [texts[start + count]]
@@ -62,6 +68,8 @@ class Engine:
                 self.put(sequence, i, written)
             for i in range(max(0, start - window + 1), start):
                 assert self.cells[sequence.pages[i // size]][i % size] == texts[i + 1], "each token attends to its own text"
+        for sequence in step.draws:  # what was read is read by now
+            self.latest[sequence.slot] = drawn_after(self.read(sequence))
 
     def put(self, sequence: Sequence, i: int, written: set) -> None:
         """A token's K and V go to its page."""
@@ -70,20 +78,20 @@ class Engine:
         assert self.pages.readers[page] == 1, "who writes in a page is alone there"
         assert (page, at) not in written
         written.add((page, at))
-        self.cells.setdefault(page, [None] * self.pages.size)[at] = (sequence.fingerprint, tuple(sequence.tokens[: i + 1]))
+        self.cells.setdefault(page, [None] * self.pages.size)[at] = (sequence.fingerprint, tuple(self.read(sequence)[: i + 1]))
 
     def draw(self, step: Step) -> list[list[int]]:
         free, drawn = self.scheduler.rows - sum(s.rows for s in self.scheduler.running), []
         for sequence in step.draws:
-            first = drawn_after(sequence.tokens)
-            several = sequence.request.n if not sequence.forked else 1 + self.forks(max(free, 0))
+            first = drawn_after(self.texts[sequence])
+            several = 1 if sequence.pending else sequence.request.n if not sequence.forked else 1 + self.forks(max(free, 0))
             if sequence.forked:
                 free -= several - 1
             drawn.append([first + i for i in range(several)] if first else [])
         return drawn
 
     def advance(self, step: Step, drawn: list[list[int]]) -> None:
-        before = {s: list(s.tokens) for s in step.draws}
+        before = {s: list(s.tokens[:-1] if s.pending else s.tokens) for s in step.draws}
         live = [(s, new) for s, new in zip(step.draws, drawn, strict=True) if s.status == "running"]
         self.note(before, live, self.scheduler.advance(step, drawn))
 
@@ -140,7 +148,7 @@ class World:
         )
         self.seen = Counter()
         self.engine = Engine(self.scheduler, (lambda free: min(free, 1)) if forks else (lambda free: 0), self.seen)
-        self.step, self.requests, self.version = None, [], 0
+        self.step, self.later, self.requests, self.version = None, None, [], 0
 
     def add(self, prompt: list[int], new: int, n: int, priority: int, image: bytes, reuse: bool, whole: int, written: int) -> None:
         whole = min(whole, len(prompt))
@@ -162,11 +170,23 @@ class World:
             return
         self.requests.append(request)
 
-    def plan(self) -> None:
+    def plan(self, ahead: bool = False) -> None:
         scheduler, pages, seen = self.scheduler, self.scheduler.pages, self.seen
         waited, ran = {s: s.computed for s in scheduler.waiting}, list(scheduler.running)
-        step = self.step = scheduler.plan()
-        assert step.chunks or not (scheduler.running or scheduler.waiting), "while anything is left, something is computed"
+        if ahead:
+            step = self.later = scheduler.ahead()
+            seen["not ahead"] += step is None
+            if step is None:
+                return
+            assert step.chunks
+            assert not step.preempted
+            assert not any(sequence.pending for sequence in scheduler.waiting)
+            seen["ahead"] += 1
+            seen["new ahead"] += len(step.started) > 0
+            seen["with others that wait for their tokens"] += len(scheduler.running) > len(step.chunks)
+        else:
+            step = self.step = scheduler.plan()
+            assert step.chunks or not (scheduler.running or scheduler.waiting), "while anything is left, something is computed"
         chunks = step.chunks
         assert len({c.sequence for c in chunks}) == len(chunks) <= scheduler.rows
         assert sum(c.count for c in chunks) <= scheduler.budget
@@ -202,15 +222,21 @@ class World:
         self.engine.run(step)
 
     def advance(self) -> None:
-        step, self.step = self.step, None
+        step, self.step, self.later = self.step, self.later, None
         drawn = self.engine.draw(step)
+        self.seen["in vain"] += self.step is not None and any(
+            not new and c.sequence in self.step.draws for new, c in zip(drawn, [c for c in step.chunks if c.draws], strict=True)
+        )
         self.engine.advance(step, drawn)
 
-    def go(self, steps: int) -> None:
+    def go(self, steps: int, ahead: bool = False) -> None:
         for _ in range(steps):
             if self.step is not None:
                 self.advance()
-            self.plan()
+            if self.step is None:
+                self.plan()
+            if ahead:
+                self.plan(ahead=True)
 
     def cancel(self, i: int) -> None:
         request = self.requests.pop(i)
@@ -219,8 +245,11 @@ class World:
         self.seen["cancelled in a step"] += self.step is not None and any(c.sequence in ended for c in self.step.decodes)
 
     def update(self, forget: bool) -> None:
-        """New weights, when the step that runs is done."""
-        if self.step is not None:
+        """New weights, when what runs is done; or at once, and it is dropped."""
+        if forget:
+            self.scheduler.drop()
+            self.step = self.later = None
+        while self.step is not None:
             self.advance()
         self.version += 1
         self.scheduler.restart(lambda fingerprint: b"%d %b" % (self.version, fingerprint.partition(b" ")[2]))
@@ -241,12 +270,17 @@ class World:
             assert pages.readers == [readers[page] for page in range(pages.count)]
             assert pages.statistics().in_use <= pages.count - 1
             if self.step is None:
+                assert not any(s.pending for s in alive)
                 for s in scheduler.running:
                     assert len(s.pages) == -(-s.computed // pages.size)
+            for page, key in enumerate(pages.keys):
+                if key is not None:
+                    fingerprint, text = self.engine.cells[page][-1]
+                    assert key == chain(fingerprint, text, pages.size)[-1], "what is found is what it says"
 
     def finish(self) -> None:
         """All that is left comes to its end, and nothing stays behind."""
-        if self.step is not None:
+        while self.step is not None:
             self.advance()
         left = self.scheduler.running + self.scheduler.waiting
         while self.scheduler.running or self.scheduler.waiting:
