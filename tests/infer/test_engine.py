@@ -6,8 +6,8 @@ import pytest
 from lmx.data.tokenizers import ByteTokenizer
 from lmx.infer import score
 from lmx.infer.engine import Engine
-from lmx.infer.sizes import Sizes
 from lmx.infer.sampling import Sampling
+from lmx.infer.sizes import Sizes
 from lmx.models.config import Transformer
 from plain import SMALL, Plain, prompts_of, weights
 
