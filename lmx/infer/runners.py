@@ -247,31 +247,37 @@ class PagedRunner:
         source_pages, source_lengths = np.zeros((rows, self._source), np.int32), np.zeros(rows, np.int32)
         at_least, prefix = np.zeros(singles + chunk, np.int32), np.zeros(rows, np.int32)
         located = np.zeros((2, singles + chunk), np.int32)
-        used, last, token = 0, [], singles
+        used, read, last, token = 0, [], [], singles
         for i, one in enumerate([*decodes, *[None] * (singles - len(decodes)), *prefills]):
             first[i] = used
             if i >= singles:
                 queries[i] = token
             if one is None:
                 continue
-            sequence, begin = one.sequence, i if i < singles else token
-            held = one.start + one.count
-            own = np.asarray(sequence.pages[: -(-held // self.page)], np.int32)
-            places, here = np.arange(one.start, held), slice(begin, begin + one.count)
-            tokens[0, here] = _read_from(sequence.slot) if sequence.pending else np.maximum(sequence.tokens[one.start : held], 0)
-            opening, begun = sequence.request.beside, places[places < len(sequence.request.prompt)]
-            if opening.vectors is not None and not self._source and (opening.vectors[begun] != NONE).any():
-                vectors = vectors or self._given.blank(singles + chunk)
-                self._given.put(vectors, begin + np.arange(len(begun)), opening, begun)
-            prefix[i], located[:, here] = opening.whole, opening.located(places)
-            slots[here] = own[places // self.page] * self.page + places % self.page
-            pages[used : used + len(own)] = own
-            at_least[here] = 0 if spans is None else spans[len(last)]
-            lengths[i], used = held, used + len(own)
+            (sequence, start, count, _), begin = one, i if i < singles else token
+            held, own = start + count, sequence.pages[: -(-(start + count) // self.page)]
+            opening, fresh = sequence.request.beside, start < len(sequence.request.prompt)
+            if count == 1 and not fresh and not self._blanks:  # most, and so many at a time that arrays for each would take longest of all
+                tokens[0, begin] = _read_from(sequence.slot) if sequence.pending else sequence.tokens[start]
+                slots[begin] = own[-1] * self.page + start % self.page
+            else:
+                places, here = np.arange(start, held), slice(begin, begin + count)
+                tokens[0, here] = _read_from(sequence.slot) if sequence.pending else np.maximum(sequence.tokens[start:held], 0)
+                begun = places[places < len(sequence.request.prompt)]
+                if opening.vectors is not None and not self._source and (opening.vectors[begun] != NONE).any():
+                    vectors = vectors or self._given.blank(singles + chunk)
+                    self._given.put(vectors, begin + np.arange(len(begun)), opening, begun)
+                located[:, here] = opening.located(places)
+                slots[here] = np.asarray(own)[places // self.page] * self.page + places % self.page
+            if spans is not None:
+                at_least[begin : begin + count] = spans[len(last)]
+            read += own
+            prefix[i], lengths[i], used = opening.whole, held, used + len(own)
             if self._source:
                 source_pages[i], source_lengths[i] = self._of_source(sequence.slot), self._sources[sequence.slot]
-            last.append(begin + one.count - 1)
-            token += 0 if i < singles else one.count
+            last.append(begin + count - 1)
+            token += 0 if i < singles else count
+        pages[:used] = read
         end = singles + len(prefills)
         first[end:], queries[end:] = used, token if chunk else singles
         source = None
