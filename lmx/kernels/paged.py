@@ -22,7 +22,8 @@ IMPLEMENTATIONS = ("auto", "xla", "gpu")
 BLOCK = 512
 """Slots that are read at once; half as many by the tokens of prompts."""
 FEW = 64
-"""So many slots at once for each row that decodes, where that is fewer: a short text is not to wait for the reading of empty pages."""
+"""So many slots at once for each row that decodes, where that is fewer and no more than three such parts are left: a short text is not to wait
+for the reading of empty pages."""
 TILE = 64
 """So many tokens of prompts read together, at most."""
 NONE = -1e30
@@ -158,10 +159,10 @@ def _singles(queries: _Queries, cache: dict[str, Array], view: View, end: Array,
     """Of one token a row: each page is multiplied with the query of its row, and what pages give is summed for each row."""
     count, (heads, dim), kind = view.singles, queries.vectors.shape[1:], queries.vectors.dtype
     size, kv_heads = cache["key"].shape[2], cache["key"].shape[1]
-    some = max(1, min(BLOCK, FEW * count) // size)
-    pages, owners, starts = _padded(view, some)
+    most, few = (max(1, slots // size) for slots in (BLOCK, min(BLOCK, FEW * count)))
+    pages, owners, starts = _padded(view, most)
 
-    def see(carry, at):
+    def see(carry, at, some):
         top, total, out = carry
         ids, owner, start = (jax.lax.dynamic_slice_in_dim(a, at, some) for a in (pages, owners, starts))
         mine = owner < count
@@ -184,7 +185,11 @@ def _singles(queries: _Queries, cache: dict[str, Array], view: View, end: Array,
         return higher, total, out * shrink[..., None] + jax.ops.segment_sum(mixed, owner, count + 1)
 
     start = jnp.full((count + 1, heads), NONE, kind), jnp.zeros((count + 1, heads), kind), jnp.zeros((count + 1, heads, dim), kind)
-    _, total, out = jax.lax.fori_loop(0, -(-end // some), lambda i, carry: see(carry, i * some), start)
+    begin = 0
+    if few < most:
+        begin = jnp.maximum((end + most - 3 * few - 1) // most, 0) * most
+        start = jax.lax.fori_loop(0, begin // most, lambda i, carry: see(carry, i * most, most), start)
+    _, total, out = jax.lax.fori_loop(0, -((begin - end) // few), lambda i, carry: see(carry, begin + i * few, few), start)
     return (out / jnp.maximum(total, jnp.finfo(kind).tiny)[..., None])[:count]
 
 

@@ -2,7 +2,7 @@
 
     python tests/interop/make_prepared_images.py
 
-Makes tests/data_files/images/prepared: small images (one with an alpha channel, one gray), `NAME.json` for each case, as a checkpoint has it,
+Makes tests/data_files/prepared_images: small images (one with an alpha channel, one gray), `NAME.json` for each case, as a checkpoint has it,
 and what transformers' processors that use Pillow give: `NAME.IMAGE` in golden.safetensors. Needs torch, transformers 5 and Pillow.
 """
 
@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-HERE = Path(__file__).parent.parent / "data_files" / "images" / "prepared"
+HERE = Path(__file__).parent.parent / "data_files" / "prepared_images"
 CASES = {
     "llava": (
         CLIPImageProcessorPil,

@@ -11,7 +11,7 @@ from lmx.interop.image_files import prepared, read_preparation
 
 @pytest.fixture
 def cases(root):
-    return root / "tests" / "data_files" / "images" / "prepared"
+    return root / "tests" / "data_files" / "prepared_images"
 
 
 @pytest.fixture

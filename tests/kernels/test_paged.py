@@ -109,6 +109,19 @@ def test_a_call_of_only_decoding_rows_or_only_chunks(setting):
         )
 
 
+@pytest.mark.parametrize("length", [1, 4, 12, 13, 16, 17, 29, 45, 46, 64, 77])
+def test_what_is_left_of_a_block_is_read_in_parts(setting, length, monkeypatch):
+    """Of blocks of 16 slots and parts of 4: up to three parts, and from there on a block."""
+    monkeypatch.setattr(paged, "BLOCK", 16)
+    monkeypatch.setattr(paged, "FEW", 4)
+    _, _, _, keys, values = setting
+    rng, cache = np.random.default_rng(length), {"key": jnp.asarray(keys), "value": jnp.asarray(values)}
+    view, _ = layout(rng, [length], [1], 1)
+    q = rng.normal(size=(1, 4, DIM)).astype(np.float32)
+    found = paged.attention(jnp.asarray(q), cache, view, scale=0.3)
+    np.testing.assert_allclose(found, reference(q, keys, values, view, scale=0.3), atol=1e-6)
+
+
 def test_what_is_written_is_read_and_nothing_else_changes(setting):
     _, slots, _, keys, values = setting
     rng = np.random.default_rng(2)
