@@ -30,12 +30,9 @@ from lmx.train.program import Program, build
 from lmx.train.state import TrainState
 
 BOUND = 2e-5
-"""Worst relative difference in fp32 (by `lmx.core.tree.disagreement`). In narrower precisions: `narrow_bound`."""
+"""Worst relative difference in fp32 (by `lmx.core.tree.disagreement`). In narrower precisions: twice what rounding does on one device."""
 BOUNDS = {"fp32": BOUND, "fp64": 1e-10}
 """The same by precision: in fp64 no bug can pass for rounding."""
-NARROW, CHOOSING = 2, 6
-"""In narrower precisions a bound is so many times what rounding does on one device; the second for mixtures. Which experts a token gets is a
-choice: rounding changes it for those at the border, for other tokens on every layout."""
 STEPS = 2
 
 
@@ -68,12 +65,8 @@ def verify(experiment: Experiment, steps: int = STEPS) -> Report:
     exact, found = train(replace(alone, precision="fp32") if bound is None else alone, steps), train(small, steps)
     if bound is not None:
         return Report(bound, differences(found, exact))
-    return Report(narrow_bound(small, differences(train(alone, steps), exact)), differences(found, exact))
-
-
-def narrow_bound(experiment: Experiment, rounding: dict[str, float]) -> float:
-    """What a layout's differences may be in a precision whose own on one device are `rounding`."""
-    return (CHOOSING if getattr(experiment.model, "experts", 0) else NARROW) * max(rounding.values())
+    rounding = differences(train(alone, steps), exact)
+    return Report(2 * max(rounding.values()), differences(found, exact))
 
 
 def shrink(experiment: Experiment) -> Experiment:

@@ -13,7 +13,7 @@ from lmx.core.tree import disagreement
 from lmx.parallel.layout import Layout
 from lmx.train.experiment import check
 from lmx.train.objectives import CausalLM
-from lmx.verify import BOUND, BOUNDS, differences, narrow_bound
+from lmx.verify import BOUND, BOUNDS, differences
 
 CASES = composition.cover()
 EXACT = [case | {"precision": "fp64"} for case in composition.sample(CASES, 10)]
@@ -31,7 +31,10 @@ def test_numbers_do_not_depend_on_the_layout(case, once):
     exact = once(one_device, run.model, run.objective, "fp32")
     bound = BOUND
     if run.precision != "fp32":
-        bound = narrow_bound(run, differences(once(one_device, run.model, run.objective, run.precision), exact))
+        # Which experts a token gets is a choice: rounding changes it for those at the border, for other tokens on every layout.
+        bound = (6 if run.model.experts else 2) * max(
+            differences(once(one_device, run.model, run.objective, run.precision), exact).values()
+        )
     found = differences(runs.train_from_shared_start(run), exact)
     assert max(found.values()) < bound, {name: value for name, value in found.items() if not value < bound}
 
