@@ -30,9 +30,11 @@ from lmx.train.program import Program, build
 from lmx.train.state import TrainState
 
 BOUND = 2e-5
-"""Worst relative difference in fp32 (by `lmx.core.tree.disagreement`). In narrower precisions: twice what rounding does on one device."""
+"""Worst relative difference in fp32 (by `lmx.core.tree.disagreement`). In narrower precisions: `NARROW` times what rounding does on one device."""
 BOUNDS = {"fp32": BOUND, "fp64": 1e-10}
 """The same by precision: in fp64 no bug can pass for rounding."""
+NARROW = 3
+"""Rounding in another order is at most twice as large in most layouts, and little more in all."""
 STEPS = 2
 
 
@@ -59,14 +61,21 @@ def verify(experiment: Experiment, steps: int = STEPS) -> Report:
 
     The optimizer is plain descent with momentum: Adam would turn a gradient that is zero but for rounding into steps of full size.
     """
-    small = shrink(experiment)
+    small = replace(shrink(experiment), precision=compared_in(experiment))
     alone = replace(small, layout=Layout(), microbatches=1)
     bound = BOUNDS.get(small.precision)
     exact, found = train(replace(alone, precision="fp32") if bound is None else alone, steps), train(small, steps)
     if bound is not None:
         return Report(bound, differences(found, exact))
     rounding = differences(train(alone, steps), exact)
-    return Report(2 * max(rounding.values()), differences(found, exact))
+    return Report(max(BOUND, NARROW * max(rounding.values())), differences(found, exact))  # tf32 is fp32 on a CPU
+
+
+def compared_in(experiment: Experiment) -> str:
+    """The precision of the comparison: the experiment's own, but fp32 for mixtures in narrower ones. There rounding changes which experts a
+    token gets, those at the border others on every layout, so that how far gradients are apart is luck."""
+    narrow = experiment.precision not in BOUNDS
+    return "fp32" if narrow and getattr(experiment.model, "experts", 0) else experiment.precision
 
 
 def shrink(experiment: Experiment) -> Experiment:
@@ -215,7 +224,9 @@ def _print(experiment: Experiment, report: Report) -> None:
     from rich.table import Table
 
     degrees = ", ".join(f"{f.name} {getattr(experiment.layout, f.name)}" for f in dataclasses.fields(Layout))
-    table = Table(title=f"{experiment.name}, small, on one device and on {experiment.layout.devices} ({degrees})")
+    table = Table(
+        title=f"{experiment.name}, small, in {compared_in(experiment)}, on one device and on {experiment.layout.devices} ({degrees})"
+    )
     for name in ("quantity", "worst relative difference", "bound"):
         table.add_column(name, justify="left" if name == "quantity" else "right")
     for name, value in sorted(report.worst.items(), key=lambda item: -np.nan_to_num(item[1], nan=np.inf)):
