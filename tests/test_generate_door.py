@@ -291,16 +291,16 @@ def test_help_explains_every_flag(capsys):
 @pytest.fixture(scope="module")
 def sees(root, tmp_path_factory):
     """A LLaVA that reads words, with the settings of a processor; and a folder of images."""
-    folder, images = tmp_path_factory.mktemp("sees"), root / "tests" / "data_files" / "images"
+    folder, files = tmp_path_factory.mktemp("sees"), root / "tests" / "data_files"
     for name in ("config.json", "model.safetensors"):
-        shutil.copyfile(images / "llava_mistral" / name, folder / name)
-    shutil.copyfile(images / "prepared" / "llava.json", folder / "preprocessor_config.json")
+        shutil.copyfile(files / "images" / "llava_mistral" / name, folder / name)
+    shutil.copyfile(files / "prepared_images" / "llava.json", folder / "preprocessor_config.json")
     words = ["<pad>", "<s>", "</s>", "<unk>", "the", "<image>", *(f"w{i}" for i in range(34))]
     reads = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     reads.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     reads.add_special_tokens(["<image>"])
     reads.save(str(folder / "tokenizer.json"))
-    return folder, images / "prepared"
+    return folder, files / "prepared_images"
 
 
 def test_images_are_read_from_files(sees, capsys):
