@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
@@ -21,7 +20,7 @@ from functools import cache, partial
 
 import numpy as np
 
-from experiments.bench.turns import Contender, serve
+from experiments.bench.turns import Contender, gpu_name, serve
 
 TOKENS, WIDTH = 16384, 2048
 WINDOW, TEXT, CAP = 1024, 1024, 30.0
@@ -207,9 +206,7 @@ def main() -> None:
         raise SystemExit(lmx.absent)
     torch = Contender("torch", options.peer_python, "experiments.bench.attention_torch")
     contenders = {"lmx": lmx} | ({} if torch.absent else {"torch": torch})
-    chip = subprocess.run(
-        ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    ).stdout.strip()
+    chip = ", ".join(gpu_name())
     print(f"{date.today()}, {chip}{f'; torch is absent: {torch.absent}' if torch.absent else ''}\n")
     for case in options.cases:
         for head_dim in options.head_dims:
@@ -217,14 +214,12 @@ def main() -> None:
             print(f"{case}, head_dim {head_dim}: errors of out, dq, dk, dv {found['errors']}; {found['moved']} of 20 repeats moved")
             if found["moved"]:
                 raise SystemExit(f"the kernel's results move from call to call at {case}, head_dim {head_dim}: nothing is worth timing")
-    shapes = itertools.product(options.cases, options.lengths, options.head_dims)
+    shapes = [(case, n, dim) for case, dim, n in itertools.product(options.cases, options.head_dims, options.lengths)]
     lmx.ask(json.dumps({"prepare": [(*shape, name) for shape in shapes for name in OURS]}))
     print("\n| case | length | head_dim | contender | forward, ms (TFLOP/s) | both, ms | forward / ours | both / ours | spread |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for case in options.cases:
-        for head_dim in options.head_dims:
-            for length in options.lengths:
-                table(milliseconds(contenders, case, length, head_dim, options), case, length, head_dim)
+    for shape in shapes:
+        table(milliseconds(contenders, *shape, options), *shape)
     for contender in contenders.values():
         contender.close()
     return None

@@ -31,7 +31,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from experiments.bench.serving import MODELS, agreeing, generated, mixed, write
-from experiments.bench.turns import Contender, cpu_name, serve, timed
+from experiments.bench.turns import Contender, cpu_name, gpu_name, serve, timed
 
 CHECKPOINTS = {
     "tiny": MODELS["llama"] | {
@@ -305,8 +305,7 @@ def chip(options: argparse.Namespace) -> str:
     if options.device == "cpu":
         return cpu_name()
     try:
-        asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        found = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        found = ", ".join(gpu_name())
     except (OSError, subprocess.CalledProcessError):
         sys.exit("this measures on an NVIDIA GPU, and nvidia-smi finds none; --device cpu --models tiny says whether the script works")
     os.environ |= {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"} if options.floor else {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}

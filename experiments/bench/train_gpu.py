@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.bench.turns import Contender, cpu_name, serve, timed
+from experiments.bench.turns import Contender, cpu_name, gpu_name, serve, timed
 
 SIZES = {
     "tiny": (2, 64, 2, 32, 4, 256),
@@ -154,8 +154,7 @@ def chip(device: str) -> tuple[str, float | None]:
         return cpu_name(), None
     from lmx.parallel import chips
 
-    asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    name, driver = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(", ")
+    name, driver = gpu_name()
     return f"{name}, driver {driver}", chips.peak_flops(name, "bfloat16")
 
 

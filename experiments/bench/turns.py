@@ -84,6 +84,13 @@ class Contender:
         return (self._errors.read().strip().splitlines() or ["it ended without a word"])[-1]
 
 
+def gpu_name() -> tuple[str, str]:
+    """The first GPU, and its driver. Raises OSError, or subprocess.CalledProcessError, where nvidia-smi finds none."""
+    asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    name, driver = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(", ")
+    return name, driver
+
+
 def cpu_name() -> str:
     """The processor, with the instruction sets that matter here."""
     try:

@@ -267,7 +267,8 @@ class PagedRunner:
                 if opening.vectors is not None and not self._source and (opening.vectors[begun] != NONE).any():
                     vectors = vectors or self._given.blank(singles + chunk)
                     self._given.put(vectors, begin + np.arange(len(begun)), opening, begun)
-                located[:, here] = opening.located(places)
+                if self._blanks:
+                    located[:, here] = opening.located(places)
                 slots[here] = np.asarray(own)[places // self.page] * self.page + places % self.page
             if spans is not None:
                 at_least[begin : begin + count] = spans[len(last)]
@@ -287,8 +288,8 @@ class PagedRunner:
         taken = np.zeros(self.sizes.rows, np.int32)
         taken[: len(take)] = [last[i] for i in take]
         there = Pages(view, slots, source, None if spans is None else at_least, *(located if self._blanks else ()))
-        first, *others = self.stages
-        hidden = first.compute(tokens, there, taken, vectors, first.place.put(latest))
+        front, *others = self.stages
+        hidden = front.compute(tokens, there, taken, vectors, front.place.put(latest))
         for stage in others:
             hidden = stage.compute(stage.place.put(hidden), there, taken)
         return hidden

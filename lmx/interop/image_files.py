@@ -6,7 +6,7 @@ That is, in this order: three channels, resized, the middle cut out, numbers bet
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Preparation:
     """What bytes are multiplied by."""
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
-    resample: int = field(default=BICUBIC)
+    resample: int
     """How Pillow interpolates."""
 
     def __call__(self, path: str | Path) -> Float[np.ndarray, "channels height width"]:
