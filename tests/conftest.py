@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(os.environ["JAX_PLATFORMS"] == "cpu")))
 os.environ.setdefault("NPROC", "32")  # XLA's threads: with one a device, collectives of a pipeline may wait for each other for ever
 
 import jax
@@ -21,6 +22,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 ROOT = Path(__file__).parent.parent
+QUICK = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
+"""Whether machine code is left as it comes, also in processes that tests start: their programs compile for longer than they run."""
 
 
 def pytest_collection_finish():
@@ -72,11 +75,11 @@ def once(tmp_path_factory) -> Callable:
 
 
 @pytest.fixture(scope="module")
-def cheaply_compiled():
-    """For tests that compile for long and run for an instant: machine code is not optimised. What XLA does before is the same."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimised():
+    """For tests that run for longer than they compile, and for those that hold whole models against others' numbers: as users' programs are."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", QUICK)
 
 
 @pytest.fixture
@@ -113,6 +116,7 @@ def h100() -> str:
     if not absent.installed():
         pytest.skip("the extra cuda is not installed")
     absent.prepare()
+    jax.config.update("jax_disable_most_optimizations", False)
     try:
         absent.devices(1)
     except RuntimeError:

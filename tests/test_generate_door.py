@@ -31,8 +31,6 @@ from lmx.train.logging import write_record
 from lmx.train.objectives import CausalLM, Seq2Seq
 from lmx.train.state import TrainState
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
-
 SMALL = Transformer(vocab=257, layers=2, embed=16, heads=2, mlp=16, context=64)
 T5 = {
     "model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 16, "num_heads": 2, "num_layers": 1, "num_decoder_layers": 1, "n_positions": 64,

@@ -30,8 +30,9 @@ class Sizes:
 
     @property
     def prefills(self) -> tuple[int, ...]:
-        """Tokens of prompts: few, or as many as there can be."""
-        return (max(1, self.chunk // 8), self.chunk) if self.chunk > 16 else (self.chunk,)
+        """Tokens of prompts: powers of two from some sixteenth, and as many as there can be."""
+        least = max(16, self.chunk // 16)
+        return (*(2**i for i in range(self.chunk.bit_length()) if least <= 2**i < self.chunk), self.chunk)
 
     @property
     def all(self) -> tuple[tuple[int, int], ...]:

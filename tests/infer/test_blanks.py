@@ -21,8 +21,6 @@ from lmx.models.transformer import Embedded, empty_cache, forward
 from lmx.parallel.layout import Layout
 from plain import weights as random_weights
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
-
 MASK, BIG, START_OF_PIECE, END = 20, 21, 22, 23
 MARKS = Marks((MASK, BIG), START_OF_PIECE, END)
 GLM = Transformer(

@@ -11,8 +11,6 @@ from lmx.infer.sizes import Sizes
 from lmx.models.config import Transformer
 from plain import SMALL, Plain, prompts_of, weights
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
-
 SIZES = {"rows": 4, "page": 4, "chunk": 8, "longest": 48, "pages": 40, "top": 3}
 PROMPTS = prompts_of(6, seed=1)
 

@@ -17,8 +17,6 @@ from lmx.infer.steps import PENDING
 from lmx.models.config import RWKV, EncoderDecoder, Transformer
 from plain import weights
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
-
 MODEL = Transformer(vocab=260, layers=1, embed=16, heads=2, mlp=16, context=64)
 ENCODER = replace(MODEL, causal=False, head="none")
 MODELS = {

@@ -17,8 +17,6 @@ from lmx.infer.sampling import Sampling
 from lmx.models.config import RWKV, EncoderDecoder, Transformer
 from plain import SMALL, Plain, prompts_of, weights
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
-
 VERSIONS = tuple(weights(SMALL, seed) for seed in (0, 1, 2))
 PLAIN = Plain(SMALL, VERSIONS[0], length=32)
 SIZES = {"rows": 4, "page": 4, "chunk": 5, "pages": 11, "longest": 32}

@@ -9,8 +9,6 @@ from lmx.infer.engine import Engine
 from lmx.infer.sampling import Sampling
 from plain import SMALL, Plain, prompts_of, weights
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
-
 NEW = 10
 TOLD = Sampling(temperature=0, log_probs="raw")
 BEGINNING = [5, 3, 8, 1, 9, 2, 2, 7, 11, 4, 6, 0]

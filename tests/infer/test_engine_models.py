@@ -17,8 +17,6 @@ from lmx.models.config import RWKV, EncoderDecoder, Transformer
 from lmx.models.rope import RopeScaling
 from plain import Plain, arriving, prompts_of, tokens_of, weights
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
-
 SIZES = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 40}
 PAIR = {"vocab_size": 24, "d_model": 16}

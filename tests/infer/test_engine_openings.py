@@ -18,8 +18,6 @@ from lmx.models.vision_config import LLaVA, VisionTransformer
 from lmx.parallel.layout import Layout
 from plain import Plain, arriving, prompts_of, tokens_of, weights
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
-
 BASE = Transformer(vocab=24, layers=2, embed=16, heads=4, kv_heads=2, mlp=16, context=40)
 NEW, START = 8, 1
 ROOM = {"rows": 2, "page": 4, "chunk": 16, "pages": 7, "host_pages": 4, "longest": 32}

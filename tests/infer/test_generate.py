@@ -16,8 +16,6 @@ from lmx.models.config import Transformer
 from lmx.models.losses import logits
 from lmx.models.transformer import forward, specs
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
-
 MODEL = Transformer(vocab=24, layers=3, embed=16, heads=4, kv_heads=2, mlp=16, context=48, window=4, pattern=("local", "global"))
 A, B, C = [1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11] * 12
 

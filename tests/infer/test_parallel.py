@@ -22,8 +22,6 @@ from lmx.parallel.rules import rules, shardings
 from lmx.train.checkpoints import Checkpoints, Manager
 from lmx.train.state import TrainState
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
-
 GROUPED = Transformer(vocab=32, layers=2, embed=16, heads=4, kv_heads=2, mlp=16, context=32, window=6, pattern=("local", "global"))
 MIXTURE = replace(GROUPED, layers=1, pattern=("global",), window=None, experts=4, expert_mlp=8, positions="alibi", tied=False)
 HALF = {"vocab": 32, "layers": 1, "embed": 16, "heads": 4, "mlp": 16, "context": 32, "positions": "relative"}

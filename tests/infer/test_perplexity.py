@@ -12,8 +12,6 @@ from lmx.models.config import RWKV, EncoderDecoder, Transformer
 from lmx.models.families import functions
 from lmx.models.losses import logits
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
-
 SIZES = {"vocab": 257, "layers": 1, "embed": 16, "heads": 2, "mlp": 16, "context": 24}
 MODEL = Transformer(**SIZES)
 TEXTS = [

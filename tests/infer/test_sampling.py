@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 
 from lmx.infer.sampling import BIASES, KINDS, History, Sampling, begun, blank, check, draw, extended, knobs, likeliest, log_probs, row_keys
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
-
 LOGITS = np.array([0.3, 2.0, -1.0, 1.1, 0.9, -0.4, 1.9, -6.0, 0.1, -0.2, 0.5], np.float32)
 VOCAB, DRAWS = len(LOGITS), 4096
 READ, WROTE = [1, 2, 2], [6, 6, 6, 4]  # a prompt, and what followed it

@@ -16,8 +16,6 @@ from lmx.models.losses import cross_entropy, logits
 from lmx.models.transformer import Source
 from lmx.parallel import tensor
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
-
 SIZES = {"vocab": 19, "layers": 2, "embed": 16, "heads": 2, "mlp": 16, "context": 32}
 MODEL = Transformer(**SIZES, logit_softcap=5.0)
 RECURRENT = RWKV(vocab=19, layers=2, embed=16, head_dim=8, mlp=16)

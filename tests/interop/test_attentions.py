@@ -16,7 +16,7 @@ GOLDENS = sorted((DATA / "attentions").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("golden", GOLDENS, ids=lambda path: path.stem)
-def test_attentions(golden, request, cheaply_compiled):
+def test_attentions(golden, request):
     near = [folder / golden.stem for folder in (DATA / "interop", HERE / "encoders")]
     folder = next((path for path in near if path.exists()), None)
     case = Case(folder or request.getfixturevalue("shared") / "goldens" / golden.stem)

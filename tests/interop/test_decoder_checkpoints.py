@@ -22,7 +22,7 @@ OWN = sorted(path.parent.name for path in (Path(__file__).parent.parent / "data_
 
 
 @pytest.fixture(scope="module", params=(*DECODERS, *(f"own/{name}" for name in OWN)))
-def case(request, cheaply_compiled):
+def case(request):
     name = request.param.removeprefix("own/")
     if name != request.param:
         return Case(Path(__file__).parent.parent / "data_files" / "interop" / name)

@@ -15,6 +15,8 @@ from lmx import interop
 from lmx.interop.files import mapped, write_tensors
 from lmx.parallel.layout import Layout, make_mesh
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 HERE = Path(__file__).parent / "encoders"
 SHARED = ("bert", "bert_hub", "bert_pooled", "bert_classifier", "distilbert", "albert")
 OLD = {"gamma": "weight", "beta": "bias"}

@@ -46,7 +46,7 @@ class Case:
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(request, cheaply_compiled):
+def case(request):
     name = request.param.removeprefix("own/")
     return Case(OWN / name if name != request.param else request.getfixturevalue("shared") / "goldens" / name)
 

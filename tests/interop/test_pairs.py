@@ -22,7 +22,7 @@ PAIRS = ("t5", "t5_unscaled", "t5_untied", "bart")
 
 
 @pytest.fixture(scope="module", params=PAIRS)
-def case(request, shared, cheaply_compiled):
+def case(request, shared):
     return Case(shared / "goldens" / request.param)
 
 

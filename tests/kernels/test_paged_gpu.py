@@ -97,7 +97,6 @@ CASES = {
 }
 
 
-@pytest.mark.usefixtures("cheaply_compiled")
 @pytest.mark.parametrize("case", CASES)
 def test_as_exact_as_its_type_allows_and_without_races(case, capfd):
     shape, kind, held, asked = CASES[case]
@@ -123,7 +122,6 @@ def test_as_exact_as_its_type_allows_and_without_races(case, capfd):
     assert not found[int(view.queries[-1]) :].any()  # padding
 
 
-@pytest.mark.usefixtures("cheaply_compiled")
 @pytest.mark.parametrize("forgotten", [2, 3])
 def test_a_race_would_be_found(forgotten, monkeypatch, capfd):
     """A kernel that does not wait for keys, or for values, reads what is still being written."""
@@ -147,7 +145,6 @@ def test_a_race_would_be_found(forgotten, monkeypatch, capfd):
     assert len(calls) == 3
 
 
-@pytest.mark.usefixtures("cheaply_compiled")
 @pytest.mark.parametrize("window", [None, 300])
 def test_items_cover_what_each_tile_sees_once(window):
     """Every block that a token of a tile sees is in one item, none is in two, and none is beyond the text; and every token is in a tile."""

@@ -18,6 +18,8 @@ from lmx.models.losses import cross_entropy, logits
 from lmx.models.rope import RopeScaling
 from lmx.models.transformer import Source, forward, specs
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 BATCH, LENGTH = 2, 8
 PARTS = ("tokens", "positions", "segments")
 LAYERS = {"g": (("global",), 2), "lg": (("local", "global"), 5), "llg": (("local", "local", "global"), 4)}

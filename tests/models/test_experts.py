@@ -18,8 +18,6 @@ from lmx.models.config import Transformer, check
 from lmx.models.losses import logits
 from lmx.models.transformer import flops_per_token, forward, specs
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
-
 BATCH, LENGTH, EMBED = 3, 12, 10
 LAYER = Transformer(vocab=8, embed=EMBED, heads=1, mlp=14, experts=4)
 CASES = {

@@ -17,6 +17,8 @@ from lmx.models.config import Transformer
 from lmx.models.losses import cross_entropy, logits
 from lmx.models.transformer import forward, specs
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 @dataclass
 class Names:

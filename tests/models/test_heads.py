@@ -14,8 +14,6 @@ from lmx.models.config import Transformer, check
 from lmx.models.losses import cross_entropy, logits
 from lmx.models.transformer import empty_cache, flops_per_token, forward, specs
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
-
 ENCODER = Transformer(vocab=11, layers=3, embed=8, heads=2, mlp=12, causal=False, bias=True, activation="gelu", init_std=0.3)
 FIRST = np.array([0, 2, 4])
 

@@ -25,7 +25,6 @@ from lmx.models.rwkv import forward as _forward
 
 forward = partial(jax.jit, static_argnums=1, static_argnames="execution")(_forward)
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
 
 GOLDEN = RWKV(vocab=160, layers=3, embed=48, mlp=96, context=64, rescale_every=6)
 END = 2

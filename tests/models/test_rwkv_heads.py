@@ -23,7 +23,6 @@ from lmx.models.rwkv import forward as _forward
 
 forward = partial(jax.jit, static_argnums=1, static_argnames="execution")(_forward)
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
 
 EAGLE = RWKV(version=5, vocab=17, layers=2, embed=8, channels=12, head_dim=4, mlp=16, init_std=0.5)
 FINCH = replace(EAGLE, version=6, mix_rank=3, decay_rank=5)

@@ -22,8 +22,6 @@ from lmx.models.transformer import Source, forward
 from lmx.parallel.layout import Layout, make_mesh
 from lmx.parallel.rules import rules, shardings
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
-
 SMALL = Transformer(vocab=17, layers=3, embed=16, heads=4, kv_heads=2, mlp=12, context=16, pattern=("global", "local"), window=4)
 POST = replace(SMALL, norm_placement="post", pattern=("global",), window=None, positions="learned", causal=False, bias=True)
 MODELS = {

@@ -24,7 +24,6 @@ MODEL = Transformer(
     vocab=19, layers=2, embed=12, heads=4, kv_heads=2, head_dim=6, mlp=16, context=32, positions="transformer_xl", init_std=0.4
 )
 forward = partial(jax.jit, static_argnums=1, static_argnames="execution")(_forward)
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
 
 
 @cache

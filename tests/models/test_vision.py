@@ -19,7 +19,6 @@ from lmx.models.transformer import Embedded
 from lmx.models.vision_config import CLIP, CaptionTransformer, LLaVA, VisionTransformer
 
 SIZES = {"layers": 3, "embed": 8, "heads": 2, "mlp": 12, "init_std": 0.3}
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
 
 SEES = VisionTransformer(**SIZES, image_size=(5, 6), patch_size=(2, 3), channels=2)
 READS = Transformer(**SIZES, vocab=11, context=16)

@@ -12,8 +12,6 @@ from lmx.train.experiment import check
 from lmx.train.planning import compile_step
 from lmx.verify import BOUND, differences
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
-
 PARALLEL = {"parallel": True, "gated": True, "bias": False, "norm": "rmsnorm"}
 EXPERTS = {"experts": 4, "expert_mlp": 8, "shared_experts": 1, "shared_gate": True, "kv_heads": 4}
 CASES = {

@@ -17,7 +17,7 @@ from lmx.verify import BOUND, BOUNDS, differences
 
 CASES = composition.cover()
 EXACT = [case | {"precision": "fp64"} for case in composition.sample(CASES, 10)]
-pytestmark = pytest.mark.usefixtures("cheaply_compiled", "scanned")
+pytestmark = pytest.mark.usefixtures("scanned")
 
 
 def one_device(model, objective, precision: str) -> dict:

@@ -19,7 +19,7 @@ from lmx.parallel.context import arrange
 from lmx.parallel.layout import Layout, make_mesh
 from lmx.parallel.rules import rules
 
-pytestmark = pytest.mark.usefixtures("compiled_here")
+pytestmark = pytest.mark.usefixtures("compiled_here", "optimised")
 
 LENGTH, HEADS, KV_HEADS, DIM = 32768, 8, 2, 32
 

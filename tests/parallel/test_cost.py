@@ -162,7 +162,6 @@ CASES = {
 """On eight simulated devices. In fp32: XLA:CPU widens bf16 here and there."""
 
 
-@pytest.mark.usefixtures("cheaply_compiled")
 @pytest.mark.parametrize("name", CASES)
 def test_against_the_compiler(name):
     run = experiment(**CASES[name])
@@ -188,7 +187,6 @@ def check_collectives(plan, made):
     "optimizer", [AdamW(), Adam8bit(), Adafactor(), Lion(), Muon(), SGD(), SGD(momentum=0.0)], ids=lambda o: type(o).__name__
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16_pure", "fp16"])
-@pytest.mark.usefixtures("cheaply_compiled")
 def test_state_is_exact_whatever_the_optimizer(optimizer, precision):
     tiny = changed(vocab=64, layers=2, embed=64, heads=4, kv_heads=2, mlp=64)
     run = experiment(tiny, length=32, batch=8, optimizer=optimizer, precision=precision, fsdp=4, tensor=2)

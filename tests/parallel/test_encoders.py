@@ -11,7 +11,7 @@ from lmx.train.experiment import check
 from lmx.train.objectives import CausalLM, MaskedLM
 from lmx.verify import BOUND, differences
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled", "scanned")
+pytestmark = pytest.mark.usefixtures("scanned")
 
 BERT = replace(
     runs.MODEL,

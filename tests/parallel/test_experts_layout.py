@@ -13,7 +13,7 @@ from lmx.train.experiment import check
 from lmx.train.objectives import CausalLM
 from lmx.train.program import build
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled", "compiled_here")
+pytestmark = pytest.mark.usefixtures("compiled_here")
 
 OBJECTIVE = CausalLM(balance_loss=0.2, router_z_loss=0.05, z_loss=1e-3)
 DROPLESS = replace(runs.MODEL, experts=4, expert_mlp=8, shared_experts=1)

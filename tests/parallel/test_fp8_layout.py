@@ -15,7 +15,7 @@ from lmx.parallel.layout import Layout, make_mesh
 from lmx.train.experiment import check
 from runs import experiment, train, train_from_shared_start
 
-pytestmark = pytest.mark.usefixtures("compiled_here", "cheaply_compiled", "scanned")
+pytestmark = pytest.mark.usefixtures("compiled_here", "scanned")
 
 LAYOUTS = {
     "zero-3 and tensor": (Layout(fsdp=2, tensor=2, data=2, remat="full"), 1),

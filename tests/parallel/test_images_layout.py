@@ -20,8 +20,6 @@ from lmx.models.vision_config import LLaVA, VisionTransformer
 from lmx.parallel.layout import SHARDS, Layout, make_mesh
 from lmx.parallel.rules import rules, shardings
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
-
 SIZES = {"layers": 3, "embed": 16, "heads": 4, "mlp": 32, "init_std": 0.2}
 SEES = VisionTransformer(**SIZES, image_size=(8, 8), patch_size=(4, 4), head="classifier", labels=4)
 MODELS = {

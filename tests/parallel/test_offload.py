@@ -18,7 +18,7 @@ from lmx.train.optimizers import Adafactor, Adam8bit, AdamW, Muon
 from lmx.train.program import build
 from lmx.verify import BOUND, differences
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled", "scanned")
+pytestmark = pytest.mark.usefixtures("scanned")
 
 EVERYTHING = ("optimizer", "params", "activations")
 LAYOUTS = {

@@ -31,8 +31,6 @@ from lmx.train import program, state, step
 from lmx.train.experiment import Experiment
 from lmx.verify import BOUND, Report, packed, verify
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
-
 TESTS = Path(__file__).parents[1]
 
 TENSOR = runs.experiment(layout=Layout(tensor=2), model=replace(runs.MODEL, dropout=0.1))

@@ -13,7 +13,7 @@ from lmx.train.experiment import check
 from lmx.train.objectives import CausalLM, MaskedLM, Seq2Seq
 from lmx.verify import BOUND, differences
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled", "scanned")
+pytestmark = pytest.mark.usefixtures("scanned")
 
 LAYOUT = Layout(data=2, fsdp=2, tensor=2)
 SIZES = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

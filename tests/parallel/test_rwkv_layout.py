@@ -11,7 +11,7 @@ from lmx.train.experiment import check
 from lmx.train.planning import compile_step
 from lmx.verify import differences, shrink, verify
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled", "scanned")
+pytestmark = pytest.mark.usefixtures("scanned")
 
 MODEL = RWKV(vocab=48, layers=4, embed=16, channels=24, mlp=32, context=runs.LENGTH, init_std=0.1, rescale_every=2)
 FINCH = replace(MODEL, version=6, layers=2, channels=16, head_dim=4, mix_rank=4, decay_rank=6, rescale_every=0)

@@ -24,7 +24,7 @@ LAYOUTS = {
     "tensor": Layout(data=2, fsdp=2, tensor=2, sequence=True),
     "pipeline, and expert or context": Layout(fsdp=2, pipeline=2, expert=2),
 }
-pytestmark = pytest.mark.usefixtures("cheaply_compiled", "scanned")
+pytestmark = pytest.mark.usefixtures("scanned")
 
 
 def one_device(name: str) -> dict:

@@ -8,7 +8,7 @@ import runs
 from lmx.parallel.layout import Layout
 from lmx.verify import BOUND, compared_in, verify
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled", "scanned")
+pytestmark = pytest.mark.usefixtures("scanned")
 
 
 def test_what_rounding_does_to_the_choice_of_experts_is_no_bug():

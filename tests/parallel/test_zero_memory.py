@@ -14,8 +14,6 @@ from lmx.parallel.layout import Layout
 from lmx.train.optimizers import AdamW
 from lmx.train.program import build
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
-
 SPLIT = 8
 LOWEST = {"parameters": 3, "gradients": 2, "optimizer": 1}
 """From which stage on each is split (Rajbhandari et al., 2020, figure 1)."""

@@ -17,8 +17,6 @@ from lmx.train.loop import prepare_run, run
 from lmx.train.optimizers import AdamW, Schedule
 from lmx.train.program import build
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
-
 OBJECTIVES = {"prefix": PrefixLM(), "blanks": BlankInfilling(mask=259, start=260, end=261)}
 
 END, START, MODES, SENTINELS = 256, 260, (261, 262, 263), tuple(range(295, 263, -1))

@@ -25,7 +25,6 @@ def imported(tmp_path):
     return tmp_path / "imported", params, interop.load_run(tmp_path / "imported")[0].config
 
 
-@pytest.mark.usefixtures("cheaply_compiled")
 def test_it_begins_with_an_imported_checkpoint(experiment, imported):
     folder, params, model = imported
     tiny = experiment(model=model, initial=str(folder), steps=1, optimizer=STILL, layout=Layout(fsdp=2, tensor=2))

@@ -12,7 +12,6 @@ from lmx.train.loop import prepare_run, run
 FLAGS = "--model RWKV --model.layers 2 --model.embed 16 --model.context 64 --steps 12 --optimizer.learning_rate 0.01"
 
 
-@pytest.mark.usefixtures("cheaply_compiled")
 def test_an_experiment_trains_evaluates_and_samples_an_rwkv(experiment, tmp_path):
     plain = experiment(folder=str(tmp_path), evaluation=Evaluation(batches=1), samples=Samples(prompt="The", tokens=5))
     chosen, _ = command_line(plain, FLAGS.split(), description="")

@@ -20,8 +20,6 @@ from lmx.train.planning import plan
 from lmx.train.step import Task
 from lmx.verify import verify
 
-pytestmark = pytest.mark.usefixtures("cheaply_compiled")
-
 SIZES = {"vocab": 48, "layers": 2, "embed": 16, "heads": 4, "head_dim": 8, "mlp": 32, "context": 32, "init_std": 0.1}
 T5 = SIZES | {"positions": "relative", "relative_buckets": 8, "relative_distance": 20, "attention_scale": 1.0, "gated": False}
 BART = SIZES | {"positions": "learned", "norm": "layernorm", "norm_placement": "post", "bias": True, "gated": False, "embed_norm": True}
