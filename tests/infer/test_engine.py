@@ -350,6 +350,11 @@ def test_sizes_that_mean_nothing_are_refused(params, sizes, said):
         Engine(SMALL, params, **SIZES | sizes)
 
 
+@pytest.mark.parametrize(("chunk", "prefills"), [(8, (8,)), (16, (16,)), (100, (16, 32, 64, 100)), (1024, (64, 128, 256, 512, 1024))])
+def test_a_short_prompt_is_not_computed_as_a_long_one(chunk, prefills):
+    assert Sizes(16, chunk, 4).prefills == prefills
+
+
 @pytest.mark.parametrize(("rows", "decodes"), [(1, (16,)), (16, (16,)), (24, (16, 24)), (64, (16, 32, 64))])
 def test_the_smallest_program_has_as_many_rows_as_are_worth_having(rows, decodes):
     """Whatever a step has, one of the programs that there are holds it."""
