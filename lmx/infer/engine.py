@@ -34,7 +34,7 @@ from lmx.infer.places import places, where
 from lmx.infer.runners import runner
 from lmx.infer.sampling import Drawn, Sampling, without
 from lmx.infer.scheduler import Scheduler
-from lmx.infer.sizes import FEWEST, Sizes
+from lmx.infer.sizes import Sizes
 from lmx.infer.steps import Chunk, Request, Sequence, Step
 from lmx.infer.stopping import Stopper
 from lmx.infer.texts import VIRTUAL, check_continues, context_of, lead_of, opening
@@ -116,7 +116,7 @@ class Engine(Door):
         self.longest = longest
         self.limit = model.vocab if tokenizer is None else min(tokenizer.vocab, model.vocab)
         self.top, self.reuse, self.timeline = top, reuse, [] if trace else None
-        sizes = Sizes(rows, chunk, min(prompts, rows), 1 if on_cpu() else FEWEST)
+        sizes = Sizes(rows, chunk, min(prompts, rows), wide=not on_cpu())
         recurrent, reading = isinstance(model, RWKV), isinstance(model, EncoderDecoder)
         each = -(-self.longest // page)
         count_of = rows * each + 1 if pages is None else pages

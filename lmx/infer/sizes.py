@@ -14,25 +14,26 @@ class Sizes:
       rows: sequences that run at a time.
       chunk: tokens of prompts in one step.
       prompts: prompts that share a step.
-      least_rows: of the smallest program that only decodes.
+      wide: of hardware that multiplies `FEWEST` rows in the time of one: few programs do.
     """
 
     rows: int
     chunk: int
     prompts: int
-    least_rows: int = 1
+    wide: bool = False
 
     @property
     def decodes(self) -> tuple[int, ...]:
         """Rows of a step that only decodes: powers of two, and all."""
-        most = max(self.rows, self.least_rows)
-        return (*(2**i for i in range(most.bit_length()) if self.least_rows <= 2**i < most), most)
+        least = FEWEST if self.wide else 1
+        most = max(self.rows, least)
+        return (*(2**i for i in range(most.bit_length()) if least <= 2**i < most), most)
 
     @property
     def prefills(self) -> tuple[int, ...]:
-        """Tokens of prompts: powers of two from some sixteenth, and as many as there can be."""
-        least = max(16, self.chunk // 16)
-        return (*(2**i for i in range(self.chunk.bit_length()) if least <= 2**i < self.chunk), self.chunk)
+        """Tokens of prompts: the chunk, its half, and so on (or an eighth); a short prompt is not to cost what a long one does."""
+        parts = (self.chunk // (8 if self.wide else 2) ** i for i in range(5))
+        return tuple(sorted({self.chunk, *(part for part in parts if part >= 16)}))
 
     @property
     def all(self) -> tuple[tuple[int, int], ...]:

@@ -350,15 +350,19 @@ def test_sizes_that_mean_nothing_are_refused(params, sizes, said):
         Engine(SMALL, params, **SIZES | sizes)
 
 
-@pytest.mark.parametrize(("chunk", "prefills"), [(8, (8,)), (16, (16,)), (100, (16, 32, 64, 100)), (1024, (64, 128, 256, 512, 1024))])
-def test_a_short_prompt_is_not_computed_as_a_long_one(chunk, prefills):
-    assert Sizes(16, chunk, 4).prefills == prefills
+@pytest.mark.parametrize(
+    ("chunk", "halves", "eighths"),
+    [(8, (8,), (8,)), (16, (16,), (16,)), (100, (25, 50, 100), (100,)), (1024, (64, 128, 256, 512, 1024), (16, 128, 1024))],
+)
+def test_a_short_prompt_is_not_computed_as_a_long_one(chunk, halves, eighths):
+    assert Sizes(16, chunk, 4).prefills == halves
+    assert Sizes(16, chunk, 4, wide=True).prefills == eighths
 
 
 @pytest.mark.parametrize(("rows", "decodes"), [(1, (16,)), (16, (16,)), (24, (16, 24)), (64, (16, 32, 64))])
 def test_the_smallest_program_has_as_many_rows_as_are_worth_having(rows, decodes):
     """Whatever a step has, one of the programs that there are holds it."""
-    sizes = Sizes(rows, 64, 4, 16)
+    sizes = Sizes(rows, 64, 4, wide=True)
     assert sizes.decodes == decodes
     assert Sizes(rows, 64, 4).decodes[-1] == rows
     for some in range(rows + 1):
