@@ -10,8 +10,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from lmx.core.execution import Execution
+from lmx.core.products import shifted
 from lmx.core.tree import Tree
-from lmx.core.weights import shifted, whole
+from lmx.core.weights import whole
 from lmx.kernels import devices
 from lmx.kernels.wide import widened
 from lmx.models.config import Transformer

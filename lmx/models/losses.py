@@ -11,8 +11,9 @@ from jaxtyping import Float, Int
 
 from lmx.core.execution import Execution
 from lmx.core.params import ParamSpec
+from lmx.core.products import dot, weight_gradient
 from lmx.core.tree import Tree
-from lmx.core.weights import Twofold, attend, dot, gradient_of, values, weight_gradient, whole
+from lmx.core.weights import Twofold, attend, gradient_of, values, whole
 from lmx.kernels import devices
 from lmx.kernels.wide import wide
 from lmx.models import heads

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from lmx.core.params import ONES, ZEROS, ParamSpec
+from lmx.core.products import at_rest, sum_rows
 from lmx.core.tree import Tree
-from lmx.core.weights import at_rest, sum_rows, whole
+from lmx.core.weights import whole
 from lmx.kernels.wide import widened
 from lmx.models.config import Norm
 

@@ -18,8 +18,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
 from lmx.core.execution import Execution, Rules
+from lmx.core.products import weight_gradient
 from lmx.core.tree import Tree
-from lmx.core.weights import PRODUCT, Split, Weight, gradient_of, linear, values, weight_gradient, whole
+from lmx.core.weights import PRODUCT, Split, Weight, gradient_of, linear, values, whole
 from lmx.parallel.manual import axes, manual, names
 from lmx.parallel.rules import partition
 

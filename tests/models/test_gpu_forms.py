@@ -9,7 +9,7 @@ import pytest
 
 from lmx.core.execution import Execution
 from lmx.core.params import initial_values
-from lmx.core.weights import shifted
+from lmx.core.products import shifted
 from lmx.models import feedforward, norms
 from lmx.models.config import Transformer
 
