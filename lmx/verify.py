@@ -23,7 +23,7 @@ from lmx.core.tree import Tree, disagreement
 from lmx.models.config import RWKV, EncoderDecoder, Model, Transformer
 from lmx.parallel.feed import batch_sharding, local_rows, place
 from lmx.parallel.layout import Layout
-from lmx.train.experiment import Experiment, named
+from lmx.train.experiment import Experiment, check, named, unread
 from lmx.train.objectives import Seq2Seq
 from lmx.train.optimizers import SGD, Schedule
 from lmx.train.program import Program, build
@@ -60,7 +60,11 @@ def verify(experiment: Experiment, steps: int = STEPS) -> Report:
     """Compares a small copy of the experiment on its layout with one device. Needs as many devices as the layout uses.
 
     The optimizer is plain descent with momentum: Adam would turn a gradient that is zero but for rounding into steps of full size.
+
+    Raises:
+      ValueError: what training would refuse too, but for its text.
     """
+    check(unread(experiment))
     small = replace(shrink(experiment), precision=compared_in(experiment))
     alone = replace(small, layout=Layout(), microbatches=1)
     bound = BOUNDS.get(small.precision)
