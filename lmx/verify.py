@@ -23,7 +23,7 @@ from lmx.core.tree import Tree, disagreement
 from lmx.models.config import RWKV, EncoderDecoder, Model, Transformer
 from lmx.parallel.feed import batch_sharding, local_rows, place
 from lmx.parallel.layout import Layout
-from lmx.train.experiment import Experiment, check, named, unread
+from lmx.train.experiment import Experiment, check, named, stacks, unread
 from lmx.train.objectives import Seq2Seq
 from lmx.train.optimizers import SGD, Schedule
 from lmx.train.program import Program, build
@@ -78,8 +78,8 @@ def verify(experiment: Experiment, steps: int = STEPS) -> Report:
 def compared_in(experiment: Experiment) -> str:
     """The precision of the comparison: the experiment's own, but fp32 for mixtures in narrower ones. There rounding changes which experts a
     token gets, those at the border others on every layout, so that how far gradients are apart is luck."""
-    narrow = experiment.precision not in BOUNDS
-    return "fp32" if narrow and getattr(experiment.model, "experts", 0) else experiment.precision
+    narrow, mixture = experiment.precision not in BOUNDS, any(stack.experts for stack in stacks(experiment.model).values())
+    return "fp32" if narrow and mixture else experiment.precision
 
 
 def shrink(experiment: Experiment) -> Experiment:

@@ -137,10 +137,11 @@ def check(experiment: Experiment, devices: int | None = None) -> None:
         if getattr(experiment, knob) < 1:
             raise ConfigError(f"{knob}={getattr(experiment, knob)} must be at least 1")
     precision, model = policy(experiment.precision), experiment.model
-    if precision.fp8 and model.experts:
+    mixtures = ", ".join(f"{name}.experts={stack.experts}" for name, stack in stacks(model).items() if stack.experts)
+    if precision.fp8 and mixtures:
         # Each device multiplies what it has of experts and of their rows. To scale by the largest of all, as numbers that do not depend on the
         # layout must be, is a reduction over the mesh before each product, forward and backward.
-        raise ConfigError(f"precision={experiment.precision} is not there for mixtures (model.experts={model.experts}); use bf16")
+        raise ConfigError(f"precision={experiment.precision} is not there for mixtures ({mixtures}); use bf16")
     if experiment.layout.attention in KERNELS and experiment.precision not in ("bf16", "fp16", "fp8"):
         raise ConfigError(
             f"layout.attention={experiment.layout.attention} computes in bf16 or fp16, not in {experiment.precision}: set precision, or "
@@ -179,6 +180,11 @@ def columns(experiment: Experiment) -> tuple[int, int]:
     if not isinstance(experiment.model, EncoderDecoder):
         return 0, length
     return length, decoder_columns(experiment.data) or length
+
+
+def stacks(model: Model) -> dict[str, Model]:
+    """A model's stacks of layers, by the names of their knobs."""
+    return {"model": model} | ({"model.encoder": model.encoder} if isinstance(model, EncoderDecoder) else {})
 
 
 def flops_per_token(model: Model, length: int, source: int) -> float:
@@ -333,11 +339,12 @@ def _check_collective_matmul(experiment: Experiment) -> None:
         raise ConfigError("layout.collective_matmul is not there for an RWKV; leave it out")
     if policy(experiment.precision).fp8:
         raise ConfigError(f"layout.collective_matmul is not there for precision={experiment.precision}; use bf16, or leave it out")
-    if model.kv_heads is not None and model.kv_heads % layout.tensor:
-        raise ConfigError(
-            f"layout.collective_matmul needs a part of the keys for each device: model.kv_heads={model.kv_heads} is not divisible by "
-            f"layout.tensor={layout.tensor}"
-        )
+    for name, stack in stacks(model).items():
+        if stack.key_heads % layout.tensor:
+            raise ConfigError(
+                f"layout.collective_matmul needs a part of the keys for each device: {name}.kv_heads={stack.kv_heads} is not divisible by "
+                f"layout.tensor={layout.tensor}"
+            )
 
 
 def _check_pipeline(experiment: Experiment) -> None:

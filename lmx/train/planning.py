@@ -29,7 +29,18 @@ from lmx.parallel.roofline import Time
 from lmx.parallel.traffic import Traffic, traffic
 from lmx.parallel.work import Work
 from lmx.train import optimizers
-from lmx.train.experiment import Experiment, asked_of_attention, check, check_rows, columns, flops_per_token, is_packed, unread, with_vocab
+from lmx.train.experiment import (
+    Experiment,
+    asked_of_attention,
+    check,
+    check_rows,
+    columns,
+    flops_per_token,
+    is_packed,
+    stacks,
+    unread,
+    with_vocab,
+)
 from lmx.train.program import build
 from lmx.train.state import initial_state, state_shardings
 
@@ -135,8 +146,7 @@ def settled(experiment: Experiment) -> Experiment:
         if kind not in ("bpe", "unigram") or not size.isdigit():
             raise ConfigError("model.vocab=0 takes the tokenizer's vocabulary, which a plan does not read; set model.vocab")
         model = with_vocab(model, -(-int(size) // 8) * 8)
-    stacks = {"model": model} | ({"model.encoder": model.encoder} if isinstance(model, EncoderDecoder) else {})
-    for (knob, values), (name, one) in itertools.product(PLANNED.items(), stacks.items()):
+    for (knob, values), (name, one) in itertools.product(PLANNED.items(), stacks(model).items()):
         if getattr(one, knob, values[0]) not in values:
             raise ConfigError(f"{name}.{knob}={getattr(one, knob)} cannot be planned yet: what it costs has not been measured")
     experiment = replace(experiment, model=model)
