@@ -26,7 +26,7 @@ from lmx.models.dropout import Dropout
 from lmx.models.experts import Aux
 from lmx.models.linears import linear_specs
 from lmx.models.positions import bucket_bias, buckets, sinusoids
-from lmx.models.rope import rope_table
+from lmx.models.rope import by_length, rope_table, text_lengths
 from lmx.models.sites import Edits
 from lmx.parallel.attention import write_pages
 from lmx.parallel.rules import constrain, placed_outside
@@ -399,8 +399,10 @@ def _context(config, positions, segments, prefix, cache, dropout, execution) -> 
     if config.positions == "rope":
         dtype = wide(execution.precision.compute)
         lengths = None
-        if isinstance(cache, Paged) and cache.pages.lengths is not None:
-            lengths = jnp.maximum(cache.pages.lengths, positions + 1)
+        if isinstance(cache, Paged):
+            lengths = None if cache.pages.lengths is None else jnp.maximum(cache.pages.lengths, positions + 1)
+        elif cache is None and by_length(config.rope_scaling):
+            lengths = text_lengths(positions, segments)
         rope = local_rope = rope_table(positions, config.rope_size, config.rope_theta, dtype, config.rope_scaling, lengths)
         if config.local_rope_theta is not None:
             local_rope = rope_table(positions, config.rope_size, config.local_rope_theta, dtype)
