@@ -7,8 +7,10 @@ import pytest
 
 import runs
 from lmx.models.config import RWKV
+from lmx.models.rope import RopeScaling
 from lmx.parallel.layout import Layout
-from lmx.verify import BOUND, compared_in, verify
+from lmx.train.experiment import check, unread
+from lmx.verify import BOUND, compared_in, shrink, verify
 
 pytestmark = pytest.mark.usefixtures("cheaply_compiled", "scanned")
 
@@ -28,6 +30,26 @@ def test_where_a_narrower_precision_is_none_the_bound_is_that_of_fp32():
     report = verify(runs.experiment(precision="tf32", layout=Layout(tensor=2)))  # on a CPU
     assert report.bound == BOUND
     assert report.right, report.worst
+
+
+FACTORS = tuple(1 + i / 32 for i in range(32))
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"rope_dims": 16},
+        {"rope_scaling": RopeScaling("longrope", 4.0, 4096, short_factors=FACTORS, long_factors=FACTORS[::-1])},
+        {"rope_dims": 24, "rope_scaling": RopeScaling("dynamic", 2.0, 2048)},
+    ],
+    ids=str,
+)
+def test_the_small_copy_turns_as_much_of_its_heads(knobs):
+    run = runs.experiment(model=replace(runs.MODEL, head_dim=64, **knobs), layout=Layout(tensor=2))
+    small = shrink(run).model
+    check(unread(shrink(run)))
+    assert small.rope_size == small.head_size * run.model.rope_size // 64 // 2 * 2
+    assert small.rope_scaling is None or small.rope_scaling.original_context == runs.LENGTH // 4
 
 
 COMPILED = []
