@@ -73,7 +73,7 @@ def rope_table(
     theta: float,
     dtype=jnp.float32,
     scaling: RopeScaling | None = None,
-    lengths: Int[Array, "batch length"] | None = None,
+    lengths: Int[Array, "#batch #length"] | None = None,
 ) -> tuple[Array, Array]:
     """Cosines and sines, `[batch, length, 1, dims / 2]`, of angles `position * theta^(-2i / dims)`, wavelengths stretched as `scaling` says.
 
