@@ -21,9 +21,10 @@ from jax.sharding import Mesh
 from lmx.core.config import command_line, exits_with_one_line
 from lmx.core.tree import Tree, disagreement
 from lmx.models.config import RWKV, EncoderDecoder, Model, Transformer
+from lmx.models.rope import by_length
 from lmx.parallel.feed import batch_sharding, local_rows, place
 from lmx.parallel.layout import Layout
-from lmx.train.experiment import Experiment, named
+from lmx.train.experiment import Experiment, check, named, stacks, unread
 from lmx.train.objectives import Seq2Seq
 from lmx.train.optimizers import SGD, Schedule
 from lmx.train.program import Program, build
@@ -60,7 +61,11 @@ def verify(experiment: Experiment, steps: int = STEPS) -> Report:
     """Compares a small copy of the experiment on its layout with one device. Needs as many devices as the layout uses.
 
     The optimizer is plain descent with momentum: Adam would turn a gradient that is zero but for rounding into steps of full size.
+
+    Raises:
+      ValueError: what training would refuse too, but for its text.
     """
+    check(unread(experiment))
     small = replace(shrink(experiment), precision=compared_in(experiment))
     alone = replace(small, layout=Layout(), microbatches=1)
     bound = BOUNDS.get(small.precision)
@@ -74,8 +79,8 @@ def verify(experiment: Experiment, steps: int = STEPS) -> Report:
 def compared_in(experiment: Experiment) -> str:
     """The precision of the comparison: the experiment's own, but fp32 for mixtures in narrower ones. There rounding changes which experts a
     token gets, those at the border others on every layout, so that how far gradients are apart is luck."""
-    narrow = experiment.precision not in BOUNDS
-    return "fp32" if narrow and getattr(experiment.model, "experts", 0) else experiment.precision
+    narrow, mixture = experiment.precision not in BOUNDS, any(stack.experts for stack in stacks(experiment.model).values())
+    return "fp32" if narrow and mixture else experiment.precision
 
 
 def shrink(experiment: Experiment) -> Experiment:
@@ -111,7 +116,19 @@ def _small(model: Model, layout: Layout, length: int) -> Model:
         heads = {} if model.version == 4 else {"head_dim": 8}
         return replace(model, channels=24 * layout.tensor, **heads, **sizes)
     window = None if model.window is None else min(model.window, length // 4)
-    return replace(model, window=window, **sizes, **_heads(model, layout))
+    return replace(model, window=window, **sizes, **_heads(model, layout), **_turned(model, length))
+
+
+HEAD_DIM = 8
+
+
+def _turned(model: Transformer, length: int) -> dict[str, Any]:
+    """As much of a head as the model's RoPE turns; of its scaling as many factors, and the bound that some texts are longer than."""
+    turns, scaling = max(2, HEAD_DIM * model.rope_size // model.head_size // 2 * 2), model.rope_scaling
+    if by_length(scaling):
+        factors = {name: getattr(scaling, name)[: turns // 2] for name in ("short_factors", "long_factors")}
+        scaling = replace(scaling, original_context=min(scaling.original_context, max(2, length // 4)), **factors)
+    return {"rope_dims": None if model.rope_dims is None else turns, "rope_scaling": scaling}
 
 
 def _heads(model: Transformer, layout: Layout) -> dict[str, int | None]:
@@ -119,7 +136,7 @@ def _heads(model: Transformer, layout: Layout) -> dict[str, int | None]:
     key_heads = split if model.key_heads % layout.tensor == 0 else model.key_heads
     share = max(model.heads // model.key_heads, math.lcm(split, key_heads) // key_heads)
     expert_mlp = None if model.expert_mlp is None else 8 * layout.tensor
-    return {"heads": key_heads * share, "kv_heads": key_heads, "head_dim": 8, "expert_mlp": expert_mlp}
+    return {"heads": key_heads * share, "kv_heads": key_heads, "head_dim": HEAD_DIM, "expert_mlp": expert_mlp}
 
 
 def train(experiment: Experiment, steps: int, start: TrainState | None = None, mesh: Mesh | None = None) -> dict[str, Any]:

@@ -346,6 +346,12 @@ def from_json(cls: type, data: Mapping[str, Any]) -> Any:
     return _decoded(data, cls, "")
 
 
+def require_types(config: Any) -> None:
+    """Raises ConfigError, by name, for a value that is not of its field's type: Python looks at none where a module builds a config, and a
+    word that is no choice would be taken for another."""
+    from_json(type(config), to_json(config))
+
+
 def _decoded(data: Any, annotation: Any, name: str) -> Any:
     classes = _classes(annotation)
     if isinstance(data, Mapping) and classes:

@@ -16,6 +16,7 @@ from lmx.interop.outputs import headed, of_layers
 from lmx.models import llava, virtual
 from lmx.models.config import RWKV, EncoderDecoder
 from lmx.models.families import functions
+from lmx.models.rope import by_length
 from lmx.models.vision_config import CLIP, CaptionTransformer, LLaVA, VisionTransformer
 
 TAKEN = ("input_ids", "attention_mask", "position_ids", "labels")
@@ -68,6 +69,8 @@ def call(
     weights = ("layers/*/attention/weights",) if output_attentions else ()
     tapped = replace(execution, taps=(*execution.taps, f"layers/*/{site}", *weights))
     more = {"token_types": inputs["token_type_ids"]} if "token_type_ids" in inputs else {}
+    if positions is not None and by_length(getattr(config, "rope_scaling", None)):  # transformers turns all of a batch as its longest row
+        more["lengths"] = jnp.broadcast_to(positions.max() + 1, (1, 1))
     if prompt:
         more["given"] = virtual.embedded(params, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
     if prefix:

@@ -268,6 +268,8 @@ def divided(config: Model, tensor: int) -> dict[str, dict[str, int]]:
     if config.experts:
         sizes["expert"] = {"model.experts": config.experts}
         sizes["tensor"]["the experts' width (model.expert_mlp)"] = config.expert_hidden
+        if config.shared_experts:
+            sizes["tensor"]["the shared experts' width (model.shared_mlp)"] = config.shared_hidden
     if isinstance(config, EncoderDecoder):
         for axis, named in divided(config.encoder, tensor).items():
             own = {name.replace("model.", "model.encoder."): size for name, size in named.items()}

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
@@ -54,18 +55,31 @@ def by_length(scaling: RopeScaling | None) -> Literal["dynamic", "longrope"] | N
     return scaling.kind if scaling is not None and scaling.kind in ("dynamic", "longrope") else None
 
 
+def text_lengths(positions: Int[Array, "batch length"], segments: Int[Array, "batch length"] | None) -> Int[Array, "batch #length"]:
+    """Of each token's text: its largest position and one. A row is one text where there are no segments."""
+    if segments is None:
+        return positions.max(1, keepdims=True) + 1
+
+    def row(positions: Array, segments: Array) -> Array:
+        most = jnp.zeros(len(positions) + 1, positions.dtype)  # no row has more texts than tokens
+        return most.at[segments].max(positions + 1)[segments]
+
+    return jax.vmap(row)(positions, segments)
+
+
 def rope_table(
     positions: Int[Array, "batch length"],
     dims: int,
     theta: float,
     dtype=jnp.float32,
     scaling: RopeScaling | None = None,
-    lengths: Int[Array, "batch length"] | None = None,
+    lengths: Int[Array, "#batch #length"] | None = None,
 ) -> tuple[Array, Array]:
     """Cosines and sines, `[batch, length, 1, dims / 2]`, of angles `position * theta^(-2i / dims)`, wavelengths stretched as `scaling` says.
 
     Kinds that depend on the length at hand (dynamic, longrope) take it from `lengths`, for each token, or to be the largest position and one,
-    over the batch. What a cache has keeps the wavelengths of the length at which it came (`lmx.infer` makes it anew where longrope
+    over the batch. So that nothing depends on what else is in a batch, a forward without a cache gives each token that of its text
+    (`text_lengths`). What a cache has keeps the wavelengths of the length at which it came (`lmx.infer` makes it anew where longrope
     turns otherwise).
     """
     length = None

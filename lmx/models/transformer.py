@@ -26,7 +26,7 @@ from lmx.models.dropout import Dropout
 from lmx.models.experts import Aux
 from lmx.models.linears import linear_specs
 from lmx.models.positions import bucket_bias, buckets, sinusoids
-from lmx.models.rope import rope_table
+from lmx.models.rope import by_length, rope_table, text_lengths
 from lmx.models.sites import Edits
 from lmx.parallel.attention import write_pages
 from lmx.parallel.rules import constrain, placed_outside
@@ -174,6 +174,7 @@ def forward(
     prefix: Int[Array, "batch length"] | None = None,
     block_positions: Int[Array, "batch length"] | None = None,
     token_types: Int[Array, "batch length"] | None = None,
+    lengths: Int[Array, "#batch #length"] | None = None,
     given: Embedded | None = None,
     cache: Cache | Paged | None = None,
     source: Source | None = None,
@@ -191,6 +192,8 @@ def forward(
         cache.
       block_positions: each token's place in the span that it fills (GLM), 0 outside of one; for models that have such positions.
       token_types: each token's kind, in a model that has kinds; 0 when None.
+      lengths: the length by which a token's wavelengths are stretched, where they depend on one; that of its text when None (with a cache of
+        slots, that of the batch's longest). Pages say theirs.
       given: vectors that are read in place of some tokens' embeddings.
       cache: keys and values of earlier tokens. New ones are written to its next slots; the caller keeps count of what fits. With pages,
         what they say decides positions (those in blanks too) and segments.
@@ -218,7 +221,7 @@ def forward(
         if positions is None:
             start = 0 if cache is None else cache.used
             positions = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), (batch, length))
-        context, cache = _context(config, positions, segments, prefix, cache, dropout, execution)
+        context, cache = _context(config, positions, segments, prefix, cache, dropout, execution, lengths)
         context = context.replace(bias=_bias(params, config, context.mask, length, execution))
     read = None
     if paged:
@@ -368,7 +371,7 @@ run_part = stack.run_part
 """Consecutive layers: a stage of a pipeline."""
 
 
-def _context(config, positions, segments, prefix, cache, dropout, execution) -> tuple[Context, Cache | None]:
+def _context(config, positions, segments, prefix, cache, dropout, execution, lengths=None) -> tuple[Context, Cache | None]:
     """What the layers share; and the cache with the new tokens' positions and segments written to its slots."""
     if cache is None or isinstance(cache, Paged):
         mask = Mask(
@@ -398,9 +401,10 @@ def _context(config, positions, segments, prefix, cache, dropout, execution) -> 
     rope = local_rope = None
     if config.positions == "rope":
         dtype = wide(execution.precision.compute)
-        lengths = None
-        if isinstance(cache, Paged) and cache.pages.lengths is not None:
-            lengths = jnp.maximum(cache.pages.lengths, positions + 1)
+        if isinstance(cache, Paged):
+            lengths = None if cache.pages.lengths is None else jnp.maximum(cache.pages.lengths, positions + 1)
+        elif cache is None and lengths is None and by_length(config.rope_scaling):
+            lengths = text_lengths(positions, segments)
         rope = local_rope = rope_table(positions, config.rope_size, config.rope_theta, dtype, config.rope_scaling, lengths)
         if config.local_rope_theta is not None:
             local_rope = rope_table(positions, config.rope_size, config.local_rope_theta, dtype)

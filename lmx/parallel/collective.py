@@ -126,7 +126,17 @@ def _into_places(static, x_shape, weights) -> tuple[P, tuple[P, ...], list[_Plac
     of_x = partition(BETWEEN, x_shape, rules, axes())
     shapes = [(*x_shape[:2], *w.shape[1:]) for w in weights]
     of_y = tuple(partition((*WITHIN, output, *(None,) * (len(s) - 3)), s, rules, axes()) for s in shapes)
+    for place, shape in zip(of_y, shapes, strict=True):
+        _require_part(place, output, shape[2])
     return of_x, of_y, [_Places(w, (None, output, *(None,) * (len(w.shape) - 2)), rules) for w in weights]
+
+
+def _require_part(place: P, name: str, size: int) -> None:
+    """Each device adds its share to what goes round: a share that all have would be added by all."""
+    if AXIS not in names(place):
+        raise ValueError(
+            f"{name}={size} is not divisible by layout.tensor={axes()[AXIS]}, so layout.collective_matmul has no part of it to add"
+        )
 
 
 def _tokens(of_x: P) -> tuple[str, ...]:
@@ -177,6 +187,7 @@ def _out_places(static, x: Array, weight: Weight) -> tuple[P, P, _Places]:
     rules, input = static
     of_x = partition((*WITHIN, input, *(None,) * (x.ndim - 3)), x.shape, rules, axes())
     of_y = partition(BETWEEN, (*x.shape[:2], weight.shape[-1]), rules, axes())
+    _require_part(of_x, input, x.shape[2])
     return of_x, of_y, _Places(weight, (input, *(None,) * (len(weight.shape) - 1)), rules)
 
 

@@ -132,6 +132,8 @@ def check(layout: Layout, sizes: dict[str, dict[str, int]], rows: int, microbatc
             f"a microbatch of {rows} rows (batch / microbatches) is not divisible by layout.data x layout.fsdp x layout.expert = {layout.shards}; "
             f"use a batch that is a multiple of {layout.shards} x microbatches, or {_one_of(divisors(rows))} shards"
         )
+    if layout.ordered < 0:
+        raise ValueError(f"layout.ordered={layout.ordered} must be at least 0; 0 is off")
     if layout.ordered:
         if layout.devices != layout.data:
             raise ValueError(

@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 from lmx.core.params import ParamSpec, is_spec
 from lmx.core.tree import Tree, name_of
 from lmx.parallel.layout import Layout
-from lmx.parallel.offload import joined, stand_ins
+from lmx.parallel.offload import fetched, joined, stand_ins
 
 AXIS = "pipeline"
 
@@ -151,7 +151,7 @@ def natural(tree: Tree, layout: Layout, *, back: bool = False) -> Tree:
         if "layers" not in name_of(path).split("/") or leaf.ndim == 0:
             return leaf
         lies = np.array(order(layout, leaf.shape[0]))
-        return jax.device_put(leaf[lies if back else np.argsort(lies)], leaf.sharding)
+        return jax.device_put(fetched(leaf)[lies if back else np.argsort(lies)], leaf.sharding)
 
     return jax.tree_util.tree_map_with_path(of, tree)
 

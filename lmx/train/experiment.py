@@ -9,12 +9,15 @@ from typing import Literal
 
 import jax
 
-from lmx.core.config import ConfigError
+from lmx.core.config import ConfigError, require_types
 from lmx.core.precision import PrecisionName, policy
+from lmx.data.denoising import BlankInfilling
 from lmx.data.denoising import MaskedLM as MaskedText
 from lmx.data.lengths import schedule
 from lmx.data.recipe import Data, Prepared, decoder_columns, has_two_sides
 from lmx.data.recipe import check as check_data
+from lmx.kernels import cudnn, flash
+from lmx.kernels.masks import Mask
 from lmx.models import config as model_config
 from lmx.models.config import RWKV, EncoderDecoder, Model, Transformer
 from lmx.models.families import functions
@@ -25,9 +28,14 @@ from lmx.parallel.layout import Layout
 from lmx.train.checkpoints import Checkpoints
 from lmx.train.objectives import CausalLM, Objective, Seq2Seq
 from lmx.train.optimizers import AdamW, Optimizer
+from lmx.train.optimizers import check as check_optimizer
 
 RESUMABLE = ("layout", "hosts", "microbatches", "steps", "log_every", "evaluation", "samples", "checkpoints", "folder", "start")
 """What may change when a run is resumed; anything else would make it another run."""
+
+
+KERNELS = {"cudnn": cudnn.refusal, "flash": flash.refusal}
+"""Implementations of attention that cannot do everything, and what says what."""
 
 
 @dataclass(frozen=True)
@@ -122,22 +130,25 @@ def check(experiment: Experiment, devices: int | None = None) -> None:
     Args:
       devices: how many are at hand; None: as many as are here.
     """
+    require_types(experiment)
     if not experiment.name or Path(experiment.name).name != experiment.name:
         raise ConfigError(f"name={experiment.name!r} must be a plain folder name")
     for knob in ("steps", "batch", "microbatches", "log_every"):
         if getattr(experiment, knob) < 1:
             raise ConfigError(f"{knob}={getattr(experiment, knob)} must be at least 1")
     precision, model = policy(experiment.precision), experiment.model
-    if precision.fp8 and model.experts:
+    mixtures = ", ".join(f"{name}.experts={stack.experts}" for name, stack in stacks(model).items() if stack.experts)
+    if precision.fp8 and mixtures:
         # Each device multiplies what it has of experts and of their rows. To scale by the largest of all, as numbers that do not depend on the
         # layout must be, is a reduction over the mesh before each product, forward and backward.
-        raise ConfigError(f"precision={experiment.precision} is not there for mixtures (model.experts={model.experts}); use bf16")
-    if experiment.layout.attention in ("cudnn", "flash") and experiment.precision not in ("bf16", "fp16", "fp8"):
+        raise ConfigError(f"precision={experiment.precision} is not there for mixtures ({mixtures}); use bf16")
+    if experiment.layout.attention in KERNELS and experiment.precision not in ("bf16", "fp16", "fp8"):
         raise ConfigError(
             f"layout.attention={experiment.layout.attention} computes in bf16 or fp16, not in {experiment.precision}: set precision, or "
             "layout.attention to auto"
         )
     model_config.check(with_vocab(model, model.vocab or 8))
+    check_optimizer(experiment.optimizer)
     _check_objective(experiment)
     _check_lengths(experiment)
     if experiment.batch % experiment.microbatches:
@@ -149,10 +160,17 @@ def check(experiment: Experiment, devices: int | None = None) -> None:
     available = len(jax.devices()) if devices is None else devices
     layouts.check(layout, sizes, experiment.batch // experiment.microbatches, experiment.microbatches, available)
     _check_sequence(experiment)
+    _check_attention(experiment)
     _check_collective_matmul(experiment)
     _check_pipeline(experiment)
     check_data(experiment.data)
     schedule(experiment.data.lengths, rows=experiment.batch, length=experiment.data.length, keep=experiment.data.keep)
+
+
+def unread(experiment: Experiment) -> Experiment:
+    """The experiment with a text that nobody looks for: to `check` the rest of one that does not read it."""
+    data = dataclasses.replace(experiment.data, train="tfds:unread", validation="", tokenizer="bytes")
+    return dataclasses.replace(experiment, data=data)
 
 
 def columns(experiment: Experiment) -> tuple[int, int]:
@@ -162,6 +180,11 @@ def columns(experiment: Experiment) -> tuple[int, int]:
     if not isinstance(experiment.model, EncoderDecoder):
         return 0, length
     return length, decoder_columns(experiment.data) or length
+
+
+def stacks(model: Model) -> dict[str, Model]:
+    """A model's stacks of layers, by the names of their knobs."""
+    return {"model": model} | ({"model.encoder": model.encoder} if isinstance(model, EncoderDecoder) else {})
 
 
 def flops_per_token(model: Model, length: int, source: int) -> float:
@@ -182,6 +205,15 @@ def check_rows(experiment: Experiment) -> None:
             f"{named}: Seq2Seq, and nothing else, reads rows of a source and a target; they are made by SpanCorruption, TextInfilling, PrefixLM "
             'or a Mixture of form="encoder_decoder"'
         )
+    if denoising is None or has_two_sides(experiment.data) or isinstance(denoising, MaskedText):
+        return
+    model, named = experiment.model, f"data.denoising={type(denoising).__name__}"
+    if isinstance(model, RWKV):
+        raise ConfigError(f"{named} makes texts whose beginning is read in both directions, which an RWKV cannot; train a Transformer")
+    if model.window is not None:
+        raise ConfigError(f"model.window={model.window} hides what {named} shows: the beginning of a text, to all of it; leave it out")
+    if isinstance(denoising, BlankInfilling) and not model.block_positions:
+        raise ConfigError(f"{named} gives tokens a place in the blank that they fill, and the model has none; set model.block_positions")
 
 
 def _check_lengths(experiment: Experiment) -> None:
@@ -261,6 +293,39 @@ def _check_sequence(experiment: Experiment) -> None:
         )
 
 
+def is_packed(data: Data) -> bool:
+    """Whether rows say which text each token belongs to."""
+    return data.packing != "stream" or data.denoising is not None
+
+
+def asked_of_attention(model: Transformer, queries: int, keys: int, dtype, packed: bool) -> tuple[tuple, dict]:
+    """What the layers of a stack call attention with, beside values and scale: queries, keys and mask, abstract; and by name what only some
+    implementations can do, None where it is not asked for."""
+    q, k = (jax.ShapeDtypeStruct((1, length, 1, model.head_size), dtype) for length in (queries, keys))
+    segments = [jax.ShapeDtypeStruct(a.shape[:2], "int32") if packed else None for a in (q, k)]
+    learned = model.positions in ("relative", "transformer_xl") and queries == keys
+    asked = {
+        "softcap": model.attention_softcap,
+        "slopes": model.positions if model.positions == "alibi" else None,
+        "bias": model.positions if learned else None,
+        "keep": model.dropout or None,
+    }
+    return (q, k, Mask(query_segments=segments[0], key_segments=segments[1])), asked
+
+
+def _check_attention(experiment: Experiment) -> None:
+    layout, model = experiment.layout, experiment.model
+    if layout.attention not in KERNELS or isinstance(model, RWKV):
+        return
+    source, length = columns(experiment)
+    calls = [(model, length, length)] + ([(model.encoder, source, source), (model, length, source)] if source else [])
+    for stack, queries, keys in calls:
+        (q, k, mask), asked = asked_of_attention(stack, queries, keys, policy(experiment.precision).compute, is_packed(experiment.data))
+        values = (k,) if layout.attention == "flash" else ()
+        if reason := KERNELS[layout.attention](q, k, *values, mask, **asked):
+            raise ConfigError(f"layout.attention={layout.attention} {reason}; use auto")
+
+
 def _check_collective_matmul(experiment: Experiment) -> None:
     layout, model = experiment.layout, experiment.model
     if not layout.collective_matmul:
@@ -274,11 +339,12 @@ def _check_collective_matmul(experiment: Experiment) -> None:
         raise ConfigError("layout.collective_matmul is not there for an RWKV; leave it out")
     if policy(experiment.precision).fp8:
         raise ConfigError(f"layout.collective_matmul is not there for precision={experiment.precision}; use bf16, or leave it out")
-    if model.kv_heads is not None and model.kv_heads % layout.tensor:
-        raise ConfigError(
-            f"layout.collective_matmul needs a part of the keys for each device: model.kv_heads={model.kv_heads} is not divisible by "
-            f"layout.tensor={layout.tensor}"
-        )
+    for name, stack in stacks(model).items():
+        if stack.key_heads % layout.tensor:
+            raise ConfigError(
+                f"layout.collective_matmul needs a part of the keys for each device: {name}.kv_heads={stack.kv_heads} is not divisible by "
+                f"layout.tensor={layout.tensor}"
+            )
 
 
 def _check_pipeline(experiment: Experiment) -> None:

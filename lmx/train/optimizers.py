@@ -168,6 +168,22 @@ def build(recipe: Optimizer, steps: int, specs: Tree) -> tuple[optax.GradientTra
     return recipe.update(rate, specs), rate
 
 
+def check(recipe: Optimizer) -> None:
+    """Refuses numbers that no optimizer has, with one line that names the knob. Raises ValueError."""
+    schedule = recipe.schedule
+    least = {"learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay, "clip": recipe.clip}
+    least |= {"schedule.warmup": schedule.warmup, "schedule.final": schedule.final, "epsilon": getattr(recipe, "epsilon", 0.0)}
+    for knob, value in least.items():
+        if not value >= 0:
+            raise ValueError(f"optimizer.{knob}={value} must be at least 0")
+    shares = {knob: getattr(recipe, knob, 0.0) for knob in ("b1", "b2", "momentum")}
+    for knob, value in shares.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"optimizer.{knob}={value} must be at least 0 and below 1")
+    if not 0 <= schedule.decay <= 1:
+        raise ValueError(f"optimizer.schedule.decay={schedule.decay} is a share of the run's steps: at least 0 and at most 1")
+
+
 def decayed(specs: Tree) -> Tree:
     """Which parameters weight decay applies to: tables and matrices, told from vectors by their dimensions beside `layers`."""
     return jax.tree.map(lambda spec: spec.inputs > 0 or "vocab" in spec.axes, specs, is_leaf=is_spec)

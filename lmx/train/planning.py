@@ -17,7 +17,6 @@ from lmx.core.precision import POLICIES
 from lmx.core.tree import Tree, named_leaves
 from lmx.data.recipe import padding
 from lmx.kernels.attention import LONG, why
-from lmx.kernels.masks import Mask
 from lmx.models import experts, stack
 from lmx.models.config import RWKV, EncoderDecoder, Model, Transformer, is_local
 from lmx.models.families import functions
@@ -30,7 +29,18 @@ from lmx.parallel.roofline import Time
 from lmx.parallel.traffic import Traffic, traffic
 from lmx.parallel.work import Work
 from lmx.train import optimizers
-from lmx.train.experiment import Experiment, check, check_rows, columns, flops_per_token, with_vocab
+from lmx.train.experiment import (
+    Experiment,
+    asked_of_attention,
+    check,
+    check_rows,
+    columns,
+    flops_per_token,
+    is_packed,
+    stacks,
+    unread,
+    with_vocab,
+)
 from lmx.train.program import build
 from lmx.train.state import initial_state, state_shardings
 
@@ -136,13 +146,11 @@ def settled(experiment: Experiment) -> Experiment:
         if kind not in ("bpe", "unigram") or not size.isdigit():
             raise ConfigError("model.vocab=0 takes the tokenizer's vocabulary, which a plan does not read; set model.vocab")
         model = with_vocab(model, -(-int(size) // 8) * 8)
-    stacks = {"model": model} | ({"model.encoder": model.encoder} if isinstance(model, EncoderDecoder) else {})
-    for (knob, values), (name, one) in itertools.product(PLANNED.items(), stacks.items()):
+    for (knob, values), (name, one) in itertools.product(PLANNED.items(), stacks(model).items()):
         if getattr(one, knob, values[0]) not in values:
             raise ConfigError(f"{name}.{knob}={getattr(one, knob)} cannot be planned yet: what it costs has not been measured")
     experiment = replace(experiment, model=model)
-    unread = {"train": "tfds:unread", "validation": "", "tokenizer": "bytes"}
-    check(replace(experiment, data=replace(experiment.data, **unread)), layout.devices)
+    check(unread(experiment), layout.devices)
     if isinstance(model, EncoderDecoder):
         check_rows(experiment)
     return experiment
@@ -165,7 +173,7 @@ def _work(experiment: Experiment, model: Transformer, length: int, kind: str) ->
     """The same of one stack, on rows of `length`."""
     layout, precision = experiment.layout, POLICIES[experiment.precision]
     ring = layout.context > 1 and layout.exchange == "ring"
-    packed = experiment.data.packing != "stream" or experiment.data.denoising is not None
+    packed = is_packed(experiment.data)
     if ring:
         kernel = "flash" if layout.attention == "flash" else "chunked"
     else:
@@ -217,17 +225,10 @@ def _work(experiment: Experiment, model: Transformer, length: int, kind: str) ->
 
 def _attention(model: Transformer, length: int, dtype, packed: bool, kind: str, implementation: str) -> str:
     """What `lmx.kernels.attention` takes on devices of a kind."""
-    heads = jax.ShapeDtypeStruct((1, length, 1, model.head_size), dtype)
-    segments = jax.ShapeDtypeStruct(heads.shape[:2], "int32") if packed else None
-    asked = {
-        "softcap": model.attention_softcap,
-        "slopes": model.positions if model.positions == "alibi" else None,
-        "bias": model.positions if model.positions == "relative" else None,
-        "keep": model.dropout or None,
-    }
+    operands, asked = asked_of_attention(model, length, length, dtype, packed)
     device = AbstractDevice(device_kind=kind, num_cores=None, platform=None)
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("chip",), abstract_device=device)):
-        return why(heads, heads, Mask(query_segments=segments, key_segments=segments), **asked, implementation=implementation)[0]
+        return why(*operands, **asked, implementation=implementation)[0]
 
 
 def _recurrent(experiment: Experiment, model: RWKV) -> Work:

@@ -17,7 +17,6 @@ Every value with a name passes through `site(name, value)`, without the batch's 
 """
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -71,7 +70,7 @@ def normalise(x, parameters, name, config):
     return rmsnorm(x, parameters[f"{name}_scale"] + (1.0 if config.norm_offset else 0.0), config.norm_epsilon)
 
 
-def turned(x, positions, config, local):
+def turned(x, positions, segments, config, local):
     """RoPE of one head's vectors x [length, dim] (Su et al., 2021): of its first d dimensions the pair (i, i + d/2), or (2i, 2i + 1), as a
     complex number, turned by the angle position / wavelength."""
     d = config.rope_dims or x.shape[1]
@@ -80,26 +79,28 @@ def turned(x, positions, config, local):
     base, scaling = config.rope_theta, config.rope_scaling
     if local and config.local_rope_theta is not None:
         base, scaling = config.local_rope_theta, None
-    wavelengths, grown = stretched([base ** (2 * i / d) for i in range(d // 2)], base, d, scaling, config)
     out = x.copy()
-    for a, b, wavelength in zip(first, second, wavelengths, strict=True):
-        pair = (x[:, a] + 1j * x[:, b]) * np.exp(1j * np.array(positions) / wavelength) * grown
-        out[:, a], out[:, b] = pair.real, pair.imag
+    for text in set(segments):
+        here = segments == text
+        wavelengths, grown = stretched([base ** (2 * i / d) for i in range(d // 2)], base, d, scaling, positions[here].max() + 1)
+        for a, b, wavelength in zip(first, second, wavelengths, strict=True):
+            pair = (x[here, a] + 1j * x[here, b]) * np.exp(1j * positions[here] / wavelength) * grown
+            out[here, a], out[here, b] = pair.real, pair.imag
     return out
 
 
-def stretched(wavelengths, base, d, scaling, config):
-    """Wavelengths over 2 pi for longer texts, and what turned vectors are multiplied by. `config.longest` is the length at hand."""
+def stretched(wavelengths, base, d, scaling, longest):
+    """Wavelengths over 2 pi for longer texts, and what turned vectors are multiplied by; `longest`: the length of the text at hand."""
     if scaling is None:
         return wavelengths, 1.0
     s, original = scaling.factor, scaling.original_context
     if scaling.kind == "linear":  # Chen et al. (2023)
         return [w * s for w in wavelengths], 1.0
     if scaling.kind == "dynamic":  # a base by which the longest wavelength grows as the text does
-        growth = s * max(config.longest, original) / original - s + 1
+        growth = s * max(longest, original) / original - s + 1
         return [(base * growth ** (d / (d - 2))) ** (2 * i / d) for i in range(d // 2)], 1.0
     if scaling.kind == "longrope":  # Ding et al. (2024)
-        factors = scaling.long_factors if config.longest > original else scaling.short_factors
+        factors = scaling.long_factors if longest > original else scaling.short_factors
         return [w * f for w, f in zip(wavelengths, factors, strict=True)], math.sqrt(1 + math.log(s) / math.log(original))
     found = []
     for i, w in enumerate(wavelengths):
@@ -188,9 +189,9 @@ def attention(x, p, config, positions, segments, window, relative=None, source=N
     scale = config.attention_scale or 1 / math.sqrt(dim)
     if order == "rope":
         for h in range(heads):
-            query[:, h] = turned(query[:, h], positions, config, window is not None)
+            query[:, h] = turned(query[:, h], positions, segments, config, window is not None)
         for h in range(heads // share):
-            key[:, h] = turned(key[:, h], positions, config, window is not None)
+            key[:, h] = turned(key[:, h], positions, segments, config, window is not None)
     query, key, value = site("query", query), site("key", key), site("value", value)
     mixed = np.zeros((length, heads, dim))
     scored, weighed = np.zeros((2, heads, length, len(read)))
@@ -283,7 +284,6 @@ def states(parameters, config, tokens, positions, segments, source=None, token_t
     if source is not None:
         of_encoder = sites and [within(site, "encoder") for site in sites]
         encoded = states(parameters["encoder"], config.encoder, *source, sites=of_encoder)
-    config = SimpleNamespace(**vars(config), longest=positions.max() + 1)
     for row in range(len(tokens)):
         site = sites[row] if sites else plain
         x = parameters["embed"][tokens[row]]

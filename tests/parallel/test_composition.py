@@ -87,7 +87,7 @@ def test_training_moves_every_parameter(once):
             "microbatches=1 is not divisible by layout.pipeline=2",
         ),
         ({"layout": Layout(rounds=2)}, {}, "layout.rounds=2 are stages of a pipeline's devices"),
-        ({"layout": Layout(zero=4)}, {}, "layout.zero=4 must be 0, 1, 2 or 3"),
+        ({"layout": Layout(zero=4)}, {}, "layout.zero=4 is not one of 0, 1, 2, 3"),
         ({"layout": Layout(tensor=8)}, {}, "model.heads=4 is not divisible by layout.tensor=8"),
         ({"layout": Layout(data=16)}, {}, "the layout needs 16 devices"),
         ({"layout": Layout(data=8), "microbatches": 4}, {}, "a microbatch of 4 rows"),

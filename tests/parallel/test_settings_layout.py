@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 import runs
+from lmx.models.rope import RopeScaling
 from lmx.parallel.layout import Layout
 from lmx.train.experiment import check
 from lmx.verify import BOUND, differences
@@ -18,6 +19,7 @@ MODELS = {
         runs.MODEL, parallel=True, parallel_norms=True, embed_norm=True, head_bias=True, rope_dims=4, projection_bias=False, logit_scale=0.5
     ),
     "Transformer-XL": replace(PLAIN, positions="transformer_xl"),
+    "RoPE by the length of a text": replace(PLAIN, rope_scaling=RopeScaling("dynamic", 2.0, 8)),
     "scaled ALiBi": replace(runs.MODEL, positions="alibi", alibi_scaled=True, norm_placement="output"),
 }
 LAYOUTS = {
@@ -28,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("scanned")
 
 
 def one_device(name: str) -> dict:
-    return runs.train_from_shared_start(runs.experiment(model=MODELS[name], microbatches=2))
+    return runs.train_from_shared_start(runs.experiment(model=MODELS[name]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

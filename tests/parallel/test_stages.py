@@ -5,12 +5,15 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import runs
 from lmx.core.params import is_spec
 from lmx.parallel import pipeline
 from lmx.parallel.feed import batch_sharding, local_rows, place
-from lmx.parallel.layout import Layout
+from lmx.parallel.layout import Layout, make_mesh
+from lmx.parallel.offload import HOST
 from lmx.train.program import build, mean_over
 from lmx.verify import packed
 
@@ -106,3 +109,14 @@ def test_layers_of_rounds_lie_in_their_order_once_they_leave_the_mesh():
     natural = programs[1].natural(rounds)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(natural.params), jax.device_get(plain.params))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(programs[1].arranged(natural).params["layers"]), held)
+
+
+def test_so_do_layers_in_the_hosts_memory():
+    layout = Layout(pipeline=2, rounds=2)
+    where = NamedSharding(make_mesh(layout), P("pipeline"), memory_kind=HOST)
+    held = {"layers": jax.device_put(np.array([0.0, 1, 4, 5, 2, 3, 6, 7]), where)}
+    natural = pipeline.natural(held, layout)
+    np.testing.assert_array_equal(natural["layers"], np.arange(8.0))
+    again = pipeline.natural(natural, layout, back=True)
+    np.testing.assert_array_equal(again["layers"], held["layers"])
+    assert natural["layers"].sharding == again["layers"].sharding == where

@@ -6,7 +6,11 @@ import shutil
 import jax
 import pytest
 
+from lmx.data.denoising import BlankInfilling, PrefixLM
+from lmx.models.config import RWKV
+from lmx.parallel.layout import Layout
 from lmx.train import loop
+from lmx.train.optimizers import SGD, AdamW, Schedule
 
 COMPILED = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -71,6 +75,54 @@ def test_refused_in_one_line(what, refusal):
     line = refusal(*argv.split())
     for word in words:
         assert word in line
+
+
+IN_A_MODULE = {
+    "a word that is no choice": ({"layout": Layout(exchange="ulysses")}, "layout.exchange=ulysses is not one of ring, alltoall"),
+    "a degree that is no integer": ({"layout": Layout(data=2.0)}, "layout.data=2.0 is not an integer"),
+    "a misspelt offload": ({"layout": Layout(remat="full", offload=("optimiser",))}, "did you mean optimizer?"),
+    "shards below none": ({"layout": Layout(ordered=-2)}, "layout.ordered=-2 must be at least 0"),
+    "a norm to clip to below 0, which would climb": ({"optimizer": SGD(clip=-1.0)}, "optimizer.clip=-1.0 must be at least 0"),
+    "a mean that grows": ({"optimizer": AdamW(b2=1.0)}, "optimizer.b2=1.0 must be at least 0 and below 1"),
+    "a fall longer than the run": ({"optimizer": AdamW(schedule=Schedule(kind="wsd", decay=2.0))}, "optimizer.schedule.decay=2.0"),
+}
+
+
+@pytest.mark.parametrize("what", IN_A_MODULE)
+def test_what_a_module_says_is_looked_at_too(what, refusal):
+    changes, said = IN_A_MODULE[what]
+    assert said in refusal(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dropout": 0.1}, "takes no dropout"),
+        ({"positions": "alibi"}, "takes no ALiBi"),
+        ({"attention_softcap": 5.0}, "takes no soft cap"),
+        ({"positions": "relative"}, "takes no learned bias"),
+        ({"head_dim": 12}, "head dimensions that are multiples of 8 up to 128, not 12"),
+    ],
+)
+def test_a_kernel_that_does_not_do_what_layers_ask(changes, said, refusal, experiment):
+    model = dataclasses.replace(experiment().model, **({"dropout": 0.0} | changes))
+    line = refusal(model=model, layout=Layout(attention="cudnn"), precision="bf16")
+    assert "layout.attention=cudnn" in line
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    ("denoising", "model", "said"),
+    [
+        (PrefixLM(), {"window": 8, "pattern": ("local",)}, "model.window=8 hides what data.denoising=PrefixLM shows"),
+        (PrefixLM(), None, "which an RWKV cannot"),
+        (BlankInfilling(mask=259, start=260, end=261), {}, "set model.block_positions"),
+    ],
+)
+def test_rows_that_the_model_cannot_read(denoising, model, said, refusal, experiment):
+    data = dataclasses.replace(experiment().data, denoising=denoising, packing="first_fit")
+    plain = dataclasses.replace(experiment().model, vocab=264)
+    assert said in refusal(data=data, model=RWKV(vocab=264, context=64) if model is None else dataclasses.replace(plain, **model))
 
 
 def test_an_empty_text(refusal, experiment, tmp_path):
