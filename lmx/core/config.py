@@ -333,7 +333,8 @@ def _encoded(value: Any, annotation: Any, name: str) -> Any:
         return repr(value)
     if value is None or type(value) in (bool, int, float, str):
         return value
-    raise ConfigError(f"{name}={value!r} is not {_expected(annotation)}")
+    tuples = isinstance(value, list) and any(get_origin(member) is tuple for member in _members(annotation))
+    raise ConfigError(f"{name}={value!r} is not {'a tuple, which Python needs for ' if tuples else ''}{_expected(annotation)}")
 
 
 def from_json(cls: type, data: Mapping[str, Any]) -> Any:
