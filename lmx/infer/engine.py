@@ -160,6 +160,7 @@ class Engine(Door):
         bidirectional: bool = False,
         images: Array | np.ndarray | None = None,
         blanks: Blanks | None = None,
+        written: int = 0,
     ) -> Job:
         """A prompt waits for its turn. For an encoder-decoder it is what the encoder reads, and the text begins behind `start_id`.
 
@@ -174,13 +175,15 @@ class Engine(Door):
           images: `[images, channels, height, width]`, for a model that reads them: in the order in which the prompt has places for them, each
             as many image tokens as an image takes (`LLaVA.image_tokens`).
           blanks: those of the prompt, of which the text fills one; the prompt is then read in both directions. `blanks.start` is never drawn.
+          written: so many of the prompt's last tokens are of a text that goes on here. Wavelengths that depend on a prompt's length (dynamic
+            RoPE) are those of what stood before them, as if the text had been written at one go.
 
         Raises:
           ValueError: what cannot be done, by name; the engine goes on with the rest.
         """
         if stop and self.tokenizer is None:
             raise ValueError(f"stop={list(stop)!r} are strings, so the engine needs a tokenizer; or give stop_ids")
-        how = {"start_id": start_id, "bidirectional": bidirectional, "images": images, "blanks": blanks}
+        how = {"start_id": start_id, "bidirectional": bidirectional, "images": images, "blanks": blanks, "written": written}
         begun = opening(self.model, self._lead, self.read(prompt), **how)
         if blanks is not None:  # else pages could not tell what is written in one piece from the beginning of another
             sampling = without(sampling, blanks.start)
@@ -202,7 +205,7 @@ class Engine(Door):
             max_new_tokens,
             n,
             priority,
-            self._context(count, begun.key, long=False),
+            self._context(count - written, begun.key, long=False),
             self.reuse,
             begun.whole,
             begun.prefix,
@@ -420,7 +423,7 @@ class Engine(Door):
             return None
         long = getattr(self.model.rope_scaling, "original_context", 0) + 1
         dynamic = self._by_length == "dynamic"
-        return [len(c.sequence.request.prompt) if dynamic else long if self._turned(c.sequence) else 0 for c in chunks]
+        return [_read(c.sequence.request) if dynamic else long if self._turned(c.sequence) else 0 for c in chunks]
 
     def _context(self, prompt: int, key: bytes, *, long: bool) -> bytes:
         """What keys and values of a text depend on besides its tokens: weights, how wavelengths are stretched, and its opening's `key`."""
@@ -444,6 +447,11 @@ class Engine(Door):
 def _fingerprint(params: Tree) -> bytes:
     with where(params):
         return fingerprint(params)
+
+
+def _read(request: Request) -> int:
+    """Tokens of a prompt, those that were written behind it not among them."""
+    return len(request.prompt) - request.beside.written
 
 
 def _window(model: Model) -> int | None:

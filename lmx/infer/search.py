@@ -131,7 +131,8 @@ def _following(engine: Engine, searches: Sequence[_Search], top: int) -> list[li
         for search in searches:
             jobs.append([])
             for tokens, _ in search.running:
-                jobs[-1].append(engine.submit((*search.prompt, *tokens), max_new_tokens=1, sampling=LIKELIEST, top=top))
+                wishes = {"max_new_tokens": 1, "sampling": LIKELIEST, "top": top, "written": len(tokens)}
+                jobs[-1].append(engine.submit((*search.prompt, *tokens), **wishes))
         while not all(job.done for group in jobs for job in group):
             engine.step()
     finally:
