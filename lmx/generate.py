@@ -23,7 +23,7 @@ from lmx.infer.blanks import Marks, at_last, fill
 from lmx.infer.engine import Engine
 from lmx.infer.jobs import Job
 from lmx.infer.sampling import Sampling
-from lmx.infer.texts import context_of, lead_of, openings
+from lmx.infer.texts import check_text, context_of, lead_of, openings
 from lmx.interop.image_files import prepared, read_preparation
 from lmx.interop.marked import BLANK
 from lmx.interop.tokenizers import CheckpointTokenizer
@@ -131,10 +131,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read_prompts(words: Sequence[str]) -> list[str]:
-    """The prompts; `-` stands for the lines of the standard input, empty ones left out. Raises ConfigError where there are none."""
+    """The prompts; `-` stands for the lines of the standard input, empty ones left out. Raises ValueError where there are none, or
+    what is no text."""
     prompts = [line for word in words for line in ([line.rstrip("\n") for line in sys.stdin] if word == "-" else [word])]
     if not (prompts := [prompt for prompt in prompts if prompt]):
         raise ConfigError("there is no prompt, or an empty one; give at least one character")
+    for prompt in prompts:
+        check_text(prompt)
     return prompts
 
 

@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Sequence as Several
 from itertools import count
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ from lmx.infer.scheduler import Scheduler
 from lmx.infer.sizes import FEWEST, Sizes
 from lmx.infer.steps import Chunk, Request, Sequence, Step
 from lmx.infer.stopping import Stopper
-from lmx.infer.texts import VIRTUAL, check_continues, context_of, lead_of, opening
+from lmx.infer.texts import VIRTUAL, check_continues, check_text, context_of, ids_of, lead_of, opening
 from lmx.infer.weights import fingerprint
 from lmx.kernels.devices import on_cpu
 from lmx.models.config import RWKV, EncoderDecoder, Model
@@ -181,6 +182,10 @@ class Engine(Door):
         Raises:
           ValueError: what cannot be done, by name; the engine goes on with the rest.
         """
+        counts = {"max_new_tokens": max_new_tokens, "n": n, "top": top, "priority": priority, "written": written}
+        if strange := [f"{name}={value!r}" for name, value in counts.items() if not isinstance(value, Integral)]:
+            raise ValueError(f"{strange[0]} must be a whole number")
+        stop_ids = ids_of("stop_ids", stop_ids)
         if stop and self.tokenizer is None:
             raise ValueError(f"stop={list(stop)!r} are strings, so the engine needs a tokenizer; or give stop_ids")
         how = {"start_id": start_id, "bidirectional": bidirectional, "images": images, "blanks": blanks, "written": written}
@@ -214,7 +219,7 @@ class Engine(Door):
         completions = [Completion() for _ in range(n)]
         sequence = self._scheduler.add(request)
         job = Job(
-            next(self._numbers), request, sampling, seed, top, tuple(stop), tuple(stop_ids), completions, time.perf_counter(),
+            next(self._numbers), request, sampling, seed, top, tuple(stop), stop_ids, completions, time.perf_counter(),
             stoppers=stoppers,
         )  # fmt: skip
         self._jobs[request] = job
@@ -224,10 +229,13 @@ class Engine(Door):
         return job
 
     def read(self, prompt: Several[int] | str) -> tuple[int, ...]:
-        """A prompt's tokens."""
-        if isinstance(prompt, str) and self.tokenizer is None:
+        """A prompt's tokens. Raises ValueError for what is neither their ids nor, with a tokenizer, text."""
+        if not isinstance(prompt, str):
+            return ids_of("prompt", prompt)
+        if self.tokenizer is None:
             raise ValueError("the prompt is a string, so the engine needs a tokenizer")
-        return tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else map(int, prompt))
+        check_text(prompt)
+        return tuple(self.tokenizer.encode(prompt))
 
     def cost(self, prompt: Several[int]) -> int:
         """How many tokens are to be computed until a prompt that comes now could draw its first: those of all that is here, as long as it may

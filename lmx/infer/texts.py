@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,22 @@ def check_continues(model: Model) -> None:
         raise ValueError(
             f"a model with causal={model.causal} and head={model.head} predicts no next token; that takes a causal one with logits"
         )
+
+
+def ids_of(name: str, ids: Sequence[int]) -> tuple[int, ...]:
+    """Token ids, of whatever kind of whole numbers. Raises ValueError, by the name, for anything else."""
+    try:
+        return tuple(map(index, ids))
+    except TypeError:
+        raise ValueError(f"{name}={ids!r} must be token ids, a list of whole numbers") from None
+
+
+def check_text(text: str) -> None:
+    """Raises ValueError for half of a surrogate pair, as bytes that are no UTF-8 become on a command line: tokenizers read none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt {text!r} is no text at place {error.start}: it cannot be written as UTF-8") from None
 
 
 @dataclass(frozen=True)
