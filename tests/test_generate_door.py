@@ -330,6 +330,7 @@ def test_an_adapter_whose_base_is_elsewhere_says_so(adapters, run, tmp_path):
         (["RUN", "x", "--cache", "int4"], "--cache=int4 is not one of float32, bfloat16, float16, int8 or None; did you mean int8?"),
         (["RUN"], "name a folder and at least one prompt, before any flag: python -m lmx.generate PATH"),
         (["RUN", ""], "there is no prompt, or an empty one"),
+        (["RUN", "a\udcff"], "is no text at place 1"),
         (["RUNS/play", "x"], "did you mean RUNS/plays? (expected the folder of a run or of a Hugging Face checkpoint)"),
         (["RUNS", "x"], "RUNS is no run, which has experiment.json, and no Hugging Face checkpoint, which has config.json"),
         (["RUN", "x", "--chat"], "--chat needs the chat template of a Hugging Face checkpoint"),
@@ -353,6 +354,31 @@ def test_what_is_wrong_is_one_line(argv, message, run, hub, capsys):
     assert there(message) in err
     assert len(err.strip().splitlines()) == 1
     assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("config.json", b"{", "config.json should hold JSON: "),
+        ("config.json", b"[]", "config.json should hold a JSON object, and holds a list"),
+        ("config.json", b'{"model_type": ["llama"]}', "model_type=['llama'] is not one of"),
+        ("config.json", b'{"model_type": "llama", "hidden_size": "16"}', "config.json has a field of another kind than a llama's"),
+        ("config.json", b'{"model_type": "llama", "num_attention_heads": 0}', "config.json has a field of another kind than a llama's"),
+        ("model.safetensors.index.json", b"{oops", "model.safetensors.index.json should hold JSON: "),
+        ("model.safetensors.index.json", b"{}", "model.safetensors.index.json has no weight_map"),
+        ("model.safetensors", b"\x05" + 7 * b"\0" + b"abcde", "model.safetensors should hold JSON: "),
+        ("model.safetensors", b"\x09" + 7 * b"\0" + b'{"a":"b"}', "model.safetensors is no safetensors file: of a it does not say"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_named(name, data, message, hub, tmp_path, capsys):
+    folder = shutil.copytree(hub, tmp_path / "broken")
+    (folder / name).write_bytes(data)
+    with pytest.raises(SystemExit) as stop:
+        door.main([str(folder), "x"])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
 
 
 def test_a_run_whose_tokenizer_changed_is_refused(run, tmp_path):

@@ -1,7 +1,6 @@
 """What writes texts, from the folder of a run, a checkpoint or an adapter: the model, its parameters, its tokenizer, and where texts begin and
 end."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from lmx.data.tokenizers import Tokenizer
 from lmx.data.tokenizers import load_tokenizer as plain_tokenizer
 from lmx.infer.blanks import Marks
 from lmx.interop.checkpoint import Model, load
+from lmx.interop.files import read_json
 from lmx.interop.marked import Marked, marks_of
 from lmx.interop.peft import CONFIG, adapt, load_adapter
 from lmx.interop.runs import HUB, imported, is_run, read_run, run_params
@@ -98,7 +98,7 @@ def _there(path: str | Path) -> Path:
 
 def _base_of(adapter: Path) -> Path:
     """The folder that an adapter names as its base: as it stands there, or seen from beside the adapter."""
-    named = json.loads((adapter / CONFIG).read_text()).get("base_model_name_or_path") or ""
+    named = read_json(adapter / CONFIG).get("base_model_name_or_path") or ""
     for path in (Path(named), adapter.parent / named):
         if named and path.is_dir():
             return path
