@@ -2,7 +2,8 @@
 
 `python -m lmx.generate PATH PROMPT [PROMPT ...] [--temperature 0.8] [...]`: PATH is the folder of a run, of a Hugging Face checkpoint, or of an
 adapter of PEFT's that names its base. Several prompts are continued together and shown one after another; `-` stands for the lines of the
-standard input. An encoder-decoder reads the prompt and writes its own text. A model that reads images takes `--image FILE [FILE ...]`.
+standard input. An encoder-decoder reads the prompt and writes its own text. A model that reads images takes `--image FILE [FILE ...]`. One that
+was trained to fill blanks (GLM) fills those of a prompt, which `[MASK]` stands for.
 """
 
 import re
@@ -11,18 +12,20 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from lmx.core.config import ConfigError, command_line, exits_with_one_line
 from lmx.core.execution import Execution
 from lmx.core.precision import PrecisionName, policy
+from lmx.infer.blanks import Marks, at_last, fill
 from lmx.infer.engine import Engine
 from lmx.infer.jobs import Job
 from lmx.infer.sampling import Sampling
-from lmx.infer.texts import context_of, lead_of
+from lmx.infer.texts import check_text, context_of, lead_of, openings
 from lmx.interop.image_files import prepared, read_preparation
+from lmx.interop.marked import BLANK
 from lmx.interop.tokenizers import CheckpointTokenizer
 from lmx.interop.writers import Writer, load_writer
 from lmx.models.vision_config import LLaVA
@@ -99,29 +102,42 @@ def main(argv: Sequence[str] | None = None) -> None:
         writer = load_writer(words[0], **where, dtype=precision.params)
         images = read_images(writer, wishes.image)
         ids = [encoded(writer, prompt, chat=wishes.chat, images=len(wishes.image)) for prompt in prompts]
-        engine = engine_for(writer, ids, wishes)
-        how = {"max_new_tokens": wishes.max_new_tokens, "n": wishes.n, "stop": wishes.stop, "bidirectional": wishes.bidirectional}
-        how |= {"stop_ids": writer.stop_ids, "start_id": writer.start_id, "images": images}
-        started = time.perf_counter()
+        blanks = has_blanks(writer, prompts, ids, wishes)
+        engine = engine_for(writer, ids, wishes, blanks=blanks)
+        how = {"max_new_tokens": wishes.max_new_tokens, "stop_ids": writer.stop_ids}
         # With one seed for all, prompts that are alike would draw alike.
         draws = [replace(sampling, seed=(wishes.seed + number) % 2**32) for number in range(len(ids))]
-        jobs = [engine.submit(prompt, sampling=own, **how) for prompt, own in zip(ids, draws, strict=True)]
+        started, jobs = time.perf_counter(), []
+        if not blanks:
+            more = {
+                "n": wishes.n,
+                "stop": wishes.stop,
+                "bidirectional": wishes.bidirectional,
+                "start_id": writer.start_id,
+                "images": images,
+            }
+            jobs = [engine.submit(prompt, sampling=own, **how, **more) for prompt, own in zip(ids, draws, strict=True)]
     continues = writer.start_id is None and not wishes.chat
     try:
+        new = show_filled(engine, ids, writer.marks, draws, wishes.n, **how) if blanks else 0
         for number, job in enumerate(jobs):
             show(engine, job, f"prompt {number + 1}" if len(jobs) > 1 else "", (prompts[number], ids[number]) if continues else None)
+            new += sum(len(text.tokens) for text in job.completions)
     except KeyboardInterrupt:
         print()
         raise SystemExit(130) from None
     if wishes.stats:
-        show_statistics(engine, jobs, time.perf_counter() - started)
+        show_statistics(engine, new, time.perf_counter() - started)
 
 
 def read_prompts(words: Sequence[str]) -> list[str]:
-    """The prompts; `-` stands for the lines of the standard input, empty ones left out. Raises ConfigError where there are none."""
+    """The prompts; `-` stands for the lines of the standard input, empty ones left out. Raises ValueError where there are none, or
+    what is no text."""
     prompts = [line for word in words for line in ([line.rstrip("\n") for line in sys.stdin] if word == "-" else [word])]
     if not (prompts := [prompt for prompt in prompts if prompt]):
         raise ConfigError("there is no prompt, or an empty one; give at least one character")
+    for prompt in prompts:
+        check_text(prompt)
     return prompts
 
 
@@ -176,17 +192,47 @@ def _placed(writer: Writer, prompt: str, images: int) -> str:
     return prompt if token in prompt else token * images + f"\n{prompt}"
 
 
-def engine_for(writer: Writer, prompts: Sequence[Sequence[int]], wishes: Wishes) -> Engine:
-    """An engine with room for just these prompts, and for all of their texts at a time where `wishes.rows` allows."""
+def has_blanks(writer: Writer, prompts: Sequence[str], ids: Sequence[Sequence[int]], wishes: Wishes) -> bool:
+    """Whether prompts have blanks, which are filled then. Raises ConfigError for a model that fills none, and where not every prompt has one."""
+    if writer.marks is None:
+        if (mask := _mask(writer)) is not None and any(mask in prompt for prompt in ids):
+            raise ConfigError(
+                f"a prompt has {BLANK}, and {type(writer.model).__name__} was trained to fill no blanks, as the run of one with block positions "
+                "is (data.denoising=BlankInfilling); leave it out"
+            )
+        return False
+    there = [any(token in writer.marks.masks for token in prompt) for prompt in ids]
+    if not any(there):
+        return False
+    if not all(there):
+        raise ConfigError(f"the prompt {prompts[there.index(False)]!r} has no {BLANK}, and others have; ask for it alone")
+    if wishes.stop:
+        raise ConfigError(f"stop={list(wishes.stop)} are strings, and what fills a blank ends with a token; leave them out")
+    return True
+
+
+def _mask(writer: Writer) -> int | None:
+    """The mask that a tokenizer has of its own; of an encoder-decoder, which reads it, none."""
+    if writer.start_id is not None or not isinstance(writer.tokenizer, CheckpointTokenizer):
+        return None
+    return writer.tokenizer.id(BLANK)
+
+
+def engine_for(writer: Writer, prompts: Sequence[Sequence[int]], wishes: Wishes, *, blanks: bool = False) -> Engine:
+    """An engine with room for just these prompts, and for all of their texts at a time where `wishes.rows` allows. Raises ValueError where blanks
+    filled are longer than the model's context."""
     lead = lead_of(writer.model, writer.params)
-    begun = lead.prefix + (0 if writer.start_id is not None else lead.prompt + max(map(len, prompts)))
+    begun = whole = lead.prefix + (0 if writer.start_id is not None else lead.prompt + max(map(len, prompts)))
+    if blanks:
+        last = openings(writer.model, lead, prompts, wishes.max_new_tokens, blanks=at_last(prompts, writer.marks, wishes.max_new_tokens))
+        begun = max(len(one.tokens) for one in last)
     return Engine(
         writer.model,
         writer.params,
         tokenizer=writer.tokenizer,
         rows=max(wishes.n, min(wishes.rows, wishes.n * len(prompts))),
         longest=min(context_of(writer.model), begun + wishes.max_new_tokens),
-        chunk=max(CHUNK, begun) if wishes.bidirectional else CHUNK,
+        chunk=max(CHUNK, whole) if wishes.bidirectional or blanks else CHUNK,
         cache=wishes.cache,
         trace=wishes.stats,
         execution=Execution(precision=policy(wishes.precision)),
@@ -195,11 +241,8 @@ def engine_for(writer: Writer, prompts: Sequence[Sequence[int]], wishes: Wishes)
 
 def show(engine: Engine, job: Job, title: str, prompt: tuple[str, Sequence[int]] | None) -> None:
     """Prints a request's texts one after another, the first as it comes, behind its prompt where there is one to show."""
-    several = len(job.completions)
     for sample, text in enumerate(job.completions):
-        titles = [title] * bool(title) + [f"text {sample + 1} of {several}"] * (several > 1)
-        if titles:
-            _write(f"--- {', '.join(titles)}\n", BOLD)
+        _show_title(title, sample, len(job.completions))
         if prompt:
             _write(prompt[0], DIM)
         fresh = prompt is not None
@@ -208,6 +251,24 @@ def show(engine: Engine, job: Job, title: str, prompt: tuple[str, Sequence[int]]
                 _write((_lead(engine, prompt[1], text.tokens[0]) if fresh and text.tokens else "") + piece.text)
                 fresh = False
         _write("\n")
+
+
+def show_filled(engine: Engine, prompts: Sequence[Sequence[int]], marks: Marks, draws: Sequence[Sampling], n: int, **how: Any) -> int:
+    """Prints prompts with their blanks filled, each n times, as soon as all are; gives how many tokens are new. `how` is as of `fill`."""
+    seeds = [[int(np.random.SeedSequence((own.seed, sample)).generate_state(1)[0]) for sample in range(n)] for own in draws]
+    each = [{"sampling": replace(own, seed=seed)} for own, some in zip(draws, seeds, strict=True) for seed in some]
+    rows = [prompt for prompt in prompts for _ in range(n)]
+    filled = fill(engine, rows, marks, each, **how)
+    for i, (prompt, blanks) in enumerate(zip(rows, filled, strict=True)):
+        _show_title(f"prompt {i // n + 1}" if len(prompts) > 1 else "", i % n, n)
+        _write(f"{engine.tokenizer.decode(blanks.filled(prompt))}\n")
+    return sum(len(piece) for blanks in filled for piece in blanks.pieces)
+
+
+def _show_title(title: str, sample: int, several: int) -> None:
+    titles = [title] * bool(title) + [f"text {sample + 1} of {several}"] * (several > 1)
+    if titles:
+        _write(f"--- {', '.join(titles)}\n", BOLD)
 
 
 def _write(text: str, style: int | None = None) -> None:
@@ -221,9 +282,8 @@ def _lead(engine: Engine, prompt: Sequence[int], first: int) -> str:
     return " " if after == f"{before} {engine.tokenizer.decode([first])}" else ""
 
 
-def show_statistics(engine: Engine, jobs: Sequence[Job], seconds: float) -> None:
-    """Prints how fast it was, and how many pages it took."""
-    tokens = sum(len(text.tokens) for job in jobs for text in job.completions)
+def show_statistics(engine: Engine, tokens: int, seconds: float) -> None:
+    """Prints how fast so many new tokens came, and how many pages it took."""
     decoding = [len(moment.decoded) / (moment.end - moment.start) for moment in engine.timeline if moment.decoded and not moment.read]
     rate = f"; {statistics.median(decoding):,.1f} tokens/s in the median step" if decoding else ""
     lines = [f"{tokens:,} new tokens in {seconds:.2f} s, {tokens / seconds:,.1f} tokens/s, compiling among it{rate}"]

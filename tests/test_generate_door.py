@@ -15,10 +15,12 @@ from lmx import generate as door
 from lmx import interop
 from lmx.core.params import is_spec
 from lmx.core.tree import map_named
-from lmx.data.denoising import SpanCorruption
+from lmx.data.denoising import BlankInfilling, SpanCorruption
 from lmx.data.recipe import Data
 from lmx.infer import generate
+from lmx.infer.blanks import Marks
 from lmx.infer.dense import continued
+from lmx.infer.sampling import Sampling
 from lmx.interop.checkpoint import Model
 from lmx.interop.families import FAMILIES
 from lmx.interop.image_files import prepared, read_preparation
@@ -180,6 +182,89 @@ def test_an_encoder_decoder_s_run_begins_as_it_was_trained(capsys, tmp_path):
     assert (writer.start_id, writer.stop_ids) == (257, (256,))
 
 
+def test_an_encoder_decoder_s_run_reads_and_writes_its_sentinels(tmp_path):
+    """They are behind the tokenizer's last token."""
+    sides = replace(SMALL, vocab=260)
+    model = EncoderDecoder(**{k: getattr(sides, k) for k in ("vocab", "layers", "embed", "heads", "mlp", "context")}, encoder=sides)
+    data = Data(train="", tokenizer="bytes", packing="first_fit", denoising=SpanCorruption(start=257, eos=256, sentinels=(259, 258)))
+    write_run(tmp_path / "t5", Experiment(name="t5", data=data, model=model, objective=Seq2Seq()), 0)
+    writer, ids = load_writer(tmp_path / "t5"), [*b"so", 259, *b" it", 258]
+    assert writer.tokenizer.encode("so<extra_id_0> it<extra_id_1>") == ids
+    how = {"max_new_tokens": 8, "start_id": 257, "stop_ids": writer.stop_ids, "sampling": Sampling(0, logit_bias=((259, 8), (258, 8)))}
+    ((bare,),), ((one,),) = (
+        door.Engine(model, writer.params, tokenizer=reads).generate([ids], **how) for reads in (None, writer.tokenizer)
+    )
+    assert one.tokens == bare.tokens
+    assert one.text.startswith("<extra_id_0><extra_id_1>")
+    assert writer.tokenizer.decode([*ids, 256, 257]) == "so<extra_id_0> it<extra_id_1>"
+
+
+MASK, PIECE, END = 257, 258, 259
+FILLS = replace(SMALL, vocab=264, context=48, positions="learned", block_positions=True, norm="layernorm", bias=True)
+
+
+@pytest.fixture(scope="module")
+def glm(tmp_path_factory):
+    """A run that learned to fill blanks; its tokenizer knows nothing of them."""
+    folder, blanks = tmp_path_factory.mktemp("blanks") / "glm", BlankInfilling(MASK, PIECE, END)
+    data = Data(train="", tokenizer="bytes", packing="first_fit", denoising=blanks)
+    write_run(folder, Experiment(name="glm", data=data, model=FILLS, objective=CausalLM()), 4)
+    return folder
+
+
+def test_blanks_of_a_prompt_are_filled(glm, capsys):
+    params, marks = random(FILLS, 4), Marks((MASK,), PIECE, END)
+    ids = [[*b"to ", MASK, *b" or ", MASK, *b"!"], [MASK]]
+    never = tuple(range(260, 264))  # which only pad the vocabulary
+    how = {"max_new_tokens": 5, "blanks": marks, "stop_ids": [256], "suppress_ids": never}
+    wanted = [bytes(id for id in one if id < 256).decode(errors="replace") for one in generate(FILLS, params, ids, **how)]
+    assert wanted[0] != "to  or !"
+    said = printed(capsys, glm, "to [MASK] or [MASK]!", "[MASK]", "--max-new-tokens", 5)
+    assert said == f"--- prompt 1\n{wanted[0]}\n--- prompt 2\n{wanted[1]}\n"
+    several = printed(capsys, glm, "to [MASK] or [MASK]!", "--max-new-tokens", 5, "--temperature", 2, "--n", 2)
+    first, second = several.removeprefix("--- text 1 of 2\n").rstrip("\n").split("\n--- text 2 of 2\n")
+    assert first != second
+    # Without any, a prompt is continued.
+    assert printed(capsys, glm, "to", "--max-new-tokens", 3).startswith("to")
+
+
+def test_the_end_of_a_piece_ends_it_where_the_tokenizer_does_not_know_it(glm):
+    params = random(FILLS, 4)
+    params["embed"] = params["embed"].at[END].multiply(30)
+    writer = replace(load_writer(glm), params=params)
+    ids = [writer.tokenizer.encode("to [MASK]!")]
+    engine = door.engine_for(writer, ids, door.Wishes(max_new_tokens=8), blanks=True)
+    (filled,) = door.fill(engine, ids, writer.marks, [{"sampling": Sampling(0)}], max_new_tokens=8)
+    assert len(filled.pieces[0]) < 8
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["to [MASK]", "or"], "the prompt 'or' has no [MASK], and others have; ask for it alone"),
+        (["to [MASK]", "--stop", "x"], "stop=['x'] are strings, and what fills a blank ends with a token"),
+        (["to [MASK] or [MASK]", "--max-new-tokens", "20"], "prompt 0 begins with 31 tokens"),
+    ],
+)
+def test_blanks_that_cannot_be_filled_are_refused(glm, prompts, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        door.main([str(glm), *prompts])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_fills_no_blanks_says_so(hub, capsys, tmp_path):
+    shutil.copytree(hub, tmp_path / "masks")
+    model, params = interop.load(hub)
+    reads = interop.load_tokenizer(hub).with_tokens(["[MASK]"])
+    reads.save(tmp_path / "masks")
+    interop.save(*interop.resize_vocabulary(model, params, reads.vocab), tmp_path / "masks")
+    with pytest.raises(SystemExit):
+        door.main([str(tmp_path / "masks"), "the [MASK]"])
+    assert "a prompt has [MASK], and Transformer was trained to fill no blanks" in capsys.readouterr().err
+    assert printed(capsys, hub, "the [MASK]", "--max-new-tokens", 2).startswith("the [MASK]")  # words there
+
+
 @pytest.fixture(scope="module")
 def adapters(hub):
     """Beside their base: LoRA, a soft prompt and a prefix."""
@@ -243,6 +328,7 @@ def test_an_adapter_whose_base_is_elsewhere_says_so(adapters, run, tmp_path):
         (["RUN", "x", "--cache", "int4"], "--cache=int4 is not one of float32, bfloat16, float16, int8 or None; did you mean int8?"),
         (["RUN"], "name a folder and at least one prompt, before any flag: python -m lmx.generate PATH"),
         (["RUN", ""], "there is no prompt, or an empty one"),
+        (["RUN", "a\udcff"], "is no text at place 1"),
         (["RUNS/play", "x"], "did you mean RUNS/plays? (expected the folder of a run or of a Hugging Face checkpoint)"),
         (["RUNS", "x"], "RUNS is no run, which has experiment.json, and no Hugging Face checkpoint, which has config.json"),
         (["RUN", "x", "--chat"], "--chat needs the chat template of a Hugging Face checkpoint"),
@@ -266,6 +352,31 @@ def test_what_is_wrong_is_one_line(argv, message, run, hub, capsys):
     assert there(message) in err
     assert len(err.strip().splitlines()) == 1
     assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("config.json", b"{", "config.json should hold JSON: "),
+        ("config.json", b"[]", "config.json should hold a JSON object, and holds a list"),
+        ("config.json", b'{"model_type": ["llama"]}', "model_type=['llama'] is not one of"),
+        ("config.json", b'{"model_type": "llama", "hidden_size": "16"}', "config.json has a field of another kind than a llama's"),
+        ("config.json", b'{"model_type": "llama", "num_attention_heads": 0}', "config.json has a field of another kind than a llama's"),
+        ("model.safetensors.index.json", b"{oops", "model.safetensors.index.json should hold JSON: "),
+        ("model.safetensors.index.json", b"{}", "model.safetensors.index.json has no weight_map"),
+        ("model.safetensors", b"\x05" + 7 * b"\0" + b"abcde", "model.safetensors should hold JSON: "),
+        ("model.safetensors", b"\x09" + 7 * b"\0" + b'{"a":"b"}', "model.safetensors is no safetensors file: of a it does not say"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_named(name, data, message, hub, tmp_path, capsys):
+    folder = shutil.copytree(hub, tmp_path / "broken")
+    (folder / name).write_bytes(data)
+    with pytest.raises(SystemExit) as stop:
+        door.main([str(folder), "x"])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
 
 
 def test_a_run_whose_tokenizer_changed_is_refused(run, tmp_path):

@@ -134,6 +134,8 @@ def _pick(
     # What only pads the vocabulary is never drawn, and has its part in what `raw` means, as where the model is trained and scored.
     allowed = None if limit == model.vocab else jnp.arange(model.vocab)[None] < limit
     found = draws.draw(rows, knobs, draws.row_keys(seeds, drawn), history, slots=slots, allowed=allowed, top=top)
+    # Where logits are no numbers, any token is as good, but for one that the tokenizer does not know.
+    found = found._replace(tokens=jnp.minimum(found.tokens, limit - 1))
     return found, latest.at[slots].set(found.tokens)
 
 

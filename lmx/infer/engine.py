@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Sequence as Several
 from itertools import count
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ from lmx.infer.scheduler import Scheduler
 from lmx.infer.sizes import Sizes
 from lmx.infer.steps import Chunk, Request, Sequence, Step
 from lmx.infer.stopping import Stopper
-from lmx.infer.texts import VIRTUAL, check_continues, context_of, lead_of, opening
+from lmx.infer.texts import VIRTUAL, check_continues, check_text, context_of, ids_of, lead_of, opening
 from lmx.infer.weights import fingerprint
 from lmx.kernels.devices import on_cpu
 from lmx.models.config import RWKV, EncoderDecoder, Model
@@ -160,6 +161,7 @@ class Engine(Door):
         bidirectional: bool = False,
         images: Array | np.ndarray | None = None,
         blanks: Blanks | None = None,
+        written: int = 0,
     ) -> Job:
         """A prompt waits for its turn. For an encoder-decoder it is what the encoder reads, and the text begins behind `start_id`.
 
@@ -174,13 +176,19 @@ class Engine(Door):
           images: `[images, channels, height, width]`, for a model that reads them: in the order in which the prompt has places for them, each
             as many image tokens as an image takes (`LLaVA.image_tokens`).
           blanks: those of the prompt, of which the text fills one; the prompt is then read in both directions. `blanks.start` is never drawn.
+          written: so many of the prompt's last tokens are of a text that goes on here. Wavelengths that depend on a prompt's length (dynamic
+            RoPE) are those of what stood before them, as if the text had been written at one go.
 
         Raises:
           ValueError: what cannot be done, by name; the engine goes on with the rest.
         """
+        counts = {"max_new_tokens": max_new_tokens, "n": n, "top": top, "priority": priority, "written": written}
+        if strange := [f"{name}={value!r}" for name, value in counts.items() if not isinstance(value, Integral)]:
+            raise ValueError(f"{strange[0]} must be a whole number")
+        stop_ids = ids_of("stop_ids", stop_ids)
         if stop and self.tokenizer is None:
             raise ValueError(f"stop={list(stop)!r} are strings, so the engine needs a tokenizer; or give stop_ids")
-        how = {"start_id": start_id, "bidirectional": bidirectional, "images": images, "blanks": blanks}
+        how = {"start_id": start_id, "bidirectional": bidirectional, "images": images, "blanks": blanks, "written": written}
         begun = opening(self.model, self._lead, self.read(prompt), **how)
         if blanks is not None:  # else pages could not tell what is written in one piece from the beginning of another
             sampling = without(sampling, blanks.start)
@@ -202,7 +210,7 @@ class Engine(Door):
             max_new_tokens,
             n,
             priority,
-            self._context(count, begun.key, long=False),
+            self._context(count - written, begun.key, long=False),
             self.reuse,
             begun.whole,
             begun.prefix,
@@ -211,7 +219,7 @@ class Engine(Door):
         completions = [Completion() for _ in range(n)]
         sequence = self._scheduler.add(request)
         job = Job(
-            next(self._numbers), request, sampling, seed, top, tuple(stop), tuple(stop_ids), completions, time.perf_counter(),
+            next(self._numbers), request, sampling, seed, top, tuple(stop), stop_ids, completions, time.perf_counter(),
             stoppers=stoppers,
         )  # fmt: skip
         self._jobs[request] = job
@@ -221,10 +229,13 @@ class Engine(Door):
         return job
 
     def read(self, prompt: Several[int] | str) -> tuple[int, ...]:
-        """A prompt's tokens."""
-        if isinstance(prompt, str) and self.tokenizer is None:
+        """A prompt's tokens. Raises ValueError for what is neither their ids nor, with a tokenizer, text."""
+        if not isinstance(prompt, str):
+            return ids_of("prompt", prompt)
+        if self.tokenizer is None:
             raise ValueError("the prompt is a string, so the engine needs a tokenizer")
-        return tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else map(int, prompt))
+        check_text(prompt)
+        return tuple(self.tokenizer.encode(prompt))
 
     def cost(self, prompt: Several[int]) -> int:
         """How many tokens are to be computed until a prompt that comes now could draw its first: those of all that is here, as long as it may
@@ -420,7 +431,7 @@ class Engine(Door):
             return None
         long = getattr(self.model.rope_scaling, "original_context", 0) + 1
         dynamic = self._by_length == "dynamic"
-        return [len(c.sequence.request.prompt) if dynamic else long if self._turned(c.sequence) else 0 for c in chunks]
+        return [_read(c.sequence.request) if dynamic else long if self._turned(c.sequence) else 0 for c in chunks]
 
     def _context(self, prompt: int, key: bytes, *, long: bool) -> bytes:
         """What keys and values of a text depend on besides its tokens: weights, how wavelengths are stretched, and its opening's `key`."""
@@ -444,6 +455,11 @@ class Engine(Door):
 def _fingerprint(params: Tree) -> bytes:
     with where(params):
         return fingerprint(params)
+
+
+def _read(request: Request) -> int:
+    """Tokens of a prompt, those that were written behind it not among them."""
+    return len(request.prompt) - request.beside.written
 
 
 def _window(model: Model) -> int | None:

@@ -20,6 +20,7 @@ Temperature 0 takes the likeliest token after step 2 (the first of equals): `tem
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Literal, NamedTuple, get_args
 
 import flax.struct
@@ -73,28 +74,38 @@ class Sampling:
             ("presence_penalty", -math.inf, math.inf, "finite (0 is none)"),
             ("frequency_penalty", -math.inf, math.inf, "finite (0 is none)"),
         ):
-            if not (low <= (value := getattr(self, name)) <= high and math.isfinite(value)):
-                raise ValueError(f"{name}={value} must be {meaning}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1 (1 keeps every token)")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0 and finite (1 is none)")
+            if not (_number(value := getattr(self, name)) and low <= value <= high and math.isfinite(value)):
+                raise ValueError(f"{name}={value!r} must be {meaning}")
+        if not (_number(self.top_p) and 0 < self.top_p <= 1):
+            raise ValueError(f"top_p={self.top_p!r} must be above 0 and at most 1 (1 keeps every token)")
+        if not (_number(self.repetition_penalty) and 0 < self.repetition_penalty < math.inf):
+            raise ValueError(f"repetition_penalty={self.repetition_penalty!r} must be above 0 and finite (1 is none)")
+        for name in ("top_k", "seed"):
+            if not isinstance(value := getattr(self, name), Integral | None):
+                raise ValueError(f"{name}={value!r} must be a whole number")
         if self.seed is not None and not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must be at least 0 and below 2^32, or None")
         if self.log_probs not in (None, *KINDS):
             raise ValueError(f"log_probs={self.log_probs!r} must be one of {', '.join(KINDS)}, or None")
+        if any(not isinstance(pair, Sequence) or len(pair) != 2 or not isinstance(pair[0], Integral) for pair in self.logit_bias):
+            raise ValueError(f"logit_bias={self.logit_bias!r} must be pairs of a token and what is added to its logit")
         if len(self.logit_bias) > BIASES:
             raise ValueError(f"logit_bias has {len(self.logit_bias)} tokens; at most {BIASES} fit")
         if len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
             raise ValueError(f"logit_bias={self.logit_bias} names a token twice; add its values up")
         for token, value in self.logit_bias:
-            if math.isnan(value) or value == math.inf:
-                raise ValueError(f"logit_bias of token {token} is {value}; give a finite number, or -inf to ban it")
+            if not _number(value) or math.isnan(value) or value == math.inf:
+                raise ValueError(f"logit_bias of token {token} is {value!r}; give a finite number, or -inf to ban it")
 
     @property
     def penalised(self) -> bool:
         """Whether what was read or written before matters."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+
+def _number(value: object) -> bool:
+    """Also one as an array has it."""
+    return isinstance(value, Real) or getattr(value, "shape", None) == ()
 
 
 def without(sampling: Sampling, token: int) -> Sampling:
@@ -132,6 +143,7 @@ class Knobs:
     """Whether no row wishes more than its likeliest token. Static: a GPU stops at each branch until the host has read which way it goes."""
 
 
+LARGEST = float(np.finfo(np.float32).max)
 NOTHING = np.iinfo(np.int32).max
 """A token outside of any vocabulary."""
 
@@ -147,18 +159,19 @@ def knobs(wishes: Sequence[Sampling | None], vocab: int) -> Knobs:
     tokens, values = np.full((len(rows), BIASES), NOTHING, np.int32), np.zeros((len(rows), BIASES), np.float32)
     for row, wish in enumerate(rows):
         for place, (token, value) in enumerate(wish.logit_bias):
-            tokens[row, place], values[row, place] = token, value
+            tokens[row, place], values[row, place] = token, value if value == -math.inf else np.clip(value, -LARGEST, LARGEST)
     tiny = float(np.finfo(np.float32).tiny)
 
-    def floats(name: str, least: float = -math.inf) -> np.ndarray:
-        return np.array([max(value, least) if (value := getattr(wish, name)) else 0.0 for wish in rows], np.float32)
+    def floats(name: str, least: float = -LARGEST, most: float = LARGEST) -> np.ndarray:
+        """Within what fp32 has, and divides by: an infinite temperature, or a penalty of 0, would make numbers that are none."""
+        return np.array([min(max(value, least), most) if (value := getattr(wish, name)) else 0.0 for wish in rows], np.float32)
 
     return Knobs(
-        temperature=floats("temperature", tiny),
+        temperature=floats("temperature", tiny, 1 / tiny),
         top_k=np.array([min(wish.top_k, vocab) for wish in rows], np.int32),
         top_p=floats("top_p", tiny),
         min_p=floats("min_p"),
-        repetition=floats("repetition_penalty"),
+        repetition=floats("repetition_penalty", tiny, 1 / tiny),
         presence=floats("presence_penalty"),
         frequency=floats("frequency_penalty"),
         bias_tokens=tokens,
@@ -316,7 +329,8 @@ def _adjusted(logits: Array, knobs: Knobs, history: History | None, allowed: Arr
         own = history if slots is None else jax.tree.map(lambda a: a[slots], history)
         factor = jnp.where(own.seen, knobs.repetition[:, None], 1.0)
         once = jnp.where(scores > 0, scores / factor, scores * factor)
-        return once - knobs.frequency[:, None] * own.counts - knobs.presence[:, None] * (own.counts > 0)
+        once = once - knobs.frequency[:, None] * own.counts - knobs.presence[:, None] * (own.counts > 0)
+        return jnp.where(scores == -jnp.inf, scores, jnp.clip(once, -LARGEST, LARGEST))  # what is banned, and nothing else, is infinite
 
     wished = (knobs.repetition != 1) | (knobs.presence != 0) | (knobs.frequency != 0)
     return jax.lax.cond(wished.any(), penalised, lambda: scores)

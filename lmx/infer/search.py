@@ -7,6 +7,7 @@ from typing import Literal
 from lmx.infer.engine import Engine
 from lmx.infer.jobs import Completion, Job
 from lmx.infer.sampling import Sampling
+from lmx.infer.texts import ids_of
 from lmx.models.config import EncoderDecoder
 
 Early = bool | Literal["never"]
@@ -91,7 +92,7 @@ def beam_search(
         raise ValueError(f"beams={beams} and max_new_tokens={max_new_tokens} must be at least 1")
     if early_stopping not in (True, False, "never"):
         raise ValueError(f"early_stopping={early_stopping!r} must be True, False or 'never'")
-    stops = frozenset(stop_ids)
+    stops = frozenset(ids_of("stop_ids", stop_ids))
     # So many that as many as there are beams are left where each beam's likeliest end it.
     wanted = max(2, 1 + len(stops)) * beams
     if wanted > engine.limit:
@@ -102,7 +103,7 @@ def beam_search(
         )
     if not engine.reuse:
         raise ValueError("the engine was made with reuse=False, and beam search finds texts again; make it with reuse=True")
-    searches = [_Search(_ids(engine, prompt)) for prompt in prompts]
+    searches = [_Search(engine.read(prompt)) for prompt in prompts]
     for i, search in enumerate(searches):
         if len(search.prompt) + max_new_tokens > engine.longest:
             raise ValueError(
@@ -118,12 +119,6 @@ def beam_search(
     return [search.ended for search in searches]
 
 
-def _ids(engine: Engine, prompt: Sequence[int] | str) -> tuple[int, ...]:
-    if isinstance(prompt, str) and engine.tokenizer is None:
-        raise ValueError("the prompt is a string, so the engine needs a tokenizer")
-    return tuple(engine.tokenizer.encode(prompt) if isinstance(prompt, str) else map(int, prompt))
-
-
 def _following(engine: Engine, searches: Sequence[_Search], top: int) -> list[list[tuple[float, tuple[int, ...]]]]:
     """For each prompt how its texts may go on by a token, with sums of log-probabilities, likeliest first."""
     jobs: list[list[Job]] = []
@@ -131,7 +126,8 @@ def _following(engine: Engine, searches: Sequence[_Search], top: int) -> list[li
         for search in searches:
             jobs.append([])
             for tokens, _ in search.running:
-                jobs[-1].append(engine.submit((*search.prompt, *tokens), max_new_tokens=1, sampling=LIKELIEST, top=top))
+                wishes = {"max_new_tokens": 1, "sampling": LIKELIEST, "top": top, "written": len(tokens)}
+                jobs[-1].append(engine.submit((*search.prompt, *tokens), **wishes))
         while not all(job.done for group in jobs for job in group):
             engine.step()
     finally:

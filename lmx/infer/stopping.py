@@ -24,9 +24,11 @@ class Stopper:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), stop_ids: Sequence[int] = ()):
-        """Raises ValueError for a stop string that is empty, or `stop` that is one string."""
+        """Raises ValueError for a stop string that is empty or none, or `stop` that is one string."""
         if isinstance(stop, str):
             raise ValueError(f"stop={stop!r} is one string; give a list of them")
+        if strange := [one for one in stop if not isinstance(one, str)]:
+            raise ValueError(f"stop={list(stop)!r} has {strange[0]!r}, which is no string; tokens that end a text are stop_ids")
         if "" in stop:
             raise ValueError(f"stop={list(stop)!r} has an empty string, which ends every text before it begins; leave it out")
         self.tokenizer, self.stop, self.stop_ids = tokenizer, tuple(stop), frozenset(stop_ids)

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,22 @@ def check_continues(model: Model) -> None:
         raise ValueError(
             f"a model with causal={model.causal} and head={model.head} predicts no next token; that takes a causal one with logits"
         )
+
+
+def ids_of(name: str, ids: Sequence[int]) -> tuple[int, ...]:
+    """Token ids, of whatever kind of whole numbers. Raises ValueError, by the name, for anything else."""
+    try:
+        return tuple(map(index, ids))
+    except TypeError:
+        raise ValueError(f"{name}={ids!r} must be token ids, a list of whole numbers") from None
+
+
+def check_text(text: str) -> None:
+    """Raises ValueError for half of a surrogate pair, as bytes that are no UTF-8 become on a command line: tokenizers read none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt {text!r} is no text at place {error.start}: it cannot be written as UTF-8") from None
 
 
 @dataclass(frozen=True)
@@ -66,6 +83,7 @@ class Opening:
         behind them the images'; `NONE`: its own. None: so it is of all.
       images: `[images, channels, height, width]`, or None.
       pieces: `[2, pieces]`, of what fills blanks: which token is a piece's first, and the position of its blank. None where none does.
+      written: so many of the last tokens are no prompt's, but were written behind one.
       key: stands for what keys and values depend on besides weights and tokens before (`lmx.infer.pages`).
     """
 
@@ -76,6 +94,7 @@ class Opening:
     vectors: np.ndarray | None = None
     images: np.ndarray | None = None
     pieces: np.ndarray | None = None
+    written: int = 0
     key: bytes = b""
 
     def located(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -96,8 +115,9 @@ def opening(
     bidirectional: bool = False,
     images: Array | np.ndarray | None = None,
     blanks: Blanks | None = None,
+    written: int = 0,
 ) -> Opening:
-    """Of a prompt.
+    """Of a prompt, of which so many of the last tokens were `written` behind it.
 
     Raises:
       ValueError: an empty prompt, a token outside the vocabulary, an encoder-decoder without `start_id` or another model with one, more than an
@@ -118,15 +138,20 @@ def opening(
     if reads and len(read) > model.encoder.context:
         raise ValueError(f"the prompt has {len(read)} tokens, and model.encoder.context={model.encoder.context}")
     tokens = (*(VIRTUAL,) * lead.prefix, *(begun if reads else read))
+    if not 0 <= written < len(prompt) or (written and (reads or blanks is not None)):
+        raise ValueError(
+            f"written={written} of the prompt's {len(prompt)} tokens: its first at least was given, and a text goes on that a decoder reads from left"
+            " to right"
+        )
     if bidirectional or blanks is not None:
         _check_bidirectional(model)
     if blanks is not None:
         check_blanks(model, prompt, blanks)
     images = _images(model, prompt, images)
     vectors = _vectors(model, lead, read if reads else tokens)
-    whole, key = len(tokens) if bidirectional or blanks is not None else 0, hashlib.blake2b(digest_size=16)
+    whole, key = len(tokens) - written if bidirectional or blanks is not None else 0, hashlib.blake2b(digest_size=16)
     if whole:
-        key.update(np.array(tokens).tobytes())
+        key.update(np.array(tokens[:whole]).tobytes())
     pieces = None
     if blanks is not None:
         key.update(repr((blanks.start, blanks.places)).encode())
@@ -143,6 +168,7 @@ def opening(
         vectors=vectors,
         images=images,
         pieces=pieces,
+        written=written,
         key=key.digest() if given else b"",
     )
 

@@ -18,7 +18,7 @@ from lmx.core.params import ParamSpec, is_spec
 from lmx.core.tree import Tree, name_of, named_leaves
 from lmx.interop.families import FAMILIES
 from lmx.interop.family import Family, Fused
-from lmx.interop.files import has_tensors, open_tensors, write_tensors
+from lmx.interop.files import has_tensors, open_tensors, read_json, write_tensors
 from lmx.models.config import Transformer
 from lmx.models.families import check, functions
 from lmx.models.vision_config import CLIP
@@ -68,12 +68,15 @@ def _described(folder: Path) -> Model:
     path = folder / "config.json"
     if not path.exists():
         raise ValueError(f"{folder} has no config.json, so it is no Hugging Face checkpoint")
-    found = json.loads(path.read_text())
+    found = read_json(path)
     kind = found.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"{path}: model_type={kind!r} is not one of {', '.join(sorted(FAMILIES))}")
-    model = Model(FAMILIES[kind].read(found), kind, json.dumps(found))
-    check(model.config)
+    try:
+        model = Model(FAMILIES[kind].read(found), kind, json.dumps(found))
+        check(model.config)
+    except (TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} has a field of another kind than a {kind}'s ({error})") from error
     return model
 
 

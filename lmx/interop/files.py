@@ -4,6 +4,7 @@ import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -44,7 +45,9 @@ def open_tensors(folder: Path) -> dict[str, np.ndarray]:
     """
     for index, single, read in ((folder / INDEX, folder / SINGLE, mapped), (folder / PICKLED_INDEX, folder / PICKLED, unpickled)):
         if index.exists():
-            places: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            places = read_json(index).get("weight_map")
+            if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+                raise ValueError(f"{index} has no weight_map, which says in which file each tensor is")
             shards = {name: read(folder / name) for name in sorted(set(places.values()))}
             for tensor, name in places.items():
                 if tensor not in shards[name]:
@@ -56,6 +59,21 @@ def open_tensors(folder: Path) -> dict[str, np.ndarray]:
     raise ValueError(f"{folder} has none of {SINGLE}, {INDEX}, {PICKLED}, {PICKLED_INDEX}; it has {there}")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that is one JSON object. Raises ValueError, by its name, for any other."""
+    return _object(path, path.read_bytes())
+
+
+def _object(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{path} should hold JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} should hold a JSON object, and holds a {type(found).__name__}")
+    return found
+
+
 def mapped(path: Path) -> dict[str, np.ndarray]:
     """The tensors of one file (https://github.com/huggingface/safetensors, its format)."""
     if not path.exists():
@@ -65,8 +83,12 @@ def mapped(path: Path) -> dict[str, np.ndarray]:
         (length,) = struct.unpack("<Q", file.read(8)) if size >= 8 else (size,)
         if length + 8 > size:
             raise ValueError(f"{path} is cut short: its header alone should have {length} bytes, and the file has {size}")
-        header = json.loads(file.read(length))
+        header = _object(path, file.read(length))
     header.pop("__metadata__", None)
+    if strange := [
+        name for name, entry in header.items() if not isinstance(entry, dict) or {"dtype", "shape", "data_offsets"} - set(entry)
+    ]:
+        raise ValueError(f"{path} is no safetensors file: of {strange[0]} it does not say dtype, shape and data_offsets")
     end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if end != size:
         raise ValueError(f"{path} should have {end} bytes and has {size}; was it downloaded whole?")

@@ -1,7 +1,6 @@
 """What writes texts, from the folder of a run, a checkpoint or an adapter: the model, its parameters, its tokenizer, and where texts begin and
 end."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,10 @@ from lmx.core.tree import Tree
 from lmx.data.recipe import has_two_sides, prepare_tokenizer
 from lmx.data.tokenizers import Tokenizer
 from lmx.data.tokenizers import load_tokenizer as plain_tokenizer
+from lmx.infer.blanks import Marks
 from lmx.interop.checkpoint import Model, load
+from lmx.interop.files import read_json
+from lmx.interop.marked import Marked, marks_of
 from lmx.interop.peft import CONFIG, adapt, load_adapter
 from lmx.interop.runs import HUB, imported, is_run, read_run, run_params
 from lmx.interop.tokenizer_files import read_files
@@ -32,6 +34,7 @@ class Writer:
       stop_ids: tokens that end a text.
       start_id: behind which an encoder-decoder's texts begin; None of others.
       files: the folder of a checkpoint's files, which says how images are prepared (`lmx.interop.image_files`); None of a run that began with none.
+      marks: of blanks in prompts, for a model that was trained to fill them; None of others.
     """
 
     model: model_config.Model
@@ -40,6 +43,7 @@ class Writer:
     stop_ids: tuple[int, ...]
     start_id: int | None
     files: Path | None = None
+    marks: Marks | None = None
 
 
 def load_writer(
@@ -94,7 +98,7 @@ def _there(path: str | Path) -> Path:
 
 def _base_of(adapter: Path) -> Path:
     """The folder that an adapter names as its base: as it stands there, or seen from beside the adapter."""
-    named = json.loads((adapter / CONFIG).read_text()).get("base_model_name_or_path") or ""
+    named = read_json(adapter / CONFIG).get("base_model_name_or_path") or ""
     for path in (Path(named), adapter.parent / named):
         if named and path.is_dir():
             return path
@@ -134,10 +138,13 @@ def _of_run(run: Path, tokenizer: str | None, step: int | None, adapter: Path | 
         raise ValueError(
             f"{run} was trained with another tokenizer than data.tokenizer={experiment.data.tokenizer!r} gives now; name its file"
         )
+    objective, ends = experiment.data.denoising, () if reads.eos_id is None else (reads.eos_id,)
+    if objective is None:
+        return Writer(experiment.model, params, reads, ends, None)
+    own = () if getattr(objective, "eos", None) is None else (objective.eos,)
     if has_two_sides(experiment.data):
-        objective = experiment.data.denoising
-        return Writer(experiment.model, params, reads, () if objective.eos is None else (objective.eos,), objective.start)
-    return Writer(experiment.model, params, reads, () if reads.eos_id is None else (reads.eos_id,), None)
+        return Writer(experiment.model, params, Marked(reads, objective), own, objective.start)
+    return Writer(experiment.model, params, Marked(reads, objective), tuple({*ends, *own}), None, marks=marks_of(objective))
 
 
 def _given(tokenizer: str | None) -> Tokenizer | CheckpointTokenizer | None:

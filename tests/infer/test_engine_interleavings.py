@@ -1,5 +1,6 @@
 """The engine over time: requests, cancellations and new weights in any order; nothing compiled once all is; texts keep to themselves."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from lmx.core.execution import Execution
 from lmx.core.precision import POLICIES
+from lmx.data.tokenizers import ByteTokenizer
 from lmx.infer import score
 from lmx.infer.engine import Engine
 from lmx.infer.sampling import Sampling
@@ -92,6 +94,68 @@ def test_weights_are_replaced_while_texts_are_on_the_host():
     for prompt, old, job in zip(PROMPTS, before, jobs, strict=True):
         rest = PLAIN.greedy([prompt + old], 10 - len(old), VERSIONS[1])[0] if len(old) < 10 else []
         assert job.completions[0].tokens == old + rest
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        {"temperature": 1e300}, {"temperature": 1e-300}, {"repetition_penalty": 1e-300}, {"repetition_penalty": 1e300},
+        {"presence_penalty": 1e300}, {"frequency_penalty": -1e300}, {"logit_bias": ((3, 1e300), (4, -1e300), (5, -np.inf))},
+    ],
+    ids=lambda wishes: " ".join(f"{value}" for value in wishes.values()),
+)  # fmt: skip
+def test_numbers_beyond_fp32_are_its_largest(wishes, padded):
+    """And what is drawn is a token that the tokenizer knows."""
+    jobs = [padded.submit([5, 3, 5], max_new_tokens=5, sampling=Sampling(**{"temperature": t, "seed": 1, "log_probs": "tempered"} | wishes))
+            for t in (0, 1)]  # fmt: skip
+    beside = padded.submit([1, 2, 3], max_new_tokens=5)
+    padded.run()
+    assert beside.completions[0].tokens == padded.generate([[1, 2, 3]], max_new_tokens=5)[0][0].tokens
+    for job in jobs:
+        assert np.isfinite(job.completions[0].log_probs).all()
+        assert len(job.completions[0].tokens) == 5
+
+
+@pytest.mark.parametrize(
+    ("wishes", "words"),
+    [
+        ({"stop": [5]}, "stop=[5] has 5, which is no string"),
+        ({"max_new_tokens": float("nan")}, "max_new_tokens=nan must be a whole number"),
+        ({"top": 1.5}, "top=1.5 must be a whole number"),
+        ({"priority": None}, "priority=None must be a whole number"),
+        ({"stop_ids": ["2"]}, "stop_ids=['2'] must be token ids"),
+        ({"prompt": [1.7, 2]}, "prompt=[1.7, 2] must be token ids"),
+        ({"prompt": "a\udcff"}, "is no text at place 1"),
+    ],
+)
+def test_what_is_no_number_or_text_is_refused_before_it_runs(wishes, words, padded):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        padded.submit(**{"prompt": [4, 5], "max_new_tokens": 2} | wishes)
+    assert not padded.busy
+
+
+@pytest.mark.parametrize(
+    "wishes", [{"top_k": 2.5}, {"seed": 1.5}, {"temperature": "1"}, {"logit_bias": {5: 1.0}}, {"logit_bias": ((1, "x"),)}]
+)
+def test_wishes_that_are_no_numbers_are_refused(wishes):
+    with pytest.raises(ValueError, match=next(iter(wishes))):
+        Sampling(**wishes)
+
+
+@pytest.fixture(scope="module")
+def padded():
+    """An engine whose model has rows that only pad its vocabulary."""
+    model = replace(SMALL, vocab=272)
+    return Engine(model, weights(model), **SIZES, tokenizer=ByteTokenizer())
+
+
+def test_a_text_of_numbers_that_are_none_has_tokens_that_the_tokenizer_knows(padded):
+    good = weights(padded.model)
+    padded.update(jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), good))
+    jobs = [padded.submit([7], max_new_tokens=3, sampling=Sampling(t, seed=1, log_probs=kind)) for t in (0, 1) for kind in (None, "raw")]
+    padded.run()
+    padded.update(good)
+    assert all(max(job.completions[0].tokens) < 257 for job in jobs)
 
 
 @pytest.mark.parametrize("cache", ["float32", "int8"])

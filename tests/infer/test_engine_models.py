@@ -11,6 +11,7 @@ from lmx.infer import score
 from lmx.infer.dense import continued
 from lmx.infer.engine import Engine
 from lmx.infer.sampling import Sampling
+from lmx.infer.search import beam_search
 from lmx.interop.families import FAMILIES
 from lmx.interop.files import mapped
 from lmx.models.config import RWKV, EncoderDecoder, Transformer
@@ -103,6 +104,19 @@ def test_each_of_n_texts_is_turned_as_a_long_one_when_it_becomes_one():
     whole = score(LONG, params, [prompt + one.tokens for one in some])
     for one, scored in zip(some, whole, strict=True):
         np.testing.assert_allclose(one.log_probs[1:], scored.log_probs[-3:], atol=1e-5)
+
+
+@pytest.mark.parametrize("prompt", CROSSING[:2], ids=["outgrows", "long"])
+def test_a_beam_is_turned_as_a_text_that_is_written_at_one_go(prompt):
+    """Each of its tokens is a request, and yet wavelengths are by the length of the prompt that there was."""
+    params = weights(DYNAMIC, seed=1, scale=0.5)
+    engine = Engine(DYNAMIC, params, **ROOM, top=24)
+    ((whole,),) = engine.generate([prompt], max_new_tokens=NEW, sampling=Sampling(0, log_probs="raw"))
+    ((beam,),) = beam_search(engine, [prompt], beams=1, max_new_tokens=NEW, length_penalty=0)
+    assert list(beam.tokens) == whole.tokens
+    assert beam.score == pytest.approx(sum(whole.log_probs), abs=1e-5)
+    with pytest.raises(ValueError, match="written=9 of the prompt's 9 tokens"):
+        engine.submit(CROSSING[0], max_new_tokens=1, written=9)
 
 
 OWN = Path(__file__).parent.parent / "data_files" / "interop"
