@@ -14,7 +14,7 @@ import jax
 from lmx.core.params import ParamSpec, is_spec
 from lmx.core.tree import Tree
 from lmx.kernels.chunked import TILE
-from lmx.parallel import manual
+from lmx.parallel import manual, recurrent
 from lmx.parallel.layout import AXES, Layout
 from lmx.parallel.offload import HOST
 from lmx.parallel.rules import partition, rules
@@ -56,7 +56,7 @@ def kept(work: Work, *, mixture: bool = False, cpu: bool = False) -> dict[str, i
     here, remat = work.here, work.layout.remat
     tokens = here.rows * here.length
     if work.recurrent:
-        return _kept_recurrent(work)
+        return recurrent.kept(work)
     queries, keys = (tokens * n * work.head_dim * work.compute for n in (here.heads, here.kv_heads))
     hidden = tokens * here.mlp * work.compute * (2 if work.gated else 1)
     if mixture:
@@ -99,27 +99,6 @@ def kept(work: Work, *, mixture: bool = False, cpu: bool = False) -> dict[str, i
     return {name: size for name, size in found.items() if size}
 
 
-def _kept_recurrent(work: Work) -> dict[str, int]:
-    """The same of an RWKV's layer."""
-    here, remat = work.here, work.layout.remat
-    tokens = here.rows * here.length
-    channels, hidden = tokens * here.heads * work.compute, tokens * here.mlp * work.compute
-    if remat == "full":
-        return {"layer inputs": work.between}
-    if remat == "sites":
-        sizes = dict.fromkeys(("query", "key", "value", "mixed"), channels) | {"hidden": hidden}
-        return {"layer inputs": work.between, "sites": sum(sizes[site] for site in set(work.layout.sites))}
-    if remat == "dots":
-        return {"layer inputs": work.between, "products": 3 * channels + hidden + 3 * work.between}
-    found = {
-        "inputs of norms": work.norms * work.between,
-        "inputs of projections": 4 * work.whole + 2 * channels,  # each token and the one before it, of both sublayers
-        "queries, keys, values": 4 * channels + 4 * tokens * here.heads,  # and the logarithms of what sums are divided by
-        "feed-forward": 2 * hidden + 2 * work.between,
-    }
-    return found | ({"dropout masks": 2 * work.between} if work.dropout else {})
-
-
 def activations(work: Work, *, cpu: bool = False) -> dict[str, int]:
     """Bytes that the layers which a device runs one after another keep together, an encoder's too."""
     found: dict[str, int] = {} if work.encoder is None else activations(work.encoder, cpu=cpu)
@@ -146,10 +125,8 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
     queries, keys = (tokens * heads * work.head_dim for heads in (here.heads, here.kv_heads))
     scores = work.scores
     weights = _weights(work, specs, gradients=True, cpu=cpu)
-    if work.recurrent:  # sums from both ends are fp32; measured on XLA:CPU
-        again = layout.remat != "none"
-        channels, hidden = 4 * tokens * here.heads, tokens * here.mlp * work.compute
-        return weights + (13 if again else 11) * channels + (9 if again else 4) * hidden // 4 + 11 * work.whole
+    if work.recurrent:
+        return weights + recurrent.working(work, cpu=cpu)
     attention = _attending(work, here.length, scores, dense=work.dense, fused=work.fused, cpu=cpu)
     if work.source:
         attention = max(attention, _attending(work, work.source, work.across, dense=work.dense_across, fused=False, cpu=cpu))

@@ -7,6 +7,7 @@ import jax
 
 from lmx.core.params import ParamSpec, is_spec
 from lmx.core.tree import Tree, name_of
+from lmx.parallel import recurrent
 from lmx.parallel.context import repeats
 from lmx.parallel.cost import share
 from lmx.parallel.layout import AXES, SHARDS, Layout
@@ -189,23 +190,26 @@ def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
     between = (
         (work.depth - work.depth // work.period) * work.ticks if remat == "full" and not work.after else 0
     )  # layers of a repeat but its last
+    dense, mixed = (work.depth - work.mixed) * work.ticks, work.mixed * work.ticks
+    shared = mixed if work.shared else 0
     if work.layout.collective_matmul:  # each product back and forth, and of the backward pass inputs and gradients once more
-        # What both sublayers read goes round once, and on GPUs the gradient of what both give.
-        shared = (work.forwards + 1 if work.reads == 1 else 0) + (not cpu) if work.parallel else 0
-        n, sublayers = work.layout.tensor, 3 if work.source else 2
-        rounds = (sublayers * (2 * work.forwards + 3) + again - shared) * times + between
+        n, fed = work.layout.tensor, dense + shared
+        rounds = ((2 if work.source else 1) * times + fed) * (2 * work.forwards + 3) + again * times + between
+        if work.parallel:  # what both sublayers read goes round once, and on GPUs the gradient of what both give
+            rounds -= ((work.forwards + 1) * dense + (work.forwards + (remat != "none")) * shared) * (work.reads == 1) + (not cpu) * fed
+        rounds += shared if work.shared_gate and remat == "full" else 0  # the gate's derivative reads the product again
         found.append(Traffic("collective-permute", axes, size // n, (n - 1) * rounds, "parts of the residual stream"))
         # The source is read forwards and backwards, and its gradient summed, in each layer; XLA:CPU takes what is read out of the loops.
         read = times + (1 if remat == "none" else 3) if cpu else 3 * times
-        return [*found, Traffic("collective-permute", axes, work.read // n, (n - 1) * read, "parts of the source, and of its gradient")]
+        around = Traffic("collective-permute", axes, work.read // n, (n - 1) * read, "parts of the source, and of its gradient")
+        gathers = Traffic("all-gather", axes, size, (work.forwards + 1 + (remat != "none")) * mixed, "tokens of experts")
+        return [*found, around, gathers, *_of_mixtures(work)]
     # XLA:CPU sums the gradients of several projections of one input one by one.
     across = 1 if work.source else 0  # which reads the residual stream for its queries alone
     attention, feed = (1 if replicated else 3, 2 if work.gated else 1) if cpu else (1, work.reads - 1 - across)
     projected = (1 if replicated else 2) if cpu else 1
     if across:  # reduced as a whole: every layer reads all of it
         found.append(Traffic("all-reduce", axes, projected * work.read, times, "gradients of the source"))
-    dense, mixed = (work.depth - work.mixed) * work.ticks, work.mixed * work.ticks
-    shared = mixed if work.shared else 0
     sums = ((2 + across) * work.forwards + again + attention + across) * times + feed * (dense + shared) + work.forwards * shared + between
     if not work.layout.sequence:
         return [*found, Traffic("all-reduce", axes, size, sums + mixed, "residual stream")]
@@ -217,26 +221,33 @@ def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
     if work.written_out and (remat != "full" or not cpu):  # a gradient is gathered for the input's and for the weight's apart
         gathers += times if cpu else times + dense
     found.append(Traffic("all-gather", axes, size, gathers, "residual stream"))
-    if mixed:  # which gather, and sum, themselves, and with tokens where they go
-        routing = 8 * here.rows * here.length * work.choices
-        found.append(Traffic("all-gather", axes, routing, (work.forwards + (remat != "none")) * mixed, "routing"))
-        found.append(Traffic("reduce-scatter", axes, routing // 2, mixed, "gradients of routing"))
-        own = (work.forwards + 1) * mixed
-        found.append(Traffic("reduce-scatter", axes, size, own, "residual stream"))
-        sums -= work.forwards * mixed
+    sums -= work.forwards * mixed
+    found += _of_mixtures(work)
     return [*found, Traffic("all-reduce" if cpu else "reduce-scatter", axes, size, sums, "residual stream")]
 
 
-def _of_recurrent(work: Work, cpu: bool) -> list[Traffic]:
-    """The same of RWKV's time and channel mixing. The projections of each have inputs of their own, whose gradients are summed one by one."""
-    axes, times, size, remat = _over(work.layout, "tensor"), work.depth * work.ticks, work.whole, work.layout.remat
-    sums = (2 * work.forwards + (2 if remat == "full" else 0) + 4) * times
-    if not work.layout.sequence:
-        return [Traffic("all-reduce", axes, size, sums, "residual stream")]
-    gathers = (2 * work.forwards + 3 + (2 if remat != "none" else 0)) * times  # the third: of the gradient of what the gate reads
+def _of_mixtures(work: Work) -> list[Traffic]:
+    """What mixtures over tensor devices that split sequences gather and sum themselves: routing beside their tokens, and what experts give."""
+    axes, here, mixed = _over(work.layout, "tensor"), work.here, work.mixed * work.ticks
+    routing = 8 * here.rows * here.length * work.choices
     return [
-        Traffic("all-gather", axes, size, gathers, "residual stream"),
-        Traffic("all-reduce" if cpu else "reduce-scatter", axes, size, sums, "residual stream"),
+        Traffic("all-gather", axes, routing, (work.forwards + (work.layout.remat != "none")) * mixed, "routing"),
+        Traffic("reduce-scatter", axes, routing // 2, mixed, "gradients of routing"),
+        Traffic("reduce-scatter", axes, work.whole, (work.forwards + 1) * mixed, "residual stream"),
+    ]
+
+
+def _of_recurrent(work: Work, cpu: bool) -> list[Traffic]:
+    """The same of RWKV's time and channel mixing."""
+    axes, times, size, first = _over(work.layout, "tensor"), work.depth * work.ticks, work.whole, work.ticks * (work.recurrent == 7)
+    sums, gathers, low = recurrent.residual(work)
+    found = [Traffic("all-reduce", axes, low, times, "gradients inside networks of low rank")]
+    if not work.layout.sequence:
+        return [*found, Traffic("all-reduce", axes, size, sums * times + first, "residual stream")]
+    return [
+        *found,
+        Traffic("all-gather", axes, size, gathers * times + first, "residual stream"),  # and what the first layer's values are of
+        Traffic("all-reduce" if cpu else "reduce-scatter", axes, size, sums * times + first, "residual stream"),
     ]
 
 
