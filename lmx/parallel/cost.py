@@ -293,7 +293,8 @@ def _of_a_pass(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
     read = table * (work.compute + (work.master if layout.zero == 3 and layout.fsdp > 1 else 0))
     masked = {"attention mask": mask(work)}
     # On XLA:CPU, gradients in another order, or parameters in the order in which they are gathered.
-    copied = cpu and (not _forms_again(work) or (layout.zero == 3 and layout.fsdp > 1))
+    alone = work.recurrent and layout.devices == 1
+    copied = cpu and not alone and (not _forms_again(work) or (layout.zero == 3 and layout.fsdp > 1))
     busy = working(work, specs, cpu=cpu) + (grads if copied else largest)
     waiting = 0 if cpu else loss_kept(work)
     return [

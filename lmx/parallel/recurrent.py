@@ -64,6 +64,6 @@ def residual(work: Work) -> tuple[int, int, int]:
     remat, version = work.layout.remat, work.recurrent
     gated = version < 7  # whose gate reads the input where sequences are split, and what it multiplies once more
     sums = 2 * work.forwards + 4 + (version in (5, 6)) + ((1 + gated) if remat == "full" else 0)
-    gathers = 2 * work.forwards + 2 + gated + (2 if remat != "none" else 0)
+    gathers = 2 * work.forwards + 2 + gated + (version == 6) + (2 if remat != "none" else 0)
     low = work.ranks[1:] if version == 6 else work.ranks  # RWKV-6's shares of tokens are of whole sequences
     return sums, gathers, work.here.rows * work.here.length * sum(low) * work.compute

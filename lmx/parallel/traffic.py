@@ -116,8 +116,9 @@ def _of_weights(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
             found.append(Traffic(kind, fsdp, total, times, f"gradients {what}"))
             found.append(Traffic("all-reduce", _summed_over(layout, part, replicas), total // layout.fsdp, times, f"gradients {what}"))
             mine = [n for n in rest if _part(n, table[n], work) == part]
-            over, total = _summed_over(layout, part, everyone), size(mine, master=True) // depth
-            found.append(Traffic("all-reduce", over, total, times, f"gradients {what}"))
+            total = size(mine, master=True) // depth
+            over = (_over(layout, "tensor"), everyone) if part == "gate" else (_summed_over(layout, part, everyone),)
+            found += [Traffic("all-reduce", axes, total, times, f"gradients {what}") for axes in over]
     if zero in (1, 2):
         found.append(Traffic("all-gather", fsdp, size(parted, master=True), 1, "updated parameters"))
     return found
@@ -163,8 +164,8 @@ def _gathered_again(work: Work, name: str, spec: ParamSpec, cpu: bool) -> bool:
 
 
 def _is_last(name: str, work: Work) -> bool:
-    """Whether a weight is that of the last product of a repeat of the pattern."""
-    return f"/{work.period - 1}/feedforward/down/" in f"/{name}/"
+    """Whether a weight is that of the last product of a repeat of the pattern, which no gate reads (until RWKV-7, one did)."""
+    return f"/{work.period - 1}/feedforward/{'value' if work.recurrent == 7 else 'down'}/" in f"/{name}/"
 
 
 def _sliced(spec: ParamSpec, work: Work) -> bool:
