@@ -93,7 +93,7 @@ def kept(work: Work, *, mixture: bool = False, cpu: bool = False) -> dict[str, i
     if work.dropout:  # the textbook's attention, all fp32: exponentials, masks and what both make
         found["queries, keys, values"] = 4 * (queries + asked + 2 * (keys + there)) // work.compute
         dropped = (3 if work.source else 2) * work.between
-        return found | {"attention weights": (scores + work.across) * (24 if cpu else 29) // 2, "dropout masks": dropped}
+        return found | {"attention weights": 12 * (scores + work.across), "dropout masks": dropped}
     weights = scores * work.compute * work.dense + work.across * work.compute * work.dense_across
     found |= {"attention weights": weights, "attention sums": sums * (not work.dense) + sums * (not work.dense_across and work.source > 0)}
     return {name: size for name, size in found.items() if size}
@@ -125,6 +125,8 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
     queries, keys = (tokens * heads * work.head_dim for heads in (here.heads, here.kv_heads))
     scores = work.scores
     weights = _weights(work, specs, gradients=True, cpu=cpu)
+    if layout.remat == "full" and layout.devices > 1 and not cpu:  # a layer's gradients are reduced in the next one's turn
+        weights += layer_numbers(specs, layout) * work.master
     if work.recurrent:
         return weights + recurrent.working(work, cpu=cpu)
     attention = _attending(work, here.length, scores, dense=work.dense, fused=work.fused, cpu=cpu)
@@ -138,8 +140,6 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
         feed = max(dense, _experts_working(work, cpu=cpu))
         if layout.remat != "none" and not cpu:  # by then the layer's attention has been formed again
             feed += scores * work.compute + (3 * queries + 2 * keys) * work.compute
-    if layout.remat == "full" and layout.devices > 1 and not cpu:  # a layer's gradients are reduced in the next one's turn
-        weights += layer_numbers(specs, layout) * work.master
     if again:
         weights = max(weights, 5 * work.whole)  # what is gathered, and formed again, before gradients are there
     found = max(attention + work.whole, feed) + weights

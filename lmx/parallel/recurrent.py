@@ -1,7 +1,9 @@
 """What an RWKV's layers (`lmx.models.rwkv`) keep for their backward passes, hold and send: of `lmx.parallel.cost` and `lmx.parallel.traffic`."""
 
+from dataclasses import replace
+
 from lmx.kernels.linear_attention import CHUNK
-from lmx.parallel.work import Work
+from lmx.parallel.work import Work, gathered_apart
 
 WIDE, NARROW = {5: 17, 6: 19, 7: 44}, {5: 3, 6: 3, 7: 1}
 """Numbers a token and channel that time mixing from RWKV-5 on keeps, in fp32 and in the compute type: what its chunks are formed of in each order
@@ -53,17 +55,21 @@ def working(work: Work, *, cpu: bool) -> int:
     tokens = here.rows * here.length
     channels, hidden = 4 * tokens * here.heads, tokens * here.mlp * work.compute
     if work.recurrent == 4:  # sums from both ends are fp32
-        return (13 if again else 11) * channels + (9 if again else 4) * hidden // 4 + 11 * work.whole
+        return (13 if again else 11) * channels + (9 if again else 4) * hidden // 4 + 11 * work.whole + (0 if cpu else 3 * channels)
+    if not cpu:  # which fuses what pairs and channels are formed of, but for the last
+        everything = replace(work, layout=replace(work.layout, remat="none", sites=()))
+        return DECAYS[work.recurrent] * 5 * channels + (sum(kept(everything).values()) if again else 0)
     decays = DECAYS[work.recurrent] + 2 * (again and work.recurrent == 7)
     return decays * CHUNK * channels + (1 + again) * (3 * work.whole + 2 * hidden)
 
 
-def residual(work: Work) -> tuple[int, int, int]:
+def residual(work: Work, *, cpu: bool) -> tuple[int, int, int]:
     """How often tensor devices sum, and gather, the residual stream or its gradient in a layer; and bytes of the gradients that they sum inside
     networks of low rank. The projections of each sublayer have inputs of their own, whose gradients are summed one by one."""
     remat, version = work.layout.remat, work.recurrent
     gated = version < 7  # whose gate reads the input where sequences are split, and what it multiplies once more
     sums = 2 * work.forwards + 4 + (version in (5, 6)) + ((1 + gated) if remat == "full" else 0)
-    gathers = 2 * work.forwards + 2 + gated + (version == 6) + (2 if remat != "none" else 0)
+    gathers = 2 * work.forwards + 2 + gated + (2 if remat != "none" else 0)
+    gathers += gathered_apart(work, cpu)
     low = work.ranks[1:] if version == 6 else work.ranks  # RWKV-6's shares of tokens are of whole sequences
     return sums, gathers, work.here.rows * work.here.length * sum(low) * work.compute

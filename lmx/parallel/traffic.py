@@ -11,7 +11,7 @@ from lmx.parallel import recurrent
 from lmx.parallel.context import repeats
 from lmx.parallel.cost import share
 from lmx.parallel.layout import AXES, SHARDS, Layout
-from lmx.parallel.work import Work
+from lmx.parallel.work import Work, gathered_apart
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,15 @@ def _of_weights(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
         reduced = [n for n in names if inner or not _at_ends(n)]
         scattered = [n for n in reduced if n in parted and (zero >= 2 or (zero == 1 and not cpu and _sliced(table[n], work)))]
         rest = [n for n in reduced if n not in scattered]
+        low = [
+            n for n in scattered if cpu and _is_low(n, work)
+        ]  # formed by the tensor devices each in part, and then put where they are to be
+        total = size(low, master=True) // depth // layout.fsdp
+        found.append(Traffic("all-reduce", everyone, total, times, f"gradients {what}, of low rank"))
+        found.append(Traffic("collective-permute", _over(layout, "fsdp", "tensor"), total, times, f"gradients {what}, of low rank"))
         for part in ("", "experts", "gate"):
             experts = part == "experts"
-            mine = [n for n in scattered if _part(n, table[n], work) == part]
+            mine = [n for n in scattered if n not in low and _part(n, table[n], work) == part]
             total = size(mine, master=True) // depth
             kind = "all-reduce" if cpu and not (experts and zero >= 2) and not (inner and layout.collective_matmul) else "reduce-scatter"
             found.append(Traffic(kind, fsdp, total, times, f"gradients {what}"))
@@ -135,6 +141,12 @@ def _summed_over(layout: Layout, part: str, axes: tuple[str, ...]) -> tuple[str,
     if part == "experts":
         return tuple(axis for axis in axes if axis != "expert")
     return _over(layout, *axes, "tensor") if part == "gate" else axes
+
+
+def _is_low(name: str, work: Work) -> bool:
+    """Whether a parameter of an RWKV's networks of low rank is one that every tensor device multiplies whole sequences by."""
+    fsdp, tensor = work.layout.fsdp, work.layout.tensor
+    return work.recurrent > 5 and tensor > 1 and tensor % fsdp == 0 and ("/down/" in name or name.endswith("/up/mix"))
 
 
 def _multiplies(spec: ParamSpec) -> bool:
@@ -219,7 +231,7 @@ def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
     gated = shared if work.shared_gate else 0  # reads its input again, but for the recomputed forward pass, which sums its product instead
     gathers += (work.forwards + 1 + (remat != "none")) * shared + (work.forwards - (remat != "none")) * gated
     sums += gated if remat == "full" else 0
-    if work.written_out and (remat != "full" or not cpu):  # a gradient is gathered for the input's and for the weight's apart
+    if gathered_apart(work, cpu):
         gathers += times if cpu else times + dense
     found.append(Traffic("all-gather", axes, size, gathers, "residual stream"))
     sums -= work.forwards * mixed
@@ -241,7 +253,7 @@ def _of_mixtures(work: Work) -> list[Traffic]:
 def _of_recurrent(work: Work, cpu: bool) -> list[Traffic]:
     """The same of RWKV's time and channel mixing."""
     axes, times, size, first = _over(work.layout, "tensor"), work.depth * work.ticks, work.whole, work.ticks * (work.recurrent == 7)
-    sums, gathers, low = recurrent.residual(work)
+    sums, gathers, low = recurrent.residual(work, cpu=cpu)
     found = [Traffic("all-reduce", axes, low, times, "gradients inside networks of low rank")]
     if not work.layout.sequence:
         return [*found, Traffic("all-reduce", axes, size, sums * times + first, "residual stream")]
@@ -281,6 +293,10 @@ def _of_ends(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
         found.append(Traffic("reduce-scatter", tensor, both, m, "embeddings, and gradient of hidden states"))
     else:
         found.append(Traffic("all-reduce", tensor, both, m, "embeddings, and gradient of hidden states"))
+    if work.embed_norm and work.flow is not None:  # looked up again where a stage's backward pass begins
+        found.append(
+            Traffic("reduce-scatter" if layout.sequence else "all-reduce", tensor, tokens * work.table * work.compute, m, "embeddings")
+        )
     uses = {"embed": (2 if work.tied else 1) + (work.encoder is not None), "head": 1} | dict.fromkeys(TABLES, 1)
     head = "embed" if work.tied else "head"
     if work.head_bias and fsdp and layout.zero >= 1:  # with a column more, which does not divide

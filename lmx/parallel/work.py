@@ -170,3 +170,8 @@ class Work:
     def between(self) -> int:
         """Bytes of the residual stream between sublayers."""
         return self.whole // (self.layout.tensor if self.layout.sequence else 1)
+
+
+def gathered_apart(work: Work, cpu: bool) -> bool:
+    """Whether a layer of a pipeline gathers a gradient over tensor devices for its input's and for a weight's apart."""
+    return work.written_out and (work.layout.remat != "full" or not cpu or work.layout.fsdp > 1)
