@@ -10,6 +10,8 @@ WIDE, NARROW = {5: 17, 6: 19, 7: 44}, {5: 3, 6: 3, 7: 1}
 that a product reads them in, and decays from either end."""
 STATES, PAIRS = {5: 1, 6: 1, 7: 2}, {5: 1.0, 6: 1.0, 7: 5.75}
 """Matrices of a chunk and head, fp32, that it keeps: of keys by values, and of tokens by tokens (RWKV-7's inverses, of halves of halves too)."""
+MIXTURES = {4: 4, 5: 5, 6: 6, 7: 8}
+"""Mixtures of a token and the one before it that a layer's projections are of."""
 DECAYS = {5: 4, 6: 4, 7: 8}
 """Arrays of a number for each pair of a chunk's tokens and each channel, fp32, that its backward pass has room for on XLA:CPU, which fuses none of
 them; there are fewer at once, and gaps between them."""
@@ -71,5 +73,7 @@ def residual(work: Work, *, cpu: bool) -> tuple[int, int, int]:
     sums = 2 * work.forwards + 4 + (version in (5, 6)) + ((1 + gated) if remat == "full" else 0)
     gathers = 2 * work.forwards + 2 + gated + (2 if remat != "none" else 0)
     gathers += gathered_apart(work, cpu)
+    if not cpu:  # forms mixtures of tokens, and gradients of what they are of, in part, and gathers each
+        gathers += 3 if version == 6 else MIXTURES[version] + 2 + gated
     low = work.ranks[1:] if version == 6 else work.ranks  # RWKV-6's shares of tokens are of whole sequences
     return sums, gathers, work.here.rows * work.here.length * sum(low) * work.compute
