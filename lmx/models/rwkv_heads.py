@@ -95,9 +95,12 @@ def time_mixing(
     x: Float[Array, "batch length embed"], params: Tree, config: RWKV, context: Context, execution: Execution, state: Tree | None
 ) -> tuple[Float[Array, "batch length embed"], Tree | None]:
     """The sublayer that mixes tokens: `output(silu(gate) * norm(what heads read))`."""
-    before, shares, rules = token_before(x, context, state, execution), params["shift"], execution.rules
+    shares, rules = params["shift"], execution.rules
+    if config.version > 5:  # said of its gradient: else XLA splits the sequence again where shares of tokens are made, and gathers each
+        x = constrain(x, INSIDE, rules)
+    before = token_before(x, context, state, execution)
     if config.version > 5:
-        base = token_shift.mixture(x, before, own_share(shares["base"], config))
+        base = constrain(token_shift.mixture(x, before, own_share(shares["base"], config)), INSIDE, rules)
         low = constrain(jnp.tanh(linear(base, params["down"]["mix"])), (*INSIDE, None), rules)
         up = whole(params["up"]["mix"])
 
@@ -105,7 +108,11 @@ def time_mixing(
         if config.version > 5:
             place = MIXED.index(name)
             share, own_up = own_share(shares[name], config), up[place].astype(x.dtype)
-            y = projected(x, before, lambda low: share - widened(low @ own_up), weight, execution, INSIDE, low[:, :, place])
+
+            def own(low: Array) -> Array:
+                return share - widened(constrain(low @ own_up, INSIDE, rules))
+
+            y = projected(x, before, own, weight, execution, INSIDE, low[:, :, place])
         else:
             y = projected(x, before, lambda: own_share(shares[name], config), weight, execution, INSIDE)
         y = constrain(y, names, rules)

@@ -101,7 +101,8 @@ def projected(
 
 def token_before(x: Array, context: Context, state: Tree | None, execution: Execution) -> Float[Array, "batch length embed"]:
     """What was read of the token before, within the text."""
-    before = jnp.where(context.follows[..., None], jnp.roll(x, 1, 1), 0)
+    x = constrain(x, INSIDE, execution.rules)  # else XLA splits it again, to roll its parts, and their gradient's
+    before = jnp.where(context.follows[..., None], constrain(jnp.roll(x, 1, 1), INSIDE, execution.rules), 0)
     if state is not None:
         before = jnp.where(context.resumes[..., None], state["last"][:, None].astype(x.dtype), before)
     return constrain(before, INSIDE, execution.rules)

@@ -14,7 +14,7 @@ import jax
 from lmx.core.params import ParamSpec, is_spec
 from lmx.core.tree import Tree
 from lmx.kernels.chunked import TILE
-from lmx.parallel import manual
+from lmx.parallel import manual, recurrent
 from lmx.parallel.layout import AXES, Layout
 from lmx.parallel.offload import HOST
 from lmx.parallel.rules import partition, rules
@@ -56,7 +56,7 @@ def kept(work: Work, *, mixture: bool = False, cpu: bool = False) -> dict[str, i
     here, remat = work.here, work.layout.remat
     tokens = here.rows * here.length
     if work.recurrent:
-        return _kept_recurrent(work)
+        return recurrent.kept(work)
     queries, keys = (tokens * n * work.head_dim * work.compute for n in (here.heads, here.kv_heads))
     hidden = tokens * here.mlp * work.compute * (2 if work.gated else 1)
     if mixture:
@@ -93,31 +93,10 @@ def kept(work: Work, *, mixture: bool = False, cpu: bool = False) -> dict[str, i
     if work.dropout:  # the textbook's attention, all fp32: exponentials, masks and what both make
         found["queries, keys, values"] = 4 * (queries + asked + 2 * (keys + there)) // work.compute
         dropped = (3 if work.source else 2) * work.between
-        return found | {"attention weights": (scores + work.across) * (24 if cpu else 29) // 2, "dropout masks": dropped}
+        return found | {"attention weights": 12 * (scores + work.across), "dropout masks": dropped}
     weights = scores * work.compute * work.dense + work.across * work.compute * work.dense_across
     found |= {"attention weights": weights, "attention sums": sums * (not work.dense) + sums * (not work.dense_across and work.source > 0)}
     return {name: size for name, size in found.items() if size}
-
-
-def _kept_recurrent(work: Work) -> dict[str, int]:
-    """The same of an RWKV's layer."""
-    here, remat = work.here, work.layout.remat
-    tokens = here.rows * here.length
-    channels, hidden = tokens * here.heads * work.compute, tokens * here.mlp * work.compute
-    if remat == "full":
-        return {"layer inputs": work.between}
-    if remat == "sites":
-        sizes = dict.fromkeys(("query", "key", "value", "mixed"), channels) | {"hidden": hidden}
-        return {"layer inputs": work.between, "sites": sum(sizes[site] for site in set(work.layout.sites))}
-    if remat == "dots":
-        return {"layer inputs": work.between, "products": 3 * channels + hidden + 3 * work.between}
-    found = {
-        "inputs of norms": work.norms * work.between,
-        "inputs of projections": 4 * work.whole + 2 * channels,  # each token and the one before it, of both sublayers
-        "queries, keys, values": 4 * channels + 4 * tokens * here.heads,  # and the logarithms of what sums are divided by
-        "feed-forward": 2 * hidden + 2 * work.between,
-    }
-    return found | ({"dropout masks": 2 * work.between} if work.dropout else {})
 
 
 def activations(work: Work, *, cpu: bool = False) -> dict[str, int]:
@@ -146,10 +125,10 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
     queries, keys = (tokens * heads * work.head_dim for heads in (here.heads, here.kv_heads))
     scores = work.scores
     weights = _weights(work, specs, gradients=True, cpu=cpu)
-    if work.recurrent:  # sums from both ends are fp32; measured on XLA:CPU
-        again = layout.remat != "none"
-        channels, hidden = 4 * tokens * here.heads, tokens * here.mlp * work.compute
-        return weights + (13 if again else 11) * channels + (9 if again else 4) * hidden // 4 + 11 * work.whole
+    if layout.remat == "full" and layout.devices > 1 and not cpu:  # a layer's gradients are reduced in the next one's turn
+        weights += layer_numbers(specs, layout) * work.master
+    if work.recurrent:
+        return weights + recurrent.working(work, cpu=cpu)
     attention = _attending(work, here.length, scores, dense=work.dense, fused=work.fused, cpu=cpu)
     if work.source:
         attention = max(attention, _attending(work, work.source, work.across, dense=work.dense_across, fused=False, cpu=cpu))
@@ -161,8 +140,6 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
         feed = max(dense, _experts_working(work, cpu=cpu))
         if layout.remat != "none" and not cpu:  # by then the layer's attention has been formed again
             feed += scores * work.compute + (3 * queries + 2 * keys) * work.compute
-    if layout.remat == "full" and layout.devices > 1 and not cpu:  # a layer's gradients are reduced in the next one's turn
-        weights += layer_numbers(specs, layout) * work.master
     if again:
         weights = max(weights, 5 * work.whole)  # what is gathered, and formed again, before gradients are there
     found = max(attention + work.whole, feed) + weights
@@ -316,7 +293,8 @@ def _of_a_pass(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
     read = table * (work.compute + (work.master if layout.zero == 3 and layout.fsdp > 1 else 0))
     masked = {"attention mask": mask(work)}
     # On XLA:CPU, gradients in another order, or parameters in the order in which they are gathered.
-    copied = cpu and (not _forms_again(work) or (layout.zero == 3 and layout.fsdp > 1))
+    alone = work.recurrent and layout.devices == 1
+    copied = cpu and not alone and (not _forms_again(work) or (layout.zero == 3 and layout.fsdp > 1))
     busy = working(work, specs, cpu=cpu) + (grads if copied else largest)
     waiting = 0 if cpu else loss_kept(work)
     return [

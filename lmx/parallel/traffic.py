@@ -7,10 +7,11 @@ import jax
 
 from lmx.core.params import ParamSpec, is_spec
 from lmx.core.tree import Tree, name_of
+from lmx.parallel import recurrent
 from lmx.parallel.context import repeats
 from lmx.parallel.cost import share
 from lmx.parallel.layout import AXES, SHARDS, Layout
-from lmx.parallel.work import Work
+from lmx.parallel.work import Work, gathered_apart
 
 
 @dataclass(frozen=True)
@@ -107,16 +108,23 @@ def _of_weights(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
         reduced = [n for n in names if inner or not _at_ends(n)]
         scattered = [n for n in reduced if n in parted and (zero >= 2 or (zero == 1 and not cpu and _sliced(table[n], work)))]
         rest = [n for n in reduced if n not in scattered]
+        low = [
+            n for n in scattered if cpu and _is_low(n, work)
+        ]  # formed by the tensor devices each in part, and then put where they are to be
+        total = size(low, master=True) // depth // layout.fsdp
+        found.append(Traffic("all-reduce", everyone, total, times, f"gradients {what}, of low rank"))
+        found.append(Traffic("collective-permute", _over(layout, "fsdp", "tensor"), total, times, f"gradients {what}, of low rank"))
         for part in ("", "experts", "gate"):
             experts = part == "experts"
-            mine = [n for n in scattered if _part(n, table[n], work) == part]
+            mine = [n for n in scattered if n not in low and _part(n, table[n], work) == part]
             total = size(mine, master=True) // depth
             kind = "all-reduce" if cpu and not (experts and zero >= 2) and not (inner and layout.collective_matmul) else "reduce-scatter"
             found.append(Traffic(kind, fsdp, total, times, f"gradients {what}"))
             found.append(Traffic("all-reduce", _summed_over(layout, part, replicas), total // layout.fsdp, times, f"gradients {what}"))
             mine = [n for n in rest if _part(n, table[n], work) == part]
-            over, total = _summed_over(layout, part, everyone), size(mine, master=True) // depth
-            found.append(Traffic("all-reduce", over, total, times, f"gradients {what}"))
+            total = size(mine, master=True) // depth
+            over = (_over(layout, "tensor"), everyone) if part == "gate" else (_summed_over(layout, part, everyone),)
+            found += [Traffic("all-reduce", axes, total, times, f"gradients {what}") for axes in over]
     if zero in (1, 2):
         found.append(Traffic("all-gather", fsdp, size(parted, master=True), 1, "updated parameters"))
     return found
@@ -133,6 +141,12 @@ def _summed_over(layout: Layout, part: str, axes: tuple[str, ...]) -> tuple[str,
     if part == "experts":
         return tuple(axis for axis in axes if axis != "expert")
     return _over(layout, *axes, "tensor") if part == "gate" else axes
+
+
+def _is_low(name: str, work: Work) -> bool:
+    """Whether a parameter of an RWKV's networks of low rank is one that every tensor device multiplies whole sequences by."""
+    fsdp, tensor = work.layout.fsdp, work.layout.tensor
+    return work.recurrent > 5 and tensor > 1 and tensor % fsdp == 0 and ("/down/" in name or name.endswith("/up/mix"))
 
 
 def _multiplies(spec: ParamSpec) -> bool:
@@ -162,8 +176,8 @@ def _gathered_again(work: Work, name: str, spec: ParamSpec, cpu: bool) -> bool:
 
 
 def _is_last(name: str, work: Work) -> bool:
-    """Whether a weight is that of the last product of a repeat of the pattern."""
-    return f"/{work.period - 1}/feedforward/down/" in f"/{name}/"
+    """Whether a weight is that of the last product of a repeat of the pattern, which no gate reads (until RWKV-7, one did)."""
+    return f"/{work.period - 1}/feedforward/{'value' if work.recurrent == 7 else 'down'}/" in f"/{name}/"
 
 
 def _sliced(spec: ParamSpec, work: Work) -> bool:
@@ -189,23 +203,26 @@ def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
     between = (
         (work.depth - work.depth // work.period) * work.ticks if remat == "full" and not work.after else 0
     )  # layers of a repeat but its last
+    dense, mixed = (work.depth - work.mixed) * work.ticks, work.mixed * work.ticks
+    shared = mixed if work.shared else 0
     if work.layout.collective_matmul:  # each product back and forth, and of the backward pass inputs and gradients once more
-        # What both sublayers read goes round once, and on GPUs the gradient of what both give.
-        shared = (work.forwards + 1 if work.reads == 1 else 0) + (not cpu) if work.parallel else 0
-        n, sublayers = work.layout.tensor, 3 if work.source else 2
-        rounds = (sublayers * (2 * work.forwards + 3) + again - shared) * times + between
+        n, fed = work.layout.tensor, dense + shared
+        rounds = ((2 if work.source else 1) * times + fed) * (2 * work.forwards + 3) + again * times + between
+        if work.parallel:  # what both sublayers read goes round once, and on GPUs the gradient of what both give
+            rounds -= ((work.forwards + 1) * dense + (work.forwards + (remat != "none")) * shared) * (work.reads == 1) + (not cpu) * fed
+        rounds += shared if work.shared_gate and remat == "full" else 0  # the gate's derivative reads the product again
         found.append(Traffic("collective-permute", axes, size // n, (n - 1) * rounds, "parts of the residual stream"))
         # The source is read forwards and backwards, and its gradient summed, in each layer; XLA:CPU takes what is read out of the loops.
         read = times + (1 if remat == "none" else 3) if cpu else 3 * times
-        return [*found, Traffic("collective-permute", axes, work.read // n, (n - 1) * read, "parts of the source, and of its gradient")]
+        around = Traffic("collective-permute", axes, work.read // n, (n - 1) * read, "parts of the source, and of its gradient")
+        gathers = Traffic("all-gather", axes, size, (work.forwards + 1 + (remat != "none")) * mixed, "tokens of experts")
+        return [*found, around, gathers, *_of_mixtures(work)]
     # XLA:CPU sums the gradients of several projections of one input one by one.
     across = 1 if work.source else 0  # which reads the residual stream for its queries alone
     attention, feed = (1 if replicated else 3, 2 if work.gated else 1) if cpu else (1, work.reads - 1 - across)
     projected = (1 if replicated else 2) if cpu else 1
     if across:  # reduced as a whole: every layer reads all of it
         found.append(Traffic("all-reduce", axes, projected * work.read, times, "gradients of the source"))
-    dense, mixed = (work.depth - work.mixed) * work.ticks, work.mixed * work.ticks
-    shared = mixed if work.shared else 0
     sums = ((2 + across) * work.forwards + again + attention + across) * times + feed * (dense + shared) + work.forwards * shared + between
     if not work.layout.sequence:
         return [*found, Traffic("all-reduce", axes, size, sums + mixed, "residual stream")]
@@ -214,29 +231,36 @@ def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
     gated = shared if work.shared_gate else 0  # reads its input again, but for the recomputed forward pass, which sums its product instead
     gathers += (work.forwards + 1 + (remat != "none")) * shared + (work.forwards - (remat != "none")) * gated
     sums += gated if remat == "full" else 0
-    if work.written_out and (remat != "full" or not cpu):  # a gradient is gathered for the input's and for the weight's apart
+    if gathered_apart(work, cpu):
         gathers += times if cpu else times + dense
     found.append(Traffic("all-gather", axes, size, gathers, "residual stream"))
-    if mixed:  # which gather, and sum, themselves, and with tokens where they go
-        routing = 8 * here.rows * here.length * work.choices
-        found.append(Traffic("all-gather", axes, routing, (work.forwards + (remat != "none")) * mixed, "routing"))
-        found.append(Traffic("reduce-scatter", axes, routing // 2, mixed, "gradients of routing"))
-        own = (work.forwards + 1) * mixed
-        found.append(Traffic("reduce-scatter", axes, size, own, "residual stream"))
-        sums -= work.forwards * mixed
+    sums -= work.forwards * mixed
+    found += _of_mixtures(work)
     return [*found, Traffic("all-reduce" if cpu else "reduce-scatter", axes, size, sums, "residual stream")]
 
 
-def _of_recurrent(work: Work, cpu: bool) -> list[Traffic]:
-    """The same of RWKV's time and channel mixing. The projections of each have inputs of their own, whose gradients are summed one by one."""
-    axes, times, size, remat = _over(work.layout, "tensor"), work.depth * work.ticks, work.whole, work.layout.remat
-    sums = (2 * work.forwards + (2 if remat == "full" else 0) + 4) * times
-    if not work.layout.sequence:
-        return [Traffic("all-reduce", axes, size, sums, "residual stream")]
-    gathers = (2 * work.forwards + 3 + (2 if remat != "none" else 0)) * times  # the third: of the gradient of what the gate reads
+def _of_mixtures(work: Work) -> list[Traffic]:
+    """What mixtures over tensor devices that split sequences gather and sum themselves: routing beside their tokens, and what experts give."""
+    axes, here, mixed = _over(work.layout, "tensor"), work.here, work.mixed * work.ticks
+    routing = 8 * here.rows * here.length * work.choices
     return [
-        Traffic("all-gather", axes, size, gathers, "residual stream"),
-        Traffic("all-reduce" if cpu else "reduce-scatter", axes, size, sums, "residual stream"),
+        Traffic("all-gather", axes, routing, (work.forwards + (work.layout.remat != "none")) * mixed, "routing"),
+        Traffic("reduce-scatter", axes, routing // 2, mixed, "gradients of routing"),
+        Traffic("reduce-scatter", axes, work.whole, (work.forwards + 1) * mixed, "residual stream"),
+    ]
+
+
+def _of_recurrent(work: Work, cpu: bool) -> list[Traffic]:
+    """The same of RWKV's time and channel mixing."""
+    axes, times, size, first = _over(work.layout, "tensor"), work.depth * work.ticks, work.whole, work.ticks * (work.recurrent == 7)
+    sums, gathers, low = recurrent.residual(work, cpu=cpu)
+    found = [Traffic("all-reduce", axes, low, times, "gradients inside networks of low rank")]
+    if not work.layout.sequence:
+        return [*found, Traffic("all-reduce", axes, size, sums * times + first, "residual stream")]
+    return [
+        *found,
+        Traffic("all-gather", axes, size, gathers * times + first, "residual stream"),  # and what the first layer's values are of
+        Traffic("all-reduce" if cpu else "reduce-scatter", axes, size, sums * times + first, "residual stream"),
     ]
 
 
@@ -269,6 +293,10 @@ def _of_ends(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
         found.append(Traffic("reduce-scatter", tensor, both, m, "embeddings, and gradient of hidden states"))
     else:
         found.append(Traffic("all-reduce", tensor, both, m, "embeddings, and gradient of hidden states"))
+    if work.embed_norm and work.flow is not None:  # looked up again where a stage's backward pass begins
+        found.append(
+            Traffic("reduce-scatter" if layout.sequence else "all-reduce", tensor, tokens * work.table * work.compute, m, "embeddings")
+        )
     uses = {"embed": (2 if work.tied else 1) + (work.encoder is not None), "head": 1} | dict.fromkeys(TABLES, 1)
     head = "embed" if work.tied else "head"
     if work.head_bias and fsdp and layout.zero >= 1:  # with a column more, which does not divide

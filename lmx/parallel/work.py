@@ -30,7 +30,9 @@ class Work:
       experts, choices, expert_mlp, shared: how many there are, how many a token takes, their width, that of the shared ones.
       shared_gate: whether what these give is gated.
       capacity: an expert's slots in a sequence, or None where it takes every token.
-      recurrent: whether layers are RWKV's, whose channels are counted as heads of one dimension; no score is formed.
+      recurrent: RWKV's version, whose channels are counted as heads of one dimension and form no score, or 0; then
+      state: width of a head whose state is a matrix (from RWKV-5 on), and
+      ranks: of its networks of low rank; RWKV-6's first is that of its shares of tokens together.
       relative: whether every layer adds a learned bias to its scores.
       source: tokens of another text's row that every layer attends to besides, or 0; then
       dense_across: whether that attention forms every score, and
@@ -75,7 +77,9 @@ class Work:
     shared: int = 0
     shared_gate: bool = False
     capacity: int | None = None
-    recurrent: bool = False
+    recurrent: int = 0
+    state: int = 1
+    ranks: tuple[int, ...] = ()
     relative: bool = False
     source: int = 0
     dense_across: bool = True
@@ -166,3 +170,8 @@ class Work:
     def between(self) -> int:
         """Bytes of the residual stream between sublayers."""
         return self.whole // (self.layout.tensor if self.layout.sequence else 1)
+
+
+def gathered_apart(work: Work, cpu: bool) -> bool:
+    """Whether a layer of a pipeline gathers a gradient over tensor devices for its input's and for a weight's apart."""
+    return work.written_out and (work.layout.remat != "full" or not cpu or work.layout.fsdp > 1)

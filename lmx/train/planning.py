@@ -20,6 +20,7 @@ from lmx.kernels.attention import LONG, why
 from lmx.models import experts, stack
 from lmx.models.config import RWKV, EncoderDecoder, Model, Transformer, is_local
 from lmx.models.families import functions
+from lmx.models.rwkv_heads import MIXED
 from lmx.parallel import absent, chips, cost, hlo, roofline
 from lmx.parallel.chips import Chip
 from lmx.parallel.feed import batch_sharding
@@ -115,7 +116,6 @@ def plan(experiment: Experiment, *, chip: str = "h100", compiled: bool = False, 
 
 PLANNED: dict[str, tuple] = {
     "positions": ("rope", "alibi", "learned", "sinusoidal", "relative", "none"),
-    "version": (4,),
 }
 """Settings of a model, where it has them, of which `lmx.parallel.cost` counts these values alone: others change what a step keeps or sends."""
 
@@ -129,16 +129,6 @@ def settled(experiment: Experiment) -> Experiment:
     layout, model = experiment.layout, experiment.model
     if layout.ordered:
         raise ConfigError(f"layout.ordered={layout.ordered} is for debugging and cannot be planned; plan with it at 0")
-    if isinstance(model, RWKV) and layout.pipeline > 1 and layout.tensor > 1:
-        raise ConfigError(
-            f"model=RWKV with layout.pipeline={layout.pipeline} and layout.tensor={layout.tensor} cannot be planned: what XLA moves between "
-            "tensor devices inside a stage is not counted; plan it with one of them at 1"
-        )
-    if layout.collective_matmul and model.experts:
-        raise ConfigError(
-            f"layout.collective_matmul cannot be planned with a mixture (model.experts={model.experts}): what goes round there is not counted; plan "
-            "without it"
-        )
     if experiment.precision == "fp64":
         raise ConfigError("precision=fp64 cannot be planned: no chip trains in it; plan with fp32")
     if not model.vocab:
@@ -252,13 +242,21 @@ def _recurrent(experiment: Experiment, model: RWKV) -> Work:
         tied=model.tied,
         masks=0,
         dense=False,
-        recurrent=True,
+        recurrent=model.version,
+        state=model.head_dim,
+        ranks=_ranks(model),
         embed_norm=True,
         dropout=model.dropout > 0,
         compute=jnp.dtype(precision.compute).itemsize,
         master=jnp.dtype(precision.params).itemsize,
         multiplies=precision.multiplies,
     )
+
+
+def _ranks(model: RWKV) -> tuple[int, ...]:
+    """Of its networks of low rank."""
+    of = {6: (len(MIXED) * model.mix_rank, model.decay_rank), 7: (model.decay_rank, model.rate_rank, model.value_rank, model.gate_rank)}
+    return of.get(model.version, ())
 
 
 def _of_state(layout: Layout) -> Layout:

@@ -38,6 +38,7 @@ T5 = dataclasses.replace(MODEL, positions="relative", activation="relu", gated=F
 BART = dataclasses.replace(GPT2, activation="gelu", norm_placement="post", embed_norm=True)
 ALBERT = dataclasses.replace(BART, kv_heads=None, causal=False, head="masked", head_bias=True, embed_size=64, shared_layers=True)
 RECURRENT = RWKV(vocab=2048, layers=16, embed=256, channels=384, mlp=768, context=512)
+EAGLE = dataclasses.replace(RECURRENT, version=5, channels=None, head_dim=32)
 EXPERTS = {"experts": 8, "experts_per_token": 2, "mlp": 384}
 LOW, HIGH = 0.95, 1.15
 """A plan's total over the compiler's."""
@@ -158,6 +159,21 @@ CASES = {
         "collective_matmul": True,
     },
     "collective-pair-full": {"model": paired(changed(), 14), "data": 2, "fsdp": 2, "tensor": 2, "collective_matmul": True, "remat": "full"},
+    "collective-experts": {"model": changed(**EXPERTS), "fsdp": 2, "tensor": 4, "collective_matmul": True},
+    "collective-experts-full": {
+        "model": changed(**EXPERTS, expert_capacity=1.25, shared_experts=1, shared_gate=True),
+        "fsdp": 2,
+        "expert": 2,
+        "tensor": 2,
+        "collective_matmul": True,
+        "remat": "full",
+    },
+    "pipeline-tensor-full": {"pipeline": 2, "tensor": 2, "fsdp": 2, "microbatches": 4, "remat": "full"},
+    "rwkv-replicas-tensor": {"model": RECURRENT, "data": 2, "tensor": 4},
+    "rwkv-5": {"model": EAGLE, "fsdp": 8},
+    "rwkv-5-pipeline-full": {"model": EAGLE, "pipeline": 2, "tensor": 2, "fsdp": 2, "microbatches": 4, "remat": "full"},
+    "rwkv-6-full": {"model": dataclasses.replace(EAGLE, version=6), "data": 2, "fsdp": 2, "tensor": 2, "remat": "full"},
+    "rwkv-7-full": {"model": dataclasses.replace(EAGLE, version=7), "data": 2, "tensor": 4, "remat": "full"},
 }
 """On eight simulated devices. In fp32: XLA:CPU widens bf16 here and there."""
 
@@ -352,6 +368,18 @@ GPU_CASES = {
     "rounds-full": {"pipeline": 4, "rounds": 2, "data": 2, "microbatches": 4, "remat": "full"},
     "experts": {"model": dataclasses.replace(LARGE, **EXPERTS | {"mlp": 768}), "fsdp": 2, "expert": 4, "remat": "full"},
     "experts-capacity": {"model": dataclasses.replace(LARGE, **EXPERTS | {"mlp": 768}, expert_capacity=1.25), "fsdp": 2, "expert": 4},
+    "collective-experts-full": {
+        "model": dataclasses.replace(LARGE, **EXPERTS | {"mlp": 768}),
+        "fsdp": 2,
+        "tensor": 4,
+        "collective_matmul": True,
+        "remat": "full",
+        "length": 2048,
+        "batch": 4,
+    },
+    "rwkv-full": {"model": RWKV(vocab=4096, layers=16, embed=512, mlp=1536), "fsdp": 8, "remat": "full"},
+    "rwkv-5": {"model": RWKV(version=5, vocab=4096, layers=16, embed=512, mlp=1536), "fsdp": 8},
+    "rwkv-7-full": {"model": RWKV(version=7, vocab=4096, layers=16, embed=512, mlp=1536), "fsdp": 8, "remat": "full"},
     "dropout": {"model": dataclasses.replace(LARGE, dropout=0.1), "fsdp": 8},
     "sites": {"fsdp": 2, "tensor": 4, "remat": "sites", "sites": ("mixed", "hidden")},
     "shared-layers": {"model": dataclasses.replace(LARGE, shared_layers=True), "fsdp": 2, "tensor": 4, "remat": "full"},
