@@ -108,9 +108,8 @@ def _of_weights(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
         reduced = [n for n in names if inner or not _at_ends(n)]
         scattered = [n for n in reduced if n in parted and (zero >= 2 or (zero == 1 and not cpu and _sliced(table[n], work)))]
         rest = [n for n in reduced if n not in scattered]
-        low = [
-            n for n in scattered if cpu and _is_low(n, work)
-        ]  # formed by the tensor devices each in part, and then put where they are to be
+        # XLA:CPU has tensor devices form these each in part, and then puts them where they are to be.
+        low = [n for n in scattered if cpu and _is_low(n, work)]
         total = size(low, master=True) // depth // layout.fsdp
         found.append(Traffic("all-reduce", everyone, total, times, f"gradients {what}, of low rank"))
         found.append(Traffic("collective-permute", _over(layout, "fsdp", "tensor"), total, times, f"gradients {what}, of low rank"))
@@ -294,9 +293,8 @@ def _of_ends(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
     else:
         found.append(Traffic("all-reduce", tensor, both, m, "embeddings, and gradient of hidden states"))
     if work.embed_norm and work.flow is not None:  # looked up again where a stage's backward pass begins
-        found.append(
-            Traffic("reduce-scatter" if layout.sequence else "all-reduce", tensor, tokens * work.table * work.compute, m, "embeddings")
-        )
+        kind = "reduce-scatter" if layout.sequence else "all-reduce"
+        found.append(Traffic(kind, tensor, tokens * work.table * work.compute, m, "embeddings"))
     uses = {"embed": (2 if work.tied else 1) + (work.encoder is not None), "head": 1} | dict.fromkeys(TABLES, 1)
     head = "embed" if work.tied else "head"
     if work.head_bias and fsdp and layout.zero >= 1:  # with a column more, which does not divide
