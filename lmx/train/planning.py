@@ -198,7 +198,7 @@ def _work(experiment: Experiment, model: Transformer, length: int, kind: str) ->
         embed_norm=model.embed_norm,
         after=model.norm_placement != "pre",
         head_bias=model.head_bias,
-        mixtures=model.mixtures,
+        mixtures=model.mixtures - (model.encoder.mixtures if isinstance(model, EncoderDecoder) else 0),
         experts=model.experts,
         choices=model.experts_per_token if model.experts else 0,
         expert_mlp=model.expert_hidden if model.experts else 0,

@@ -129,6 +129,7 @@ CASES = {
     "t5": {"model": paired(T5, 14), "fsdp": 8},
     "t5-deep-decoder": {"model": paired(T5, 20), "data": 2, "fsdp": 2, "tensor": 2, "remat": "full"},
     "bart": {"model": paired(BART, 14), "fsdp": 4, "zero": 1, "tensor": 2, "sequence": False, "remat": "dots", "microbatches": 2},
+    "pair-experts": {"model": paired(changed(**EXPERTS), 14), "fsdp": 4, "tensor": 2},
     "pair-dropout": {"model": paired(changed(dropout=0.1, gated=False, kv_heads=2), 14), "fsdp": 4, "tensor": 2},
     "rwkv": {"model": RECURRENT, "fsdp": 8},
     "rwkv-full": {"model": RECURRENT, "data": 2, "fsdp": 2, "tensor": 2, "remat": "full"},
