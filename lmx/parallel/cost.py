@@ -77,9 +77,11 @@ def kept(work: Work, *, mixture: bool = False, cpu: bool = False) -> dict[str, i
         outputs = work.between * (work.reads - 1 + work.after)
         routed = work.routed * work.embed * work.compute if mixture else 0
         return {"layer inputs": work.between, "products": outputs + queries + asked + 2 * (keys + there) + hidden + routed}
+    read = work.reads - mixture
+    parts = read if work.layout.collective_matmul else int(work.read_apart)
     found = {
         "inputs of norms": work.norms * work.between,
-        "inputs of projections": (work.reads - mixture) * (work.between if work.layout.collective_matmul else work.whole) + queries + asked,
+        "inputs of projections": (read - parts) * work.whole + parts * work.between + queries + asked,
         "queries, keys, values": (3 * queries if work.dense else (2 if work.fused else 1) * queries + 2 * keys)
         + (asked + 2 * (shared if work.dense_across else there))
         + (queries + asked + keys + there if work.qk_norm else 0),
@@ -293,8 +295,8 @@ def _of_a_pass(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
     read = table * (work.compute + (work.master if layout.zero == 3 and layout.fsdp > 1 else 0))
     masked = {"attention mask": mask(work)}
     # On XLA:CPU, gradients in another order, or parameters in the order in which they are gathered.
-    alone = work.recurrent and layout.devices == 1
-    copied = cpu and not alone and (not _forms_again(work) or (layout.zero == 3 and layout.fsdp > 1))
+    as_they_are = (work.recurrent and layout.devices == 1) or (layout.context > 1 and layout.exchange == "ring" and layout.remat != "none")
+    copied = cpu and not as_they_are and (not _forms_again(work) or (layout.zero == 3 and layout.fsdp > 1))
     busy = working(work, specs, cpu=cpu) + (grads if copied else largest)
     waiting = 0 if cpu else loss_kept(work)
     return [

@@ -122,7 +122,7 @@ def _of_weights(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
             found.append(Traffic("all-reduce", _summed_over(layout, part, replicas), total // layout.fsdp, times, f"gradients {what}"))
             mine = [n for n in rest if _part(n, table[n], work) == part]
             total = size(mine, master=True) // depth
-            over = (_over(layout, "tensor"), everyone) if part == "gate" else (_summed_over(layout, part, everyone),)
+            over = (_over(layout, "tensor"), everyone) if part == "gate" else _one_by_one(_summed_over(layout, part, everyone), cpu)
             found += [Traffic("all-reduce", axes, total, times, f"gradients {what}") for axes in over]
     if zero in (1, 2):
         found.append(Traffic("all-gather", fsdp, size(parted, master=True), 1, "updated parameters"))
@@ -140,6 +140,12 @@ def _summed_over(layout: Layout, part: str, axes: tuple[str, ...]) -> tuple[str,
     if part == "experts":
         return tuple(axis for axis in axes if axis != "expert")
     return _over(layout, *axes, "tensor") if part == "gate" else axes
+
+
+def _one_by_one(axes: tuple[str, ...], cpu: bool) -> tuple[tuple[str, ...], ...]:
+    """XLA:CPU sums over devices that split sequences apart from those that split rows."""
+    others = tuple(axis for axis in axes if axis != "context")
+    return (others, ("context",)) if cpu and others and others != axes else (axes,)
 
 
 def _is_low(name: str, work: Work) -> bool:
@@ -191,12 +197,16 @@ def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
     axes, times, size, remat = _over(work.layout, "tensor"), work.depth * work.ticks, work.whole, work.layout.remat
     if work.recurrent:
         return _of_recurrent(work, cpu)
-    replicated = work.kv_heads % work.layout.tensor != 0
     found, here = [], work.here
-    if replicated:  # fewer key heads than devices: each has its part of their gradients
+    if work.replicated:  # fewer key heads than devices: each has its part of their gradients
         keys = here.rows * here.length * work.kv_heads * work.head_dim * work.compute
         there = here.rows * work.source * work.kv_heads * work.head_dim * work.compute
-        found.append(Traffic("all-reduce", axes, 2 * (keys + there), times, "gradients of keys and values"))
+        apart = work.read_apart and work.layout.sequence and not cpu  # one of them and the residual stream's together, and their weights'
+        found.append(Traffic("all-reduce", axes, (1 if apart else 2) * (keys + there), times, "gradients of keys and values"))
+        if apart:
+            weights = 2 * work.embed * work.kv_heads * work.head_dim * work.master // work.layout.fsdp
+            found.append(Traffic("reduce-scatter", axes, keys + there, times, "gradients of keys and values"))
+            found.append(Traffic("all-reduce", axes, weights, times, "gradients of what gives keys and values"))
     # What a norm or the second sublayer reads is summed again where it is not kept.
     again = 0 if remat != "full" else 2 if work.after else 0 if work.parallel else work.reads - 1
     between = (
@@ -218,8 +228,8 @@ def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
         return [*found, around, gathers, *_of_mixtures(work)]
     # XLA:CPU sums the gradients of several projections of one input one by one.
     across = 1 if work.source else 0  # which reads the residual stream for its queries alone
-    attention, feed = (1 if replicated else 3, 2 if work.gated else 1) if cpu else (1, work.reads - 1 - across)
-    projected = (1 if replicated else 2) if cpu else 1
+    attention, feed = (1 if work.replicated else 3, 2 if work.gated else 1) if cpu else (1, work.reads - 1 - across)
+    projected = (1 if work.replicated else 2) if cpu else 1
     if across:  # reduced as a whole: every layer reads all of it
         found.append(Traffic("all-reduce", axes, projected * work.read, times, "gradients of the source"))
     sums = ((2 + across) * work.forwards + again + attention + across) * times + feed * (dense + shared) + work.forwards * shared + between
@@ -232,6 +242,7 @@ def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
     sums += gated if remat == "full" else 0
     if gathered_apart(work, cpu):
         gathers += times if cpu else times + dense
+    gathers += times if work.read_apart and work.flow is None else 0  # a stage forms all of it again anyway
     found.append(Traffic("all-gather", axes, size, gathers, "residual stream"))
     sums -= work.forwards * mixed
     found += _of_mixtures(work)

@@ -108,6 +108,16 @@ class Work:
         )
 
     @property
+    def replicated(self) -> bool:
+        """Whether there are fewer key heads than tensor devices."""
+        return self.kv_heads % self.layout.tensor != 0
+
+    @property
+    def read_apart(self) -> bool:
+        """Whether what attention reads is kept in the tensor devices' parts, and gathered again."""
+        return self.replicated and self.layout.remat == "none"
+
+    @property
     def depth(self) -> int:
         """Layers that a device runs one after another: all, or those of a stage."""
         return self.layers // (self.layout.pipeline * self.layout.rounds)

@@ -44,6 +44,8 @@ LOWERED_BY: dict[str, tuple[str, ...]] = {
     "attention weights": KEPT,
     "attention sums": KEPT,
     "dropout masks": KEPT,
+    "states of chunks": KEPT,
+    "networks of low rank": KEPT,
     "attention mask": MADE,
     "source": MADE,
     "head and loss": ("tensor",),
