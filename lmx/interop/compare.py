@@ -5,7 +5,6 @@ gives text that is almost right.
 """
 
 import itertools
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from lmx.core.config import flatten, from_json
 from lmx.core.tree import named_leaves
 from lmx.interop.checkpoint import tensors
 from lmx.interop.compare_adapters import differences
-from lmx.interop.files import mapped, open_tensors
+from lmx.interop.files import mapped, open_tensors, read_json
 from lmx.interop.runs import imported, is_run, load_run, run_params
 from lmx.train.experiment import Experiment
 from lmx.train.logging import read_record
@@ -83,9 +82,9 @@ def open_checkpoint(folder: str | Path) -> Opened:
         return Opened(folder, flatten(config), {name: np.asarray(leaf) for name, leaf in leaves.items()})
     adapter = folder / "adapter_model.safetensors"
     if adapter.exists():
-        return Opened(folder, json.loads((folder / "adapter_config.json").read_text()), mapped(adapter))
+        return Opened(folder, read_json(folder / "adapter_config.json"), mapped(adapter))
     config = folder / "config.json"
-    return Opened(folder, json.loads(config.read_text()) if config.exists() else {}, open_tensors(folder))
+    return Opened(folder, read_json(config) if config.exists() else {}, open_tensors(folder))
 
 
 def compare(first: str | Path | Opened, second: str | Path | Opened) -> Report:

@@ -68,9 +68,11 @@ def _object(path: Path, data: bytes) -> dict[str, Any]:
     try:
         found = json.loads(data)
     except ValueError as error:
-        raise ValueError(f"{path} should hold JSON: {error}") from error
+        raise ValueError(f"{path} should hold JSON: it is cut short, or is not JSON ({error})") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} should hold a JSON object, and holds a {type(found).__name__}")
+        raise ValueError(
+            f"{path} should hold a JSON object, and holds a {type(found).__name__}; expected a JSON object of names and values"
+        )
     return found
 
 

@@ -3,7 +3,6 @@
 That is, in this order: three channels, resized, the middle cut out, numbers between 0 and 1, normalised. Pillow reads and resizes, as there.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+
+from lmx.interop.files import read_json
 
 FILES = ("preprocessor_config.json", "processor_config.json")
 """The second has it as its `image_processor`."""
@@ -63,7 +64,7 @@ class Preparation:
 def read_preparation(folder: str | Path) -> Preparation:
     """That of a checkpoint's folder. Raises ValueError where it has none, or one that is not known here."""
     folder = Path(folder)
-    found = next((json.loads(path.read_text()) for name in FILES if (path := folder / name).is_file()), None)
+    found = next((read_json(path) for name in FILES if (path := folder / name).is_file()), None)
     if found is not None and "image_processor" in found:
         found = found["image_processor"]
     kind = None if found is None else found.get("image_processor_type", found.get("feature_extractor_type"))

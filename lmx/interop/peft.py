@@ -19,7 +19,7 @@ from lmx.core.tree import Tree
 from lmx.interop.adapter_settings import Settings, read
 from lmx.interop.checkpoint import Model, Names, Place, sibling
 from lmx.interop.family import Fused
-from lmx.interop.files import mapped, write_file
+from lmx.interop.files import mapped, read_json, write_file
 from lmx.models import adapters
 from lmx.models.adapters import LowRank, Part, Prefix, Prompt, Replaced, Scaled
 from lmx.models.config import EncoderDecoder, Transformer
@@ -383,7 +383,7 @@ def load_adapter(folder: str | Path, model: Model, *, dtype=jnp.float32, mesh: M
     folder = Path(folder)
     if not (folder / CONFIG).exists():
         raise ValueError(f"{folder} has no {CONFIG}, so it is no adapter of PEFT's")
-    said = json.loads((folder / CONFIG).read_text())
+    said = read_json(folder / CONFIG)
     settings = read(said)
     if not (folder / TENSORS).exists():
         pickled = (folder / "adapter_model.bin").exists()

@@ -1,10 +1,11 @@
 """What the small files beside a checkpoint's vocabulary say: named tokens, added tokens, chat templates, where generation stops."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from lmx.interop.files import read_json
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
@@ -96,8 +97,8 @@ class Files:
 
 def read_files(folder: Path) -> Files:
     """Raises ValueError when a file is not what it should be, or two of them contradict each other."""
-    config, named = read_json(folder / "tokenizer_config.json") or {}, read_json(folder / "special_tokens_map.json") or {}
-    model, generation = read_json(folder / "config.json") or {}, read_json(folder / "generation_config.json")
+    config, named = _if_there(folder / "tokenizer_config.json") or {}, _if_there(folder / "special_tokens_map.json") or {}
+    model, generation = _if_there(folder / "config.json") or {}, _if_there(folder / "generation_config.json")
     roles: dict[str, str] = {}
     for role in ROLES:
         said = {
@@ -130,17 +131,9 @@ def read_files(folder: Path) -> Files:
     )
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def _if_there(path: Path) -> dict[str, Any] | None:
     """A JSON object; None where there is no such file."""
-    if not path.exists():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}; expected a JSON object")
-    return value
+    return read_json(path) if path.exists() else None
 
 
 def _token(value: Any, where: str, **defaults: Any) -> Added:
@@ -169,7 +162,7 @@ def _added(folder: Path, config: Mapping, special: set[str]) -> dict[int, Added]
     found: dict[int, Added] = {}
     where: dict[str, int] = {}
     said = [(id, token, "tokenizer_config.json: added_tokens_decoder") for id, token in (config.get("added_tokens_decoder") or {}).items()]
-    said += [(id, token, "added_tokens.json") for token, id in (read_json(folder / "added_tokens.json") or {}).items()]
+    said += [(id, token, "added_tokens.json") for token, id in (_if_there(folder / "added_tokens.json") or {}).items()]
     for id, token, name in said:
         if not str(id).isdecimal():
             raise ValueError(f"{folder}/{name} gives {token!r} the id {id!r}; expected a number")
