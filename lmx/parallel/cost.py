@@ -307,7 +307,7 @@ def _of_a_pass(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
             **masked,
             "gradient of logits": waiting,
             "gradients": grads,
-            "gradient of the head, whole": unreduced,
+            "gradient of the head, whole": 0 if waiting else unreduced,
             "working set of a layer": busy,
         },
     ]
