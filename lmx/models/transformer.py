@@ -29,6 +29,7 @@ from lmx.models.positions import bucket_bias, buckets, sinusoids
 from lmx.models.rope import by_length, rope_table, text_lengths
 from lmx.models.sites import Edits
 from lmx.parallel.attention import write_pages
+from lmx.parallel.context import arrange
 from lmx.parallel.rules import constrain, placed_outside
 from lmx.parallel.tensor import lookup
 
@@ -186,6 +187,7 @@ def forward(
 
     Args:
       params: as `specs` says, each group of layers stacked or as a tuple of layers (`lmx.models.stack`).
+      tokens: in the order of `lmx.parallel.context.arrange`, as all that is of them.
       positions: each token's place in its own text; 0, 1, 2, ... when None (after the cache's used slots when there is one).
       segments: which text of a packed row each token belongs to, from 1; 0 is padding. All one text when None.
       prefix: 1 where a token belongs to the beginning of its text that is read in both directions. Of the new tokens alone, where there is a
@@ -221,6 +223,7 @@ def forward(
         if positions is None:
             start = 0 if cache is None else cache.used
             positions = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), (batch, length))
+            positions = positions if cache is not None else arrange({"positions": positions}, execution)["positions"]
         context, cache = _context(config, positions, segments, prefix, cache, dropout, execution, lengths)
         context = context.replace(bias=_bias(params, config, context.mask, length, execution))
     read = None
