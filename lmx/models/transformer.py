@@ -388,7 +388,7 @@ def _context(config, positions, segments, prefix, cache, dropout, execution, len
     else:
         segments = jnp.ones_like(positions) if segments is None else segments
         positions_then, segments_then = (
-            jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), (0, cache.used))
+            jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), cache.used, 1)
             for slots, new in ((cache.positions, positions), (cache.segments, segments))
         )
         cache = cache.replace(positions=positions_then, segments=segments_then)
@@ -399,7 +399,9 @@ def _context(config, positions, segments, prefix, cache, dropout, execution, len
             key_positions=cache.positions,
             query_segments=segments,
             key_segments=cache.segments,
-            key_prefix=prefix if prefix is None else jax.lax.dynamic_update_slice(jnp.zeros_like(cache.segments), prefix, (0, cache.used)),
+            key_prefix=prefix
+            if prefix is None
+            else jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(cache.segments), prefix, cache.used, 1),
         )
     rope = local_rope = None
     if config.positions == "rope":
