@@ -47,17 +47,18 @@ def attention(
     """
     sizes = axes()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    split = execution.rules is not None and sizes.get("context", 1) > 1
+    if split and keep is not None:
+        raise ValueError("dropout of attention weights is not there for sequences split by layout.context; set model.dropout to 0")
     if site is not None:
+        mask = context.placed_in(mask, q.shape[1], execution)
         return reference.attention(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes, bias=bias, keep=keep, site=site)
     run = partial(kernel, scale=scale, softcap=softcap, implementation=execution.attention)
     if execution.rules is None or not sizes:
         return run(q, k, v, mask, slopes=slopes, bias=bias, keep=keep)
     place = partial(partition, rules=execution.rules, sizes=sizes)
     of_q, of_k = (place(("batch", "length", h, None), a.shape) for h, a in (("heads", q), ("kv_heads", k)))
-    split = sizes.get("context", 1) > 1
     if split:
-        if keep is not None:
-            raise ValueError("dropout of attention weights is not there for sequences split by layout.context; set model.dropout to 0")
         if bias is not None:
             raise ValueError("a learned bias of scores is not there for sequences split by layout.context; set it to 1")
         if of_q[1] != "context" or of_k[1] != "context" or q.shape[1] != k.shape[1]:

@@ -54,6 +54,14 @@ def as_read(a: Shaped[Array, "rows length ..."], execution: Execution) -> Shaped
     return a if n == 1 else _ordered(a, np.argsort(_zigzag(n)))
 
 
+def placed_in(mask: Mask, length: int, execution: Execution) -> Mask:
+    """A mask of whole sequences in the order of `arrange`, which says where in them each token is."""
+    if ring_size(execution) == 1 or not mask.causal or mask.order != "index":
+        return mask
+    (index,) = arrange({"index": jnp.arange(length)[None]}, execution)["index"]
+    return mask.replace(query_index=index, key_index=index)
+
+
 def ring_size(execution: Execution) -> int:
     """Over how many devices a ring goes; 1 where sequences are in order."""
     return 1 if execution.rules is None or execution.exchange != "ring" else axes().get(AXIS, 1)

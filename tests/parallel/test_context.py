@@ -16,8 +16,8 @@ from lmx.core.params import initial_values
 from lmx.kernels import chunked, dense, reference
 from lmx.kernels.attention import attention as kernel
 from lmx.kernels.masks import Mask
-from lmx.models import transformer
-from lmx.models.config import Transformer
+from lmx.models import rwkv, transformer
+from lmx.models.config import RWKV, Transformer
 from lmx.parallel.attention import attention
 from lmx.parallel.context import arrange, as_read
 from lmx.parallel.layout import Layout, make_mesh
@@ -211,11 +211,12 @@ def test_a_call_by_a_peers_names_is_refused_a_rings_order():
         interop.call(None, {}, {}, execution=Execution(rules=rules(layout)))
 
 
-def test_positions_that_are_not_said_are_in_a_rings_order():
+@pytest.mark.parametrize("taps", [(), ("layers/*/attention/weights",)], ids=["as it is", "with its weights"])
+def test_a_forward_in_a_rings_order_that_is_told_no_positions(taps):
     model = Transformer(vocab=16, layers=1, embed=8, heads=2, mlp=8, context=16, positions="learned", init_std=0.5)
     params, tokens = initial_values(jax.random.key(0), transformer.specs(model)), jax.random.randint(jax.random.key(1), (2, 16), 0, 16)
     layout = Layout(context=2)
-    execution = Execution(rules=rules(layout))
+    execution = Execution(rules=rules(layout), taps=taps)
     alone = jax.jit(lambda tokens: transformer.forward(params, model, tokens).hidden)(tokens)
 
     @jax.jit
@@ -225,3 +226,9 @@ def test_positions_that_are_not_said_are_in_a_rings_order():
 
     with jax.set_mesh(make_mesh(layout)):
         np.testing.assert_allclose(run(tokens), alone, atol=1e-5)
+
+
+def test_an_rwkv_does_not_read_a_rings_order():
+    layout = Layout(context=2)
+    with jax.set_mesh(make_mesh(layout)), pytest.raises(ValueError, match=r"layout.exchange=ring .* set layout.context to 1"):
+        rwkv.forward({}, RWKV(), jnp.zeros((2, 8), int), execution=Execution(rules=rules(layout)))
