@@ -201,7 +201,7 @@ def linear(x: Array, weight: Weight, bias: Weight | None = None, *, inputs: int 
     Shapes: x `[..., *in]`, weight `[*in, *out]`, bias `[*out]`; gives `[..., *out]` in x's type, accumulated in fp32 at least.
     """
     if isinstance(weight, Adapted):
-        y = _scaled(linear(x, weight.base, inputs=inputs) + _low(linear(x, weight.down, inputs=inputs), weight), weight)
+        y = adapted(linear(x, based(weight), inputs=inputs), x, weight, inputs=inputs)
         return y if bias is None else y + whole(bias).astype(y.dtype)
     if isinstance(weight, Turned):
         y = against(_flat(x, inputs), weight.value.reshape(math.prod(weight.shape[inputs:]), -1).astype(x.dtype), x.dtype)
@@ -209,6 +209,18 @@ def linear(x: Array, weight: Weight, bias: Weight | None = None, *, inputs: int 
         return y if bias is None else y + whole(bias).astype(y.dtype)
     product = _narrow_linear if isinstance(weight, Narrow) else _linear
     return checkpoint_name(product(inputs, x, weight, None if bias is None else whole(bias)), PRODUCT)
+
+
+def based(weight: Weight) -> Weight:
+    """A weight without the adapters over it."""
+    return based(weight.base) if isinstance(weight, Adapted) else weight
+
+
+def adapted(y: Array, x: Array, weight: Weight, *, inputs: int = 1) -> Array:
+    """What adapters make of y, the product of x and the weight that they are over (`based`)."""
+    if not isinstance(weight, Adapted):
+        return y
+    return _scaled(adapted(y, x, weight.base, inputs=inputs) + _low(linear(x, weight.down, inputs=inputs), weight), weight)
 
 
 def lookup(tokens: Array, weight: Weight, dtype) -> Array:

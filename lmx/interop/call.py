@@ -18,6 +18,7 @@ from lmx.models.config import RWKV, EncoderDecoder
 from lmx.models.families import functions
 from lmx.models.rope import by_length
 from lmx.models.vision_config import CLIP, CaptionTransformer, LLaVA, VisionTransformer
+from lmx.parallel.context import ring_size
 
 TAKEN = ("input_ids", "attention_mask", "position_ids", "labels")
 
@@ -37,8 +38,10 @@ def call(
     (`lmx.interop.soft`) stand before each row as PEFT puts them.
 
     Raises:
-      ValueError: an input that the model does not take, or attentions of a model without.
+      ValueError: an input that the model does not take, attentions of a model without, or an execution that puts texts in another order.
     """
+    if ring_size(execution) > 1:
+        raise ValueError("layout.exchange=ring wants sequences in another order than a peer's; use alltoall")
     if isinstance(model.config, EncoderDecoder):
         return pairs.call(model, params, inputs, output_attentions=output_attentions, execution=execution)
     if isinstance(model.config, VisionTransformer | CaptionTransformer | CLIP):

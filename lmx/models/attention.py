@@ -132,8 +132,8 @@ def attention(
         return _output(mixed, "attention", sites, params, execution), cache
     if cache is not None:
         new = {"key": key, "value": value}
-        at = (0, 0, context.slot, 0)
-        new = {n: jax.lax.dynamic_update_slice(cache[n], new[n].swapaxes(1, 2).astype(cache[n].dtype), at) for n in new}
+        new = {n: new[n].swapaxes(1, 2).astype(cache[n].dtype) for n in new}
+        new = {n: jax.lax.dynamic_update_slice_in_dim(cache[n], new[n], context.slot, 2) for n in new}
         cache = cache | new
         key, value = (cache[n].swapaxes(1, 2).astype(x.dtype) for n in ("key", "value"))
     bias, keep = context.bias, None

@@ -15,6 +15,7 @@ from lmx.kernels.wide import widened
 from lmx.models import transformer, vision
 from lmx.models.sites import Edits, inner
 from lmx.models.vision_config import CLIP, CaptionTransformer, VisionTransformer
+from lmx.parallel.context import as_read
 from lmx.parallel.rules import placed
 
 
@@ -54,18 +55,22 @@ def forward(
     read = {"positions": positions, "segments": segments, "edits": of_text}
     text = transformer.forward(params["text"], config.text, tokens, **read, execution=reading)
     images = projected(params["image"], config.image, vision.pooled(params["image"], config.image, image.hidden, execution), execution)
-    texts = projected(params["text"], config.text, pooled(config.text, tokens, text.hidden, segments), execution)
+    texts = projected(params["text"], config.text, pooled(config.text, tokens, text.hidden, segments, execution), execution)
     taps = vision.named(image.taps, "image") | vision.named(text.taps, "text")
     return Embeddings(unit(images), unit(texts), image, text, taps)
 
 
 def pooled(
-    config: CaptionTransformer, tokens: Int[Array, "batch length"], hidden: Float[Array, "batch length embed"], mask: Array | None = None
+    config: CaptionTransformer,
+    tokens: Int[Array, "batch length"],
+    hidden: Float[Array, "batch length embed"],
+    mask: Array | None = None,
+    execution: Execution = Execution(),
 ) -> Float[Array, "batch embed"]:
-    """A text's summary: the hidden state of its end token. `mask` is 0 at padding, which ends nothing."""
+    """A text's summary: the hidden state of its end token, the first as it is read. `mask` is 0 at padding, which ends nothing."""
     found = tokens if config.end_token is None else (tokens == config.end_token).astype(jnp.int32)
-    end = jnp.argmax(found if mask is None else jnp.where(mask != 0, found, -1), -1)
-    return jnp.take_along_axis(hidden, end[:, None, None], 1)[:, 0]
+    end = jnp.argmax(as_read(found if mask is None else jnp.where(mask != 0, found, -1), execution), -1)
+    return jnp.take_along_axis(as_read(hidden, execution), end[:, None, None], 1)[:, 0]
 
 
 def projected(

@@ -18,6 +18,7 @@ from lmx.models.linears import linear_specs
 from lmx.models.sites import Edits
 from lmx.models.transformer import Embedded, Output
 from lmx.models.vision_config import LLaVA
+from lmx.parallel.context import arrange, as_read
 from lmx.parallel.rules import constrain, placed
 
 SEEING = ("image", "projector")
@@ -55,7 +56,7 @@ def forward(
     taps, edits = {}, edits or {}
     if pixels is not None:
         seen, taps = _look(params, config, pixels, sites.inner(edits, "image/"), execution)
-        given = both(among(config, tokens, seen), given)
+        given = both(among(config, tokens, seen, execution), given)
     decoder = {name: value for name, value in params.items() if name not in SEEING}
     own = replace(execution, taps=tuple(tap for tap in execution.taps if not tap.startswith("image/")))
     edits = {name: edit for name, edit in edits.items() if not name.startswith("image/")}
@@ -94,12 +95,15 @@ def both(first: Embedded, second: Embedded | None) -> Embedded:
     return Embedded(vectors, first.where | second.where)
 
 
-def among(config: LLaVA, tokens: Int[Array, "batch length"], features: Float[Array, "images patches embed"]) -> Embedded:
-    """Features in the places of image tokens, the first feature in the first place. Where there are not as many of either, all are NaN:
-    how many a text has is not known when a program is compiled."""
+def among(
+    config: LLaVA, tokens: Int[Array, "batch length"], features: Float[Array, "images patches embed"], execution: Execution = Execution()
+) -> Embedded:
+    """Features in the places of image tokens, the first feature in the first place of the first text as it is read. Where there are not as
+    many of either, all are NaN: how many a text has is not known when a program is compiled."""
     where = tokens == config.image_token
     flat = features.reshape(-1, features.shape[-1])
-    vectors = jnp.take(flat, jnp.cumsum(where.reshape(-1)) - 1, axis=0, mode="clip").reshape(*tokens.shape, -1)
+    count = jnp.cumsum(as_read(where, execution).reshape(-1)).reshape(where.shape) - 1
+    vectors = jnp.take(flat, arrange({"count": count}, execution)["count"], axis=0, mode="clip")
     return Embedded(jnp.where(where.sum() == len(flat), vectors, jnp.nan), where)
 
 

@@ -29,6 +29,7 @@ from lmx.models.linears import linear_specs
 from lmx.models.sites import Edits
 from lmx.models.token_shift import BETWEEN, INSIDE, Context, latest, own_share, projected, token_before
 from lmx.models.transformer import Output
+from lmx.parallel.context import ring_size
 from lmx.parallel.offload import fetched
 from lmx.parallel.rules import constrain, move, placed, placed_outside
 from lmx.parallel.tensor import lookup
@@ -152,7 +153,12 @@ def forward(
       cache: the state after earlier tokens. The row's first text goes on from it where it has the segment of the last token (1, or None).
       dropout: None, or what is dropped from where.
       edits: what is changed inside, by the names of `lmx.models.sites`.
+
+    Raises:
+      ValueError: an execution that puts sequences in another order.
     """
+    if ring_size(execution) > 1:
+        raise ValueError("layout.exchange=ring puts sequences in another order than an RWKV reads them in; set layout.context to 1")
     edits = edits or {}
     named.check(config, execution, edits)
     sites = named.outside(execution.taps, edits)

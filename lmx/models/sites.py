@@ -20,6 +20,8 @@ An encoder-decoder's own names are the decoder's; its encoder's begin with `enco
 what is mixed of them by channel, `[batch, length, channels]` (from version 5 on by head), and no scores or weights. In a name `*` stands for
 any part between slashes but the first, or for some of its letters: `layers/*/attention/*`.
 
+Where a ring splits sequences, tokens and values are in the order of `lmx.parallel.context.arrange`, and `as_read` undoes it.
+
 With a cache, queries, keys and values are those of the new tokens (keys and values as they are then kept), and `keys` of weights are the
 cache's slots. A call that reads no source, as its cache has read one, has neither the encoder's sites nor `cross/key` and `cross/value`.
 

@@ -29,6 +29,7 @@ from lmx.models.positions import bucket_bias, buckets, sinusoids
 from lmx.models.rope import by_length, rope_table, text_lengths
 from lmx.models.sites import Edits
 from lmx.parallel.attention import write_pages
+from lmx.parallel.context import arrange
 from lmx.parallel.rules import constrain, placed_outside
 from lmx.parallel.tensor import lookup
 
@@ -186,6 +187,7 @@ def forward(
 
     Args:
       params: as `specs` says, each group of layers stacked or as a tuple of layers (`lmx.models.stack`).
+      tokens: in the order of `lmx.parallel.context.arrange`, as all that is of them.
       positions: each token's place in its own text; 0, 1, 2, ... when None (after the cache's used slots when there is one).
       segments: which text of a packed row each token belongs to, from 1; 0 is padding. All one text when None.
       prefix: 1 where a token belongs to the beginning of its text that is read in both directions. Of the new tokens alone, where there is a
@@ -221,6 +223,7 @@ def forward(
         if positions is None:
             start = 0 if cache is None else cache.used
             positions = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), (batch, length))
+            positions = positions if cache is not None else arrange({"positions": positions}, execution)["positions"]
         context, cache = _context(config, positions, segments, prefix, cache, dropout, execution, lengths)
         context = context.replace(bias=_bias(params, config, context.mask, length, execution))
     read = None
@@ -385,7 +388,7 @@ def _context(config, positions, segments, prefix, cache, dropout, execution, len
     else:
         segments = jnp.ones_like(positions) if segments is None else segments
         positions_then, segments_then = (
-            jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), (0, cache.used))
+            jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), cache.used, 1)
             for slots, new in ((cache.positions, positions), (cache.segments, segments))
         )
         cache = cache.replace(positions=positions_then, segments=segments_then)
@@ -396,7 +399,9 @@ def _context(config, positions, segments, prefix, cache, dropout, execution, len
             key_positions=cache.positions,
             query_segments=segments,
             key_segments=cache.segments,
-            key_prefix=prefix if prefix is None else jax.lax.dynamic_update_slice(jnp.zeros_like(cache.segments), prefix, (0, cache.used)),
+            key_prefix=prefix
+            if prefix is None
+            else jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(cache.segments), prefix, cache.used, 1),
         )
     rope = local_rope = None
     if config.positions == "rope":

@@ -42,28 +42,32 @@ def attention(
     scores and weights, as `lmx.kernels.reference.attention`: every score is formed, and XLA splits it as its inputs are.
 
     Raises:
-      ValueError: a split sequence with dropout of attention weights or a learned bias, with a cache, of a length that does not divide, or
-        round a ring by an implementation that it does not go by (`lmx.parallel.context.RING`).
+      ValueError: a split sequence with dropout of attention weights or a learned bias, with a cache, of a length or heads that do not divide,
+        or round a ring by an implementation that it does not go by (`lmx.parallel.context.RING`); key heads that tensor devices cannot share.
     """
     sizes = axes()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    split = execution.rules is not None and sizes.get("context", 1) > 1
+    if split and keep is not None:
+        raise ValueError("dropout of attention weights is not there for sequences split by layout.context; set model.dropout to 0")
     if site is not None:
+        mask = context.placed_in(mask, q.shape[1], execution)
         return reference.attention(q, k, v, mask, scale=scale, softcap=softcap, slopes=slopes, bias=bias, keep=keep, site=site)
     run = partial(kernel, scale=scale, softcap=softcap, implementation=execution.attention)
     if execution.rules is None or not sizes:
         return run(q, k, v, mask, slopes=slopes, bias=bias, keep=keep)
     place = partial(partition, rules=execution.rules, sizes=sizes)
     of_q, of_k = (place(("batch", "length", h, None), a.shape) for h, a in (("heads", q), ("kv_heads", k)))
-    split = sizes.get("context", 1) > 1
     if split:
-        if keep is not None:
-            raise ValueError("dropout of attention weights is not there for sequences split by layout.context; set model.dropout to 0")
         if bias is not None:
             raise ValueError("a learned bias of scores is not there for sequences split by layout.context; set it to 1")
         if of_q[1] != "context" or of_k[1] != "context" or q.shape[1] != k.shape[1]:
             raise ValueError(f"{q.shape[1]} queries and {k.shape[1]} keys cannot be split by layout.context={sizes['context']}")
+        _check_split(q, of_q, execution, sizes)
     # Fewer key heads than tensor devices: all are everywhere, and each device takes the one its query heads share.
     choose = of_q[2] is not None and of_k[2] is None and k.shape[2] > 1
+    if choose and sizes["tensor"] % k.shape[2]:
+        raise ValueError(f"{k.shape[2]} key heads are not divisible by layout.tensor={sizes['tensor']}, nor it by them; change one")
 
     def rows(a: Array | None, *axes_: str) -> P | None:
         return None if a is None else place(axes_, a.shape)
@@ -87,6 +91,15 @@ def attention(
     if not used:  # a mesh of one device, or rows that do not divide
         return run(q, k, v, mask, slopes=slopes, bias=bias, keep=keep)
     return manual(local, in_specs, of_q)(q, k, v, mask, slopes, bias, keep)
+
+
+def _check_split(q: Array, of_q: P, execution: Execution, sizes: dict[str, int]) -> None:
+    """What an experiment's check says of its knobs, of models that are no experiment's (those that see)."""
+    n, heads = sizes["context"], q.shape[2] // (1 if of_q[2] is None else sizes["tensor"])
+    if execution.exchange == "ring" and q.shape[1] % (2 * n):
+        raise ValueError(f"a length of {q.shape[1]} is not divisible by 2 x layout.context={n}: a ring cuts it in that many pieces")
+    if execution.exchange == "alltoall" and heads % n:
+        raise ValueError(f"layout.exchange=alltoall trades a device's {heads} heads among layout.context={n}, which does not divide them")
 
 
 @flax.struct.dataclass

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from lmx.core.execution import Execution, Rules
 from lmx.core.products import weight_gradient
 from lmx.core.tree import Tree
-from lmx.core.weights import PRODUCT, Split, Weight, gradient_of, linear, values, whole
+from lmx.core.weights import PRODUCT, Split, Weight, adapted, based, gradient_of, linear, values, whole
 from lmx.parallel.manual import axes, manual, names
 from lmx.parallel.rules import partition
 
@@ -40,9 +40,8 @@ def linears(x: Float[Array, "batch length embed"], layers: Sequence[Tree], outpu
     dimension of `out`. Where it `goes_round`, x lies as between sublayers, else whole along the length."""
     if not goes_round(x.shape, execution):
         return [linear(x, layer["weight"], layer.get("bias")) for layer in layers]
-    weights = tuple(layer["weight"] for layer in layers)
-    products = _into((execution.rules, output), x, weights)
-    return [_finished(y, layer) for y, layer in zip(products, layers, strict=True)]
+    products = _into((execution.rules, output), x, tuple(based(layer["weight"]) for layer in layers))
+    return [_finished(adapted(y, x, layer["weight"]), layer) for y, layer in zip(products, layers, strict=True)]
 
 
 def linear_back(x: Array, layer: Tree, input: str, execution: Execution) -> Float[Array, "batch length embed"]:
@@ -51,7 +50,8 @@ def linear_back(x: Array, layer: Tree, input: str, execution: Execution) -> Floa
     weight = layer["weight"]
     if not execution.collective_matmul or not goes_round((*x.shape[:2], weight.shape[-1]), execution):
         return linear(x, weight, layer.get("bias"), inputs=x.ndim - 2)
-    return _finished(_out_of((execution.rules, input), x, weight), layer)
+    y = adapted(_out_of((execution.rules, input), x, based(weight)), x, weight, inputs=x.ndim - 2)
+    return _finished(y, layer)
 
 
 def _finished(y: Array, layer: Tree) -> Array:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from lmx.core.execution import Execution
 from lmx.kernels import chunked, flash
@@ -29,21 +29,51 @@ RING = ("auto", "xla", "chunked", "flash")
 
 
 def arrange(batch: dict[str, Array], execution: Execution) -> dict[str, Array]:
-    """A batch of `[rows, length]` (and `[rows]`) in the order in which its forward wants the length: zig-zag for a ring."""
-    n = axes().get(AXIS, 1)
-    if execution.rules is None or n == 1 or execution.exchange != "ring":
+    """A batch of `[rows, length]` (and `[rows]`) in the order in which its forward wants the length: zig-zag for a ring.
+
+    Raises:
+      ValueError: a length that does not divide, or arrays of several, of which not all can be of tokens (images are not ordered: leave them out).
+    """
+    n = ring_size(execution)
+    if n == 1:
         return batch
+    lengths = {name: a.shape[1] for name, a in batch.items() if a.ndim > 1}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(
+            f"layout.exchange='ring' orders what is of tokens, [rows, length], and second dimensions are {lengths}; leave out what is not"
+        )
+    for length in lengths.values():
+        if length % (2 * n):
+            raise ValueError(f"a length of {length} is not divisible by 2 x layout.context={n}; change data.length")
+    return {name: a if a.ndim < 2 else _ordered(a, _zigzag(n)) for name, a in batch.items()}
 
-    def order(a: Array) -> Array:
-        if a.ndim < 2:
-            return a
-        if a.shape[1] % (2 * n):
-            raise ValueError(f"a length of {a.shape[1]} is not divisible by 2 x layout.context={n}; change data.length")
-        chunks = a.reshape(a.shape[0], 2 * n, -1)
-        zigzag = np.stack([np.arange(n), 2 * n - 1 - np.arange(n)], 1).reshape(-1)
-        return chunks[:, zigzag].reshape(a.shape)
 
-    return {name: order(a) for name, a in batch.items()}
+def as_read(a: Shaped[Array, "rows length ..."], execution: Execution) -> Shaped[Array, "rows length ..."]:
+    """The inverse of `arrange`, of one array: texts from their beginning to their end."""
+    n = ring_size(execution)
+    return a if n == 1 else _ordered(a, np.argsort(_zigzag(n)))
+
+
+def placed_in(mask: Mask, length: int, execution: Execution) -> Mask:
+    """A mask of whole sequences in the order of `arrange`, which says where in them each token is."""
+    if ring_size(execution) == 1 or not mask.causal or mask.order != "index":
+        return mask
+    (index,) = arrange({"index": jnp.arange(length)[None]}, execution)["index"]
+    return mask.replace(query_index=index, key_index=index)
+
+
+def ring_size(execution: Execution) -> int:
+    """Over how many devices a ring goes; 1 where sequences are in order."""
+    return 1 if execution.rules is None or execution.exchange != "ring" else axes().get(AXIS, 1)
+
+
+def _zigzag(n: int) -> np.ndarray:
+    """Which of the 2n pieces of a sequence stands where."""
+    return np.stack([np.arange(n), 2 * n - 1 - np.arange(n)], 1).reshape(-1)
+
+
+def _ordered(a: Array, pieces: np.ndarray) -> Array:
+    return a.reshape(a.shape[0], len(pieces), -1)[:, pieces].reshape(a.shape)
 
 
 def places(device: Array, n: int, length: int) -> Array:

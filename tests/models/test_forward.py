@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from lmx.core.execution import Execution
 from lmx.core.params import is_spec
+from lmx.core.precision import policy
 from lmx.core.tree import disagreement, map_named, named_leaves
 from lmx.models import stack
 from lmx.models.config import Transformer
@@ -123,6 +124,19 @@ def test_a_cache_filled_in_pieces_gives_the_full_forward(model, unrolled):
         assert jax.tree.structure(cache) == structure
         assert int(cache.used) == LENGTH
         assert np.array_equal(cache.segments, np.pad(LEFT["segments"], ((0, 0), (0, SLOTS - LENGTH))))
+
+
+def test_a_cache_is_as_exact_as_the_forward_in_64_bits():
+    config, read = MODELS["alibi, multi-query"], tokens(0, 2, LENGTH)
+    with jax.enable_x64(True):
+        precise = Execution(precision=policy("fp64"))
+        params = jax.tree.map(lambda a: np.asarray(a, np.float64), parameters(config))
+        prefix = (np.arange(LENGTH) < 3).astype(np.int32) * np.ones((2, 1), np.int32)
+        cache = empty_cache(config, 2, SLOTS, jnp.float64, unrolled=False)
+        found = run(params, config, read, prefix=prefix, cache=cache, execution=precise)
+        expected = run(params, config, read, prefix=prefix, execution=precise)
+    assert found.cache.positions.dtype == jnp.int32
+    assert close(found.hidden, expected.hidden, 1e-12)
 
 
 def test_positions_go_on_where_the_cache_ends(windows):

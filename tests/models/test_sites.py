@@ -348,7 +348,7 @@ def test_generation_is_steered():
     [
         ("decoder", Layout(data=2, fsdp=2, tensor=2)),
         ("pair", Layout(fsdp=2, tensor=4, sequence=True)),
-        ("mixture", Layout(context=2, data=2, tensor=2)),
+        ("mixture", Layout(context=2, data=2, tensor=2, exchange="alltoall")),
         ("rwkv", Layout(data=2, fsdp=2, tensor=2)),
     ],
 )

@@ -8,6 +8,8 @@ import pytest
 
 import runs
 from lmx.core.execution import Execution
+from lmx.core.tree import disagreement
+from lmx.core.weights import Adapted
 from lmx.models.config import EncoderDecoder, Transformer
 from lmx.parallel import hlo
 from lmx.parallel.collective import linear_back, linears
@@ -82,3 +84,26 @@ def test_what_no_device_has_a_part_of_does_not_go_round():
             linears(jnp.ones((2, 8, 16)), [{"weight": jnp.ones((16, 1, 4))}], "kv_heads", execution)
         with pytest.raises(ValueError, match="mlp=9 is not divisible by"):
             linear_back(jnp.ones((2, 8, 9)), {"weight": jnp.ones((9, 16))}, "mlp", execution)
+
+
+def test_adapters_are_over_what_goes_round():
+    layout = Layout(tensor=4, data=2, collective_matmul=True)
+    keys = iter(jax.random.split(jax.random.key(0), 16))
+
+    def weight(*sides: int) -> Adapted:
+        """An adapter with lengths over one without."""
+        base, *factors = (jax.random.normal(next(keys), shape) for shape in (sides, *((sides[0], 2), (2, sides[1])) * 2))
+        return Adapted(Adapted(base, *factors[:2], jnp.array([0.5, 0.7])), *factors[2:], jnp.array([0.3, 0.0]), 1.0 + jnp.arange(sides[1]))
+
+    def loss(into, out, x, execution: Execution):
+        (hidden,) = linears(x, [into], "mlp", execution)
+        return jnp.sum(jnp.cos(linear_back(jnp.tanh(hidden / 8), out, "mlp", execution)))
+
+    into, out = ({"weight": weight(*sides), "bias": jnp.arange(8.0)} for sides in ((16, 8), (8, 8)))
+    gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2)), static_argnums=3)
+    arguments = into, out, jax.random.normal(next(keys), (4, 8, 16))
+    exact = gradient(*arguments, Execution())
+    with jax.set_mesh(make_mesh(layout)):
+        found = gradient(*arguments, Execution(rules=rules(layout), collective_matmul=True))
+    worst = disagreement(found, exact)
+    assert max(worst.values()) < BOUND, worst

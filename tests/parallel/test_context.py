@@ -10,12 +10,16 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lmx import interop
 from lmx.core.execution import Execution
+from lmx.core.params import initial_values
 from lmx.kernels import chunked, dense, reference
 from lmx.kernels.attention import attention as kernel
 from lmx.kernels.masks import Mask
+from lmx.models import rwkv, transformer
+from lmx.models.config import RWKV, Transformer
 from lmx.parallel.attention import attention
-from lmx.parallel.context import arrange
+from lmx.parallel.context import arrange, as_read
 from lmx.parallel.layout import Layout, make_mesh
 from lmx.parallel.rules import rules
 
@@ -176,3 +180,55 @@ def test_heads_that_are_traded_take_what_is_named(implementation, monkeypatch):
         found = attention(q, q, q, Mask(), execution)
     assert taken == [implementation]
     np.testing.assert_allclose(np.asarray(found), np.asarray(kernel(q, q, q, Mask(), implementation="xla")), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layout", "q", "k", "said"),
+    [
+        (Layout(context=2), (6, 4), (6, 4), "a length of 6 is not divisible by 2 x layout.context=2"),
+        (Layout(context=4, exchange="alltoall"), (8, 6), (8, 6), "trades a device's 6 heads among layout.context=4"),
+        (Layout(context=2, tensor=2, exchange="alltoall"), (8, 6), (8, 6), "trades a device's 3 heads among layout.context=2"),
+        (Layout(tensor=4), (8, 12), (8, 6), "6 key heads are not divisible by layout.tensor=4"),
+    ],
+    ids=str,
+)
+def test_what_attention_cannot_split_is_refused(layout, q, k, said):
+    q, k = (jnp.zeros((1, length, heads, 8)) for length, heads in (q, k))
+    with jax.set_mesh(make_mesh(layout)), pytest.raises(ValueError, match=said):
+        attention(q, k, k, Mask(), Execution(rules=rules(layout), exchange=layout.exchange))
+
+
+def test_what_is_not_of_tokens_is_not_put_in_their_order():
+    layout = Layout(context=2)
+    images = {"tokens": jnp.zeros((2, 8), int), "pixels": jnp.zeros((2, 4, 8, 8))}
+    with jax.set_mesh(make_mesh(layout)), pytest.raises(ValueError, match=r"second dimensions are {'tokens': 8, 'pixels': 4}; leave out"):
+        arrange(images, Execution(rules=rules(layout)))
+
+
+def test_a_call_by_a_peers_names_is_refused_a_rings_order():
+    layout = Layout(context=2)
+    with jax.set_mesh(make_mesh(layout)), pytest.raises(ValueError, match=r"layout.exchange=ring .* use alltoall"):
+        interop.call(None, {}, {}, execution=Execution(rules=rules(layout)))
+
+
+@pytest.mark.parametrize("taps", [(), ("layers/*/attention/weights",)], ids=["as it is", "with its weights"])
+def test_a_forward_in_a_rings_order_that_is_told_no_positions(taps):
+    model = Transformer(vocab=16, layers=1, embed=8, heads=2, mlp=8, context=16, positions="learned", init_std=0.5)
+    params, tokens = initial_values(jax.random.key(0), transformer.specs(model)), jax.random.randint(jax.random.key(1), (2, 16), 0, 16)
+    layout = Layout(context=2)
+    execution = Execution(rules=rules(layout), taps=taps)
+    alone = jax.jit(lambda tokens: transformer.forward(params, model, tokens).hidden)(tokens)
+
+    @jax.jit
+    def run(tokens):
+        placed = arrange({"tokens": tokens}, execution)
+        return as_read(transformer.forward(params, model, placed["tokens"], execution=execution).hidden, execution)
+
+    with jax.set_mesh(make_mesh(layout)):
+        np.testing.assert_allclose(run(tokens), alone, atol=1e-5)
+
+
+def test_an_rwkv_does_not_read_a_rings_order():
+    layout = Layout(context=2)
+    with jax.set_mesh(make_mesh(layout)), pytest.raises(ValueError, match=r"layout.exchange=ring .* set layout.context to 1"):
+        rwkv.forward({}, RWKV(), jnp.zeros((2, 8), int), execution=Execution(rules=rules(layout)))

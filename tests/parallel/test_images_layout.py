@@ -13,10 +13,11 @@ from jax.sharding import PartitionSpec as P
 from lmx.core.execution import Execution
 from lmx.core.params import initial_values
 from lmx.core.tree import disagreement, named_leaves
-from lmx.models import llava, vision
+from lmx.models import clip, llava, vision
 from lmx.models.families import check, functions
 from lmx.models.losses import cross_entropy
-from lmx.models.vision_config import LLaVA, VisionTransformer
+from lmx.models.vision_config import CaptionTransformer, LLaVA, VisionTransformer
+from lmx.parallel.context import arrange
 from lmx.parallel.layout import SHARDS, Layout, make_mesh
 from lmx.parallel.rules import rules, shardings
 
@@ -26,8 +27,13 @@ MODELS = {
     "vit": SEES,
     "llava": LLaVA(**SIZES, vocab=48, context=16, image=replace(SEES, head="none", labels=0), image_token=3, image_layers=(-2, 1)),
 }
-CASES = [("vit", Layout(fsdp=4, tensor=2, zero=1, sequence=False)), ("llava", Layout(data=2, fsdp=2, tensor=2))]
-ROWS, LENGTH, IMAGE = 8, 16, slice(2, 6)
+MODELS["llava of patches alone"] = replace(MODELS["llava"], image=replace(MODELS["llava"].image, class_token=False), image_class=True)
+CASES = [
+    ("vit", Layout(fsdp=4, tensor=2, zero=1, sequence=False)),
+    ("llava", Layout(data=2, fsdp=2, tensor=2)),
+    ("llava of patches alone", Layout(data=2, tensor=2, context=2)),
+]
+ROWS, LENGTH, IMAGE = 8, 16, slice(10, 14)  # of a ring of two devices, the first has its end and the second its beginning
 
 
 def batch() -> dict:
@@ -44,9 +50,10 @@ def loss_of(config, params, batch: dict, execution: Execution):
         rows = vision.classes(params, config, vision.forward(params, config, batch["pixels"], execution=execution).hidden, execution)
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(rows), batch["classes"][:, None], 1))
     tokens = batch["tokens"]
-    hidden = llava.forward(params, config, tokens, pixels=batch["pixels"], execution=execution).hidden
     weights = jnp.ones(tokens.shape, jnp.float32).at[:, -1].set(0)
-    return cross_entropy(params, config, hidden, jnp.roll(tokens, -1, 1), weights, execution=execution)[0] / weights.sum()
+    read = arrange({"tokens": tokens, "targets": jnp.roll(tokens, -1, 1), "weights": weights}, execution)
+    hidden = llava.forward(params, config, read["tokens"], pixels=batch["pixels"], execution=execution).hidden
+    return cross_entropy(params, config, hidden, read["targets"], read["weights"], execution=execution)[0] / weights.sum()
 
 
 def trained(config, layout: Layout | None) -> dict:
@@ -82,3 +89,20 @@ def trained(config, layout: Layout | None) -> dict:
 def test_numbers_do_not_depend_on_the_layout(name, layout):
     found = disagreement(trained(MODELS[name], layout), trained(MODELS[name], None))
     assert max(found.values()) < 2e-5, sorted(found.items(), key=lambda pair: -pair[1])[:5]
+
+
+@pytest.mark.parametrize("end_token", [9, None])
+def test_texts_that_a_ring_splits_are_read_at_their_first_end(end_token):
+    rng, layout = np.random.default_rng(0), Layout(context=4)
+    tokens, execution = rng.integers(0, 9, (4, 16)), Execution(rules=rules(layout))
+    tokens[:, [6, 14]] = 9  # of the first device is the last of eight pieces, beside the first
+    hidden = rng.normal(size=(4, 16, 8))
+
+    @jax.jit
+    def read(batch):
+        placed = arrange(batch, execution)
+        return clip.pooled(CaptionTransformer(end_token=end_token), placed["tokens"], placed["hidden"], execution=execution)
+
+    with jax.set_mesh(make_mesh(layout)):
+        found = read({"tokens": tokens, "hidden": hidden})
+    np.testing.assert_allclose(found, hidden[:, 6], rtol=1e-6)
