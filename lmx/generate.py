@@ -248,7 +248,7 @@ def show(engine: Engine, job: Job, title: str, prompt: tuple[str, Sequence[int]]
         fresh = prompt is not None
         for piece in engine.stream(job):
             if piece.sample == sample and piece.text:
-                _write((_lead(engine, prompt[1], text.tokens[0]) if fresh and text.tokens else "") + piece.text)
+                _write((_lead(engine, prompt[1], text.tokens) if fresh else "") + piece.text)
                 fresh = False
         _write("\n")
 
@@ -276,10 +276,10 @@ def _write(text: str, style: int | None = None) -> None:
     print(f"\033[{style}m{text}\033[0m" if style and sys.stdout.isatty() else text, end="", flush=True)
 
 
-def _lead(engine: Engine, prompt: Sequence[int], first: int) -> str:
-    """The space before a text's first token, which some tokenizers leave out at the beginning of what they decode."""
-    before, after = engine.tokenizer.decode(prompt), engine.tokenizer.decode([*prompt, first])
-    return " " if after == f"{before} {engine.tokenizer.decode([first])}" else ""
+def _lead(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """The space before a text, as far as it is written, which some tokenizers leave out at the beginning of what they decode."""
+    before, after = engine.tokenizer.decode(prompt), engine.tokenizer.decode([*prompt, *tokens])
+    return " " if after == f"{before} {engine.tokenizer.decode(tokens)}" else ""
 
 
 def show_statistics(engine: Engine, tokens: int, seconds: float) -> None:

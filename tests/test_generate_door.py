@@ -150,8 +150,10 @@ def test_a_word_behind_the_prompt_keeps_its_space(hub):
     tokenizer = interop.load_tokenizer(hub)
     ids = tokenizer.encode("the king")
     engine = door.engine_for(load_writer(hub), [ids], door.Wishes(max_new_tokens=1))
-    assert door._lead(engine, ids, tokenizer.encode("the", special=False)[0]) == " "
-    assert door._lead(engine, ids, tokenizer.id("s")) == ""
+    the = tokenizer.encode("the", special=False)
+    assert door._lead(engine, ids, the) == " "
+    assert door._lead(engine, ids, [tokenizer.eos_id, *the]) == " "  # behind a token that is no text
+    assert door._lead(engine, ids, [tokenizer.id("s")]) == ""
 
 
 def test_an_imported_run_has_its_checkpoint_s_tokenizer(hub, capsys, tmp_path):

@@ -372,7 +372,8 @@ class Engine(Door):
             job, sample = self._jobs[sequence.request], self._samples[sequence]
             if job.completions[sample].finish is None:
                 stopper = job.stoppers[sample]
-                self._finish(job, sample, "length", None, stopper.finish() if stopper else "")
+                text = stopper.finish() if stopper else ""  # bytes that will be no character any more may end it
+                self._finish(job, sample, "stop_string" if stopper and stopper.stopped_by is not None else "length", None, text)
         for sequence in [*order, *(other for _, other in outcome.forked)]:
             job = self._jobs.get(sequence.request)
             if job is not None and job.done:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from lmx.infer.engine import Engine
 from lmx.infer.jobs import Completion, Job
+from lmx.infer.replicas import Replicas
 from lmx.infer.sampling import Sampling
 from lmx.infer.texts import ids_of
 from lmx.models.config import EncoderDecoder
@@ -15,7 +16,7 @@ LIKELIEST = Sampling(temperature=0, log_probs="raw")
 
 
 def best_of(
-    engine: Engine, prompt: Sequence[int] | str, n: int, best_of: int, *, sampling: Sampling = Sampling(), **wishes
+    engine: Engine | Replicas, prompt: Sequence[int] | str, n: int, best_of: int, *, sampling: Sampling = Sampling(), **wishes
 ) -> list[Completion]:
     """The n likeliest of `best_of` texts that are drawn, likeliest first: by the sum of their tokens' log-probabilities, a stop token not
     among them, of the kind that `sampling` wishes (`raw` where it wishes none).
@@ -62,7 +63,7 @@ class _Search:
 
 
 def beam_search(
-    engine: Engine,
+    engine: Engine | Replicas,
     prompts: Sequence[Sequence[int] | str],
     *,
     beams: int,
@@ -86,7 +87,8 @@ def beam_search(
       ValueError: an engine that tells too few alternatives or finds no texts again, beams that the vocabulary has not enough tokens for, a
         text longer than the engine's, an encoder-decoder, and what `Engine.submit` refuses.
     """
-    if isinstance(engine.model, EncoderDecoder):
+    one = engine.engines[0] if isinstance(engine, Replicas) else engine
+    if isinstance(one.model, EncoderDecoder):
         raise ValueError("beam search goes on from any text, and the engine begins those of an encoder-decoder behind start_id alone")
     if beams < 1 or max_new_tokens < 1:
         raise ValueError(f"beams={beams} and max_new_tokens={max_new_tokens} must be at least 1")
@@ -95,31 +97,32 @@ def beam_search(
     stops = frozenset(ids_of("stop_ids", stop_ids))
     # So many that as many as there are beams are left where each beam's likeliest end it.
     wanted = max(2, 1 + len(stops)) * beams
-    if wanted > engine.limit:
-        raise ValueError(f"beams={beams} choose among {wanted} tokens, and the vocabulary has {engine.limit}; use fewer beams")
-    if engine.top < wanted:
+    if wanted > one.limit:
+        raise ValueError(f"beams={beams} choose among {wanted} tokens, and the vocabulary has {one.limit}; use fewer beams")
+    if one.top < wanted:
         raise ValueError(
-            f"beams={beams} choose among {wanted} tokens, and the engine was made for top={engine.top}; make it with top={wanted}"
+            f"beams={beams} choose among {wanted} tokens, and the engine was made for top={one.top}; make it with top={wanted}"
         )
-    if not engine.reuse:
+    if not one.reuse:
         raise ValueError("the engine was made with reuse=False, and beam search finds texts again; make it with reuse=True")
-    searches = [_Search(engine.read(prompt)) for prompt in prompts]
+    searches = [_Search(one.read(prompt)) for prompt in prompts]
     for i, search in enumerate(searches):
-        if len(search.prompt) + max_new_tokens > engine.longest:
+        if len(search.prompt) + max_new_tokens > one.longest:
             raise ValueError(
-                f"prompt {i} has {len(search.prompt)} tokens and max_new_tokens={max_new_tokens}: longer than engine.longest={engine.longest}"
+                f"prompt {i} has {len(search.prompt)} tokens and max_new_tokens={max_new_tokens}: longer than engine.longest={one.longest}"
             )
     going = searches
     for length in range(1, max_new_tokens + 1):
         for search, found in zip(going, _following(engine, going, wanted), strict=True):
-            _advance(search, found[:wanted], beams, length, max_new_tokens, length_penalty, stops, engine)
+            known = [(total, tokens) for total, tokens in found if tokens[-1] < one.limit]
+            _advance(search, known[:wanted], beams, length, max_new_tokens, length_penalty, stops, one)
         going = [search for search in going if not _done(search, beams, length, max_new_tokens, length_penalty, early_stopping)]
         if not going:
             break
     return [search.ended for search in searches]
 
 
-def _following(engine: Engine, searches: Sequence[_Search], top: int) -> list[list[tuple[float, tuple[int, ...]]]]:
+def _following(engine: Engine | Replicas, searches: Sequence[_Search], top: int) -> list[list[tuple[float, tuple[int, ...]]]]:
     """For each prompt how its texts may go on by a token, with sums of log-probabilities, likeliest first."""
     jobs: list[list[Job]] = []
     try:
@@ -136,12 +139,7 @@ def _following(engine: Engine, searches: Sequence[_Search], top: int) -> list[li
     found = []
     for search, group in zip(searches, jobs, strict=True):
         pairs = zip(search.running, group, strict=True)
-        each = [
-            (total + more, (*tokens, new))
-            for (tokens, total), job in pairs
-            for new, more in job.completions[0].top[0]
-            if new < engine.limit
-        ]
+        each = [(total + more, (*tokens, new)) for (tokens, total), job in pairs for new, more in job.completions[0].top[0]]
         found.append(sorted(each, key=lambda one: one[0], reverse=True))
     return found
 

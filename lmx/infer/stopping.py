@@ -19,8 +19,9 @@ class Stopper:
     stop string, and bytes that may yet become a character.
 
     New tokens are decoded behind those of the last piece, and what those alone say is left out: a tokenizer may drop a space before its first
-    token. One that takes back what it has decoded (`clean_up_tokenization_spaces` of old word-piece vocabularies) cannot be released piece by piece
-    just as it decodes a whole.
+    token. One that takes back what it has decoded cannot be released piece by piece just as it decodes a whole: old vocabularies clean a space
+    up before a full stop (`clean_up_tokenization_spaces`), and where one of several bytes in a row is no UTF-8, `tokenizers` shows none of them as
+    a character. What was released stays then, and what comes after is decoded alone.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), stop_ids: Sequence[int] = ()):
@@ -73,8 +74,9 @@ class Stopper:
         # Tokens that alone are no text (a space that is dropped, special ones) do not keep the space after them from being dropped.
         if self.tokenizer.decode(self._ids[self._read :]):
             self._start = self._read
+        text = text[len(known) :] if text.startswith(known) else self.tokenizer.decode(self._ids[self._read :])
         self._read = len(self._ids)
-        return text[len(known) :]
+        return text
 
     def _released(self, new: str) -> str:
         """What may be released with more text decoded; the end, where it completes a stop string."""

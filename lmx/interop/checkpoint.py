@@ -75,7 +75,7 @@ def _described(folder: Path) -> Model:
     try:
         model = Model(FAMILIES[kind].read(found), kind, json.dumps(found))
         check(model.config)
-    except (TypeError, ZeroDivisionError) as error:
+    except (TypeError, ArithmeticError, AttributeError, LookupError) as error:
         raise ValueError(f"{path} has a field of another kind than a {kind}'s ({error})") from error
     return model
 

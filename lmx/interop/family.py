@@ -3,11 +3,13 @@
 Whatever the table does not know is refused by name, for a model that is almost the right one is worse than none.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from operator import attrgetter
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -264,7 +266,10 @@ class Family:
         reader.finish(self.ignored)
         encoder = {name.removeprefix("encoder."): value for name, value in ours.items() if name.startswith("encoder.")}
         ours = {name: value for name, value in ours.items() if not name.startswith("encoder.")}
-        return EncoderDecoder(**ours, encoder=Transformer(**encoder)) if encoder else self.kind(**ours)
+        made = EncoderDecoder(**ours, encoder=Transformer(**encoder)) if encoder else self.kind(**ours)
+        for part in (made, *([made.encoder] if encoder else [])):
+            _check_numbers(part, self.model_type)
+        return made
 
     def write(self, config: Transformer) -> dict[str, Any]:
         """Theirs from ours. Raises ValueError for a setting that the family has no field for."""
@@ -318,6 +323,19 @@ class Family:
             own = part.family.tensors_of(part.part(config))
             found |= {part.lead + name: (part.path(ours), ones) for name, (ours, ones) in own.items()}
         return found
+
+
+def _check_numbers(config: Transformer, family: str) -> None:
+    """Raises ValueError for what should be a number, or whether or not, and is neither (a string, an infinity)."""
+    for one in fields(config):
+        kinds = set(get_args(one.type)) if isinstance(one.type, UnionType) else {one.type}
+        value = getattr(config, one.name)
+        if not kinds <= {int, float, bool, NoneType} or value is None:
+            continue
+        whole = isinstance(value, int) and (bool in kinds or not isinstance(value, bool))
+        if not whole and not (float in kinds and isinstance(value, float) and math.isfinite(value)):
+            named = " or ".join(sorted(kind.__name__ for kind in kinds - {NoneType}))
+            raise ValueError(f"config.json of a {family} says {value!r} for model.{one.name}, which is {named}")
 
 
 class Reader:

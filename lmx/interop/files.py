@@ -1,6 +1,7 @@
 """Folders of tensors by name, each where it lies on disk until it is read; and written back as safetensors."""
 
 import json
+import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -78,7 +79,7 @@ def _object(path: Path, data: bytes) -> dict[str, Any]:
 
 def mapped(path: Path) -> dict[str, np.ndarray]:
     """The tensors of one file (https://github.com/huggingface/safetensors, its format)."""
-    if not path.exists():
+    if not path.is_file():
         raise ValueError(f"{path} is missing")
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -87,9 +88,7 @@ def mapped(path: Path) -> dict[str, np.ndarray]:
             raise ValueError(f"{path} is cut short: its header alone should have {length} bytes, and the file has {size}")
         header = _object(path, file.read(length))
     header.pop("__metadata__", None)
-    if strange := [
-        name for name, entry in header.items() if not isinstance(entry, dict) or {"dtype", "shape", "data_offsets"} - set(entry)
-    ]:
+    if strange := [name for name, entry in header.items() if not _says_where(entry)]:
         raise ValueError(f"{path} is no safetensors file: of {strange[0]} it does not say dtype, shape and data_offsets")
     end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if end != size:
@@ -99,9 +98,20 @@ def mapped(path: Path) -> dict[str, np.ndarray]:
     for name, entry in header.items():
         if entry["dtype"] not in TYPES:
             raise ValueError(f"{path}: {name} is of type {entry['dtype']}; known are {', '.join(TYPES)}")
-        start, stop = entry["data_offsets"]
-        tensors[name] = whole[start:stop].view(TYPES[entry["dtype"]]).reshape(entry["shape"])
+        (start, stop), dtype = entry["data_offsets"], np.dtype(TYPES[entry["dtype"]])
+        if (wanted := math.prod(entry["shape"]) * dtype.itemsize) != stop - start:
+            raise ValueError(f"{path}: {name} of shape {entry['shape']} in {entry['dtype']} takes {wanted} bytes, and has {stop - start}")
+        tensors[name] = whole[start:stop].view(dtype).reshape(entry["shape"])
     return tensors
+
+
+def _says_where(entry: Any) -> bool:
+    """Whether an entry of a header has what a tensor's has."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    numbers = entry.get("shape"), entry.get("data_offsets")
+    whole = all(isinstance(some, list) and all(type(n) is int and n >= 0 for n in some) for some in numbers)
+    return whole and len(numbers[1]) == 2
 
 
 def write_tensors(

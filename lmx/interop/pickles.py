@@ -3,6 +3,7 @@
 import pickle
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,23 @@ def unpickled(path: Path) -> dict[str, np.ndarray]:
     Raises:
       ValueError: it is no such archive, or holds anything but a flat table of tensors.
     """
-    if not path.exists():
+    if not path.is_file():
         raise ValueError(f"{path} is missing")
+    try:
+        found = _table(path)
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, OSError, EOFError, struct.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); was it downloaded whole?") from error
+    for key in ("state_dict", "model"):  # what trainers wrap around it
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    strange = [name for name, value in found.items() if not isinstance(value, np.ndarray)] if isinstance(found, dict) else [type(found)]
+    if strange:
+        raise ValueError(f"{path} holds something else than tensors by name ({strange[0]}); {CONVERT}")
+    return dict(found)
+
+
+def _table(path: Path) -> Any:
+    """What was saved."""
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is no archive of PyTorch 1.6 or later (cut short, or older); {CONVERT}")
     with zipfile.ZipFile(path) as archive:
@@ -46,16 +62,9 @@ def unpickled(path: Path) -> dict[str, np.ndarray]:
         entries = {entry.filename.removeprefix(folder): entry for entry in archive.infolist()}
         with archive.open(table) as file:
             try:
-                found = _Tensors(file, path, entries).load()
-            except (pickle.UnpicklingError, EOFError, TypeError, KeyError, IndexError) as error:
+                return _Tensors(file, path, entries).load()
+            except (pickle.UnpicklingError, EOFError, TypeError, ValueError, LookupError, AttributeError, MemoryError) as error:
                 raise ValueError(f"{path}: {error}; {CONVERT}") from error
-    for key in ("state_dict", "model"):  # what trainers wrap around it
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    strange = [name for name, value in found.items() if not isinstance(value, np.ndarray)] if isinstance(found, dict) else [type(found)]
-    if strange:
-        raise ValueError(f"{path} holds something else than tensors by name ({strange[0]}); {CONVERT}")
-    return dict(found)
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,8 @@ class _Tensors(pickle.Unpickler):
         if count == 0:
             return np.zeros(0, dtype)
         start = entry.header_offset + 30 + name_length + extra_length
+        if start + count * dtype.itemsize > self._path.stat().st_size:
+            raise pickle.UnpicklingError(f"storage {name} reaches beyond the file's end")
         return np.memmap(self._path, np.uint8, "r", offset=start, shape=count * dtype.itemsize).view(dtype)
 
 

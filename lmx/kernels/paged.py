@@ -86,10 +86,10 @@ def write(
     """A layer's cache with new keys and values at `slots`, counted through all pages.
 
     Values are finite there whatever they were: a page is read beside those of other texts, and 0 times NaN is none of their business. Where one
-    is not, its key is NaN: who sees it gets NaN.
+    is not, or is too large for the cache's type, its key is NaN: who sees it gets NaN.
     """
     page, at = jnp.divmod(slots, cache["key"].shape[2])
-    finite = jnp.isfinite(value)
+    finite = jnp.isfinite(value if "key_scale" in cache else value.astype(cache["value"].dtype))
     key, value = jnp.where(finite.all(-1, keepdims=True), key, jnp.nan), jnp.where(finite, value, 0)
     new = {"key": key, "value": value}
     if "key_scale" in cache:
@@ -176,7 +176,7 @@ def _singles(queries: _Queries, cache: dict[str, Array], view: View, end: Array,
         scores = scores.reshape(some, heads, size)
         owner = jnp.where(mine, owner, count)
         higher = jnp.maximum(top, jax.ops.segment_max(scores.max(-1), owner, count + 1))
-        weights = jnp.where(scores > NONE, jnp.exp(scores - higher[owner][..., None]), 0)
+        weights = jnp.where(scores <= NONE, 0, jnp.exp(scores - higher[owner][..., None]))
         shrink = jnp.exp(top - higher)
         total = total * shrink + jax.ops.segment_sum(weights.sum(-1), owner, count + 1)
         weights = weights.reshape(some, kv_heads, -1, size)
@@ -229,7 +229,7 @@ def _chunks(queries: _Queries, cache: dict[str, Array], view: View, static) -> A
             seen = jnp.where(rows[:, None] == owner, last[:, None], -1)
             scores = _scored(scores, index[None], positions[None], last[None], seen[None], static)[0]
             higher = jnp.maximum(top, scores.max(-1))
-            weights = jnp.where(scores > NONE, jnp.exp(scores - higher[..., None]), 0)
+            weights = jnp.where(scores <= NONE, 0, jnp.exp(scores - higher[..., None]))  # NaN too, which a maximum may pass over
             shrink = jnp.exp(top - higher)
             total = total * shrink + weights.sum(-1)
             weights = weights if value_scale is None else weights * value_scale.reshape(kv_heads, 1, 1, -1)

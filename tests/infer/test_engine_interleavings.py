@@ -158,6 +158,14 @@ def test_a_text_of_numbers_that_are_none_has_tokens_that_the_tokenizer_knows(pad
     assert all(max(job.completions[0].tokens) < 257 for job in jobs)
 
 
+def test_a_text_that_its_last_bytes_stop_says_so(padded):
+    """They are no character, and nothing comes any more that might make them one."""
+    job = padded.submit([7], max_new_tokens=2, sampling=Sampling(0, logit_bias=((0xE2, 1e4),)), stop=["\ufffd\ufffd"])
+    other = padded.submit([7], max_new_tokens=2, sampling=Sampling(0, logit_bias=((0xE2, 1e4),)), stop=["a"])
+    padded.run()
+    assert [(one.text, one.finish) for one in (*job.completions, *other.completions)] == [("", "stop_string"), (2 * "\ufffd", "length")]
+
+
 @pytest.mark.parametrize("cache", ["float32", "int8"])
 def test_numbers_that_are_none_stay_with_the_texts_whose_they_are(cache):
     """A token whose embedding overflows poisons its own text; not those beside it, and not who gets its pages, or scrap, afterwards."""

@@ -13,6 +13,7 @@ from lmx.core.execution import Execution
 from lmx.core.params import is_spec
 from lmx.core.tree import map_named
 from lmx.infer import Engine, Replicas, Sampling, drawing, runners
+from lmx.infer.search import beam_search
 from lmx.interop.runs import run_params
 from lmx.models.config import RWKV, EncoderDecoder, Transformer
 from lmx.models.families import functions
@@ -127,6 +128,17 @@ def test_requests_go_to_who_has_least_to_do_and_has_read_their_beginning():
     made.cancel(again)
     other.generate([PROMPTS[0]], max_new_tokens=2)
     assert other.holds(made.submit(PROMPTS[0], max_new_tokens=2))
+
+
+def test_beams_over_several_engines_are_those_of_one():
+    made = Replicas(GROUPED, params_of(GROUPED), batches=2, **options(GROUPED), top=4)
+    found = beam_search(made, PROMPTS[:3], beams=2, max_new_tokens=3)
+    assert all(engine.timeline for engine in made.engines)
+    for ours, wanted in zip(found, beam_search(made.engines[0], PROMPTS[:3], beams=2, max_new_tokens=3), strict=True):
+        assert [beam.tokens for beam in ours] == [beam.tokens for beam in wanted]
+        np.testing.assert_allclose([beam.score for beam in ours], [beam.score for beam in wanted], atol=1e-5)
+    with pytest.raises(ValueError, match="made for top=4; make it with top=6"):
+        beam_search(made, PROMPTS[:1], beams=3, max_new_tokens=3)
 
 
 def test_a_checkpoint_of_one_layout_is_read_into_another(tmp_path):

@@ -122,6 +122,22 @@ def test_a_space_behind_nothing_but_space_is_kept():
         assert released(Stopper(Pieces(["a", "▁", "▁b"], first_only)), [1, 0, 1, 1, 2, 1, 2]) == ["", "a", " ", " ", " b", " ", " b", ""]
 
 
+class TakesBack:
+    """As `tokenizers` decodes bytes that stand for pieces, and as transformers cleans up."""
+
+    def decode(self, ids):
+        import tokenizers
+
+        return tokenizers.decoders.ByteFallback().decode(ids).replace("▁", " ").replace(" ,", ",")
+
+
+def test_what_was_released_stays_when_more_tokens_change_it_and_nothing_is_lost():
+    character = [f"<0x{byte:02X}>" for byte in "日".encode()]
+    assert released(Stopper(TakesBack()), [*character, *character[:2], "b"]) == ["", "", "日", "", "", 2 * REPLACEMENT + "b", ""]
+    assert released(Stopper(TakesBack()), [*character, *character[:2]]) == ["", "", "日", "", "", 2 * REPLACEMENT]
+    assert released(Stopper(TakesBack()), ["a", "▁", ",", "b"]) == ["a", " ", ",", "b", ""]
+
+
 def test_pieces_come_as_soon_as_they_may():
     stopper = Stopper(ByteTokenizer(), ["STOP", "Tea"])
     assert [stopper.push(id)[0] for id in "a€STo".encode()] == ["a", "", "", "€", "", "", "STo"]

@@ -101,6 +101,10 @@ def test_published_configs_are_read_and_said_again(name):
         ("falcon", FALCON | {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn=2"),
         ("stablelm", NEOX | {"qk_layernorm": True}, "qk_layernorm=True"),
         ("cohere", NEOX | {"use_qk_norm": True}, "use_qk_norm=True"),
+        ("llama", LLAMA | {"rms_norm_eps": "1e-6"}, "says '1e-6' for model.norm_epsilon, which is float"),
+        ("llama", LLAMA | {"num_hidden_layers": 2.5}, "says 2.5 for model.layers, which is int"),
+        ("llama", LLAMA | {"rms_norm_eps": float("inf")}, "says inf for model.norm_epsilon"),
+        ("llama", LLAMA | {"tie_word_embeddings": "no"}, "says 'no' for model.tied, which is bool"),
     ],
 )  # fmt: skip
 def test_what_a_family_has_no_place_for_is_refused_by_name(kind, theirs, message):

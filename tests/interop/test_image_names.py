@@ -98,6 +98,10 @@ PUBLISHED = {
         {"image_tokens": 729, "depths": (26,), "image.class_token": False, "image.activation": "gelu_tanh", "image.norm_epsilon": 1e-6,
          "projection_bias": True},
     ),
+    "llava of a decoder that caps logits": (
+        {"model_type": "llava", "text_config": {"model_type": "gemma2"}}, {"logit_softcap": None, "attention_softcap": 50.0},
+    ),
+    "llava of a decoder that scales logits": ({"model_type": "llava", "text_config": {"model_type": "cohere"}}, {"logit_scale": None}),
     "llava, all left out": ({"model_type": "llava"}, {"vocab": 32000, "image_tokens": 576, "depths": (23,), "image_class": False}),
     "clip-vit-large-patch14": (
         {

@@ -71,3 +71,11 @@ def test_a_file_cut_short_or_of_another_kind_is_refused(folder, tmp_path, length
     (tmp_path / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:length])
     with pytest.raises(ValueError, match=r"no archive of PyTorch 1\.6 or later \(cut short, or older\); convert it to safetensors"):
         open_tensors(tmp_path)
+
+
+def test_a_file_that_lacks_something_in_its_middle_is_refused(folder, tmp_path):
+    data = (folder / "pytorch_model.bin").read_bytes()
+    for start, stop in ((300, 320), (len(data) // 2, len(data) // 2 + 64)):
+        (tmp_path / "pytorch_model.bin").write_bytes(data[:start] + data[stop:])
+        with pytest.raises(ValueError, match=r"pytorch_model\.bin cannot be read \(.*; was it downloaded whole"):
+            open_tensors(tmp_path)

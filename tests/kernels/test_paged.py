@@ -134,6 +134,26 @@ def test_what_is_written_is_read_and_nothing_else_changes(setting):
         np.testing.assert_array_equal(cache[name][1:], wanted[1:])  # page 0 is what padding writes to
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float8_e4m3fn", "int8"])
+def test_a_value_beyond_the_pages_type_is_nan_to_who_sees_it_and_nothing_to_who_has_its_page_next(setting, dtype):
+    view, _, q, keys, values = setting
+    values, row = values.copy(), {0: 2, 4: 4}  # the third token of a row that decodes, the fifth of a chunk
+    for r, at in row.items():
+        values[np.asarray(view.pages)[view.first[r] + at // SIZE], 1, at % SIZE, 3] = np.inf if dtype in ("float32", "int8") else 1e6
+    cache = {name: jnp.zeros((POOL, 2, SIZE, DIM), dtype) for name in ("key", "value")}
+    if dtype == "int8":
+        cache |= {f"{name}_scale": jnp.zeros((POOL, 2, SIZE)) for name in ("key", "value")}
+    written = (jnp.asarray(a.swapaxes(1, 2).reshape(POOL * SIZE, 2, DIM)) for a in (keys, values))
+    cache = paged.write(cache, *written, jnp.arange(POOL * SIZE))
+    assert np.isfinite(np.asarray(cache["value"], np.float32)).all()
+    found = np.isnan(paged.attention(jnp.asarray(q), cache, view, scale=0.3))
+    wanted = np.zeros(found.shape, bool)
+    for r, at in row.items():
+        tokens = np.arange(view.queries[r], view.queries[r + 1])
+        wanted[tokens[int(view.lengths[r]) - len(tokens) + np.arange(len(tokens)) >= at], 2:] = True  # of the heads that share the second's
+    np.testing.assert_array_equal(found, wanted)
+
+
 def test_int8_pages_are_off_by_no_more_than_half_a_step(setting):
     view, _, q, keys, values = setting
     empty = {name: jnp.zeros((POOL, 2, SIZE, DIM), jnp.int8) for name in ("key", "value")}

@@ -33,6 +33,11 @@ def tied(reader, ours):
     return {"tied": reader.take("tie_word_embeddings", False) or ours["tied"]}
 
 
+def headed(*_):
+    """transformers' class has a plain head of its own: it neither scales nor caps logits, whatever the decoder's would."""
+    return {"logit_scale": None, "logit_softcap": None}
+
+
 def dialect(tower: str, *, modern: bool) -> tuple[tuple[str, str], ...]:
     """Names with or without CLIP's own prefix, those of files or of transformers' modules since 4.52."""
     eyes = (("vision_tower.", f"{'model.' * modern}vision_tower.{tower}"),)
@@ -51,7 +56,7 @@ LLAVA = Family(
         Field("multimodal_projector_bias", "projector_bias", True),
     ),
     ignored=("image_seq_length", "ignore_index", "vocab_size"),
-    more=((layers, said_layers), (tied, lambda config: {"tie_word_embeddings": config.tied})),
+    more=((layers, said_layers), (tied, lambda config: {"tie_word_embeddings": config.tied}), (headed, lambda _: {})),
     modules={"multi_modal_projector.linear_1": "projector/up", "multi_modal_projector.linear_2": "projector/down"},
     prefixes=(),
     dialects=(dialect("vision_model.", modern=False), dialect("", modern=True), dialect("vision_model.", modern=True)),
