@@ -55,7 +55,7 @@ def transformed(
 def pooled(
     params: Tree, config: Transformer, hidden: Float[Array, "batch length embed"], first: Int[Array, "batch"] | None = None
 ) -> Float[Array, "batch embed"]:
-    """A text's summary, from its first token: the one at index `first`, or 0."""
+    """A text's summary, from its first token: the one at index `first` of hidden states as they lie (on a ring, arranged), or 0."""
     rows = hidden[:, 0] if first is None else jnp.take_along_axis(hidden, first[:, None, None], 1)[:, 0]
     return _dense(params, config, rows)
 
