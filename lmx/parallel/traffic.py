@@ -237,12 +237,14 @@ def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
         return [*found, Traffic("all-reduce", axes, size, sums + mixed, "residual stream")]
     kept = work.reads if remat != "none" else 0
     gathers = (work.reads * work.forwards + 2 + across + kept) * times
+    if work.reads == 1:  # a mixture gathers what it is given itself
+        gathers += (work.forwards + (remat != "none")) * mixed
     gated = shared if work.shared_gate else 0  # reads its input again, but for the recomputed forward pass, which sums its product instead
     gathers += (work.forwards + 1 + (remat != "none")) * shared + (work.forwards - (remat != "none")) * gated
     sums += gated if remat == "full" else 0
-    if gathered_apart(work, cpu):
-        gathers += times if cpu else times + dense
-    gathers += times if work.read_apart and work.flow is None else 0  # a stage forms all of it again anyway
+    of_attention, of_feed = gathered_apart(work, cpu)
+    gathers += of_attention * times + of_feed * (dense + shared)
+    gathers += times if work.read_apart else 0
     found.append(Traffic("all-gather", axes, size, gathers, "residual stream"))
     sums -= work.forwards * mixed
     found += _of_mixtures(work)
