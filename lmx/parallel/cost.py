@@ -296,7 +296,8 @@ def _of_a_pass(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
     masked = {"attention mask": mask(work)}
     # On XLA:CPU, gradients in another order, or parameters in the order in which they are gathered.
     as_they_are = (work.recurrent and layout.devices == 1) or (layout.context > 1 and layout.exchange == "ring" and layout.remat != "none")
-    copied = cpu and not as_they_are and (not _forms_again(work) or (layout.zero == 3 and layout.fsdp > 1))
+    formed_first = _forms_again(replace(work, mixtures=0))
+    copied = cpu and not as_they_are and (not formed_first or (layout.zero == 3 and layout.fsdp > 1))
     busy = working(work, specs, cpu=cpu) + (grads if copied else largest)
     waiting = 0 if cpu else loss_kept(work)
     return [
