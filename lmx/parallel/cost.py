@@ -294,11 +294,7 @@ def _of_a_pass(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
     table = work.here.vocab * work.table
     read = table * (work.compute + (work.master if layout.zero == 3 and layout.fsdp > 1 else 0))
     masked = {"attention mask": mask(work)}
-    # On XLA:CPU, gradients in another order, or parameters in the order in which they are gathered.
-    as_they_are = (work.recurrent and layout.devices == 1) or (layout.context > 1 and layout.exchange == "ring" and layout.remat != "none")
-    formed_first = _forms_again(replace(work, mixtures=0))
-    copied = cpu and not as_they_are and (not formed_first or (layout.zero == 3 and layout.fsdp > 1))
-    busy = working(work, specs, cpu=cpu) + (grads if copied else largest)
+    busy = working(work, specs, cpu=cpu) + (grads if _copied(work, cpu) else largest)
     waiting = 0 if cpu else loss_kept(work)
     return [
         {**kept_here, **masked, "working set of a layer": _forward(work, specs) + read},
@@ -312,6 +308,15 @@ def _of_a_pass(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
             "working set of a layer": busy,
         },
     ]
+
+
+def _copied(work: Work, cpu: bool) -> bool:
+    """Whether there is another copy of all gradients: on XLA:CPU in another order, or parameters in the order in which they are gathered."""
+    layout = work.layout
+    again = layout.remat != "none"
+    if not cpu or (work.recurrent and layout.devices == 1) or (layout.context > 1 and layout.exchange == "ring" and again):
+        return False
+    return not (again and work.dense) or (layout.zero == 3 and layout.fsdp > 1)
 
 
 def _kept_on_device(work: Work, *, cpu: bool) -> dict[str, int]:
@@ -335,7 +340,7 @@ def _of_two_passes(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]
             both["working set of a layer"] = both.get("working set of a layer", 0) + 4 * encoder.scores * encoder.relative
         moments.append(both | {"attention mask": moment["attention mask"] + masks, "source": 2 * work.read})
     every = gradients(work, specs)[0]
-    busy = working(encoder, specs["encoder"], cpu=cpu) + (every if cpu else largest)
+    busy = working(encoder, specs["encoder"], cpu=cpu) + (every if _copied(encoder, cpu) else largest)
     last = {"attention mask": masks, "gradients": every, "gradient of the head, whole": _unreduced(work), "working set of a layer": busy}
     if cpu and work.relative:  # whose gradient is summed last of all
         last |= {"attention mask": masks + mask(work), "source": work.read}

@@ -122,8 +122,8 @@ def _of_weights(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
             found.append(Traffic("all-reduce", _summed_over(layout, part, replicas), total // layout.fsdp, times, f"gradients {what}"))
             mine = [n for n in rest if _part(n, table[n], work) == part]
             total = size(mine, master=True) // depth
-            apart = part == "gate" and cpu
-            over = (_over(layout, "tensor"), everyone) if apart else _one_by_one(_summed_over(layout, part, everyone), cpu)
+            apart, axes = part == "gate" and cpu, _summed_over(layout, part, everyone)
+            over = (_over(layout, "tensor"), everyone) if apart else (axes,) if experts else _one_by_one(axes, cpu)
             found += [Traffic("all-reduce", axes, total, times, f"gradients {what}") for axes in over]
     if zero in (1, 2):
         found.append(Traffic("all-gather", fsdp, size(parted, master=True), 1, "updated parameters"))
@@ -230,7 +230,7 @@ def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
     # XLA:CPU sums the gradients of several projections of one input one by one.
     across = 1 if work.source else 0  # which reads the residual stream for its queries alone
     attention, feed = (1 if work.replicated else 3, 2 if work.gated else 1) if cpu else (1, work.reads - 1 - across)
-    projected = (1 if work.replicated else 2) if cpu else 1
+    projected = (0 if work.replicated else 2) if cpu else 1
     if across:  # reduced as a whole: every layer reads all of it
         found.append(Traffic("all-reduce", axes, projected * work.read, times, "gradients of the source"))
     sums = ((2 + across) * work.forwards + again + attention + across) * times + feed * (dense + shared) + work.forwards * shared + between
