@@ -267,20 +267,29 @@ def loss_kept(work: Work) -> int:
 
 
 def memory(
-    work: Work, specs: Tree, *, parameters: int, optimizer: int, rest: int, fetched: tuple[int, int] = (0, 0), cpu: bool = False
+    work: Work,
+    specs: Tree,
+    *,
+    parameters: int,
+    optimizer: int,
+    rest: int,
+    fetched: tuple[int, int] = (0, 0),
+    moving: tuple[float, float] = (0.0, 0.0),
+    cpu: bool = False,
 ) -> dict[str, int]:
     """Bytes of one device by row: what lies there all along (given), then what a step adds at its fullest moment.
 
     That is the fullest of four: the last layer's forward pass; head and loss, with every layer's activations; the backward pass of a
-    layer, with gradients besides; the update, with gradients alone. A pipeline's moments are those of a tick. `fetched` is what is there at
-    once of what waits in the host's memory: in a pass, and in the update.
+    layer, with gradients besides; the update, with gradients. A pipeline's moments are those of a tick. `fetched` is what is there at once of what
+    waits in the host's memory, `moving` what an optimizer makes, for each gradient: in a pass, and in the update.
     """
     (grads, largest), layout = gradients(work, specs), work.layout
     updated = work.master * sum(share(spec, layout, split=False) for spec in jax.tree.leaves(specs, is_leaf=is_spec))
-    update = {"gradients": grads, "update": updated if layout.zero in (1, 2) and layout.fsdp > 1 else largest}
+    ahead, made = (int(numbers * grads) for numbers in moving)
+    update = {"gradients": grads, "update": updated + made if layout.zero in (1, 2) and layout.fsdp > 1 else max(largest, made)}
     moments = _of_a_pass(work, specs, cpu=cpu) if work.flow is None else _of_a_tick(work, specs, cpu=cpu)
     sums = {"gradients of earlier microbatches": grads} if work.microbatches > 1 and work.flow is None else {}
-    there = [(moment, fetched[0]) for moment in moments] + [(update, fetched[1])]
+    there = [(moment | {"update": ahead}, fetched[0]) for moment in moments] + [(update, fetched[1])]
     fullest = max((moment | {"fetched from the host": size} for moment, size in there), key=lambda moment: sum(moment.values()))
     added = {name: size for name, size in (sums | fullest).items() if size}
     return {"parameters": parameters, "optimizer": optimizer, "batch and the rest": rest} | added
