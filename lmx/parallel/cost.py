@@ -267,20 +267,29 @@ def loss_kept(work: Work) -> int:
 
 
 def memory(
-    work: Work, specs: Tree, *, parameters: int, optimizer: int, rest: int, fetched: tuple[int, int] = (0, 0), cpu: bool = False
+    work: Work,
+    specs: Tree,
+    *,
+    parameters: int,
+    optimizer: int,
+    rest: int,
+    fetched: tuple[int, int] = (0, 0),
+    moving: tuple[float, float] = (0.0, 0.0),
+    cpu: bool = False,
 ) -> dict[str, int]:
     """Bytes of one device by row: what lies there all along (given), then what a step adds at its fullest moment.
 
     That is the fullest of four: the last layer's forward pass; head and loss, with every layer's activations; the backward pass of a
-    layer, with gradients besides; the update, with gradients alone. A pipeline's moments are those of a tick. `fetched` is what is there at
-    once of what waits in the host's memory: in a pass, and in the update.
+    layer, with gradients besides; the update, with gradients. A pipeline's moments are those of a tick. `fetched` is what is there at once of what
+    waits in the host's memory, `moving` what an optimizer makes, for each gradient: in a pass, and in the update.
     """
     (grads, largest), layout = gradients(work, specs), work.layout
     updated = work.master * sum(share(spec, layout, split=False) for spec in jax.tree.leaves(specs, is_leaf=is_spec))
-    update = {"gradients": grads, "update": updated if layout.zero in (1, 2) and layout.fsdp > 1 else largest}
+    ahead, made = (int(numbers * grads) for numbers in moving)
+    update = {"gradients": grads, "update": updated + made if layout.zero in (1, 2) and layout.fsdp > 1 else max(largest, made)}
     moments = _of_a_pass(work, specs, cpu=cpu) if work.flow is None else _of_a_tick(work, specs, cpu=cpu)
     sums = {"gradients of earlier microbatches": grads} if work.microbatches > 1 and work.flow is None else {}
-    there = [(moment, fetched[0]) for moment in moments] + [(update, fetched[1])]
+    there = [(moment | {"update": ahead}, fetched[0]) for moment in moments] + [(update, fetched[1])]
     fullest = max((moment | {"fetched from the host": size} for moment, size in there), key=lambda moment: sum(moment.values()))
     added = {name: size for name, size in (sums | fullest).items() if size}
     return {"parameters": parameters, "optimizer": optimizer, "batch and the rest": rest} | added
@@ -294,10 +303,7 @@ def _of_a_pass(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
     table = work.here.vocab * work.table
     read = table * (work.compute + (work.master if layout.zero == 3 and layout.fsdp > 1 else 0))
     masked = {"attention mask": mask(work)}
-    # On XLA:CPU, gradients in another order, or parameters in the order in which they are gathered.
-    as_they_are = (work.recurrent and layout.devices == 1) or (layout.context > 1 and layout.exchange == "ring" and layout.remat != "none")
-    copied = cpu and not as_they_are and (not _forms_again(work) or (layout.zero == 3 and layout.fsdp > 1))
-    busy = working(work, specs, cpu=cpu) + (grads if copied else largest)
+    busy = working(work, specs, cpu=cpu) + (grads if _copied(work, cpu) else largest)
     waiting = 0 if cpu else loss_kept(work)
     return [
         {**kept_here, **masked, "working set of a layer": _forward(work, specs) + read},
@@ -311,6 +317,15 @@ def _of_a_pass(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
             "working set of a layer": busy,
         },
     ]
+
+
+def _copied(work: Work, cpu: bool) -> bool:
+    """Whether there is another copy of all gradients: on XLA:CPU in another order, or parameters in the order in which they are gathered."""
+    layout = work.layout
+    again = layout.remat != "none"
+    if not cpu or (work.recurrent and layout.devices == 1) or (layout.context > 1 and layout.exchange == "ring" and again):
+        return False
+    return not (again and work.dense) or (layout.zero == 3 and layout.fsdp > 1)
 
 
 def _kept_on_device(work: Work, *, cpu: bool) -> dict[str, int]:
@@ -334,7 +349,7 @@ def _of_two_passes(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]
             both["working set of a layer"] = both.get("working set of a layer", 0) + 4 * encoder.scores * encoder.relative
         moments.append(both | {"attention mask": moment["attention mask"] + masks, "source": 2 * work.read})
     every = gradients(work, specs)[0]
-    busy = working(encoder, specs["encoder"], cpu=cpu) + (every if cpu else largest)
+    busy = working(encoder, specs["encoder"], cpu=cpu) + (every if _copied(encoder, cpu) else largest)
     last = {"attention mask": masks, "gradients": every, "gradient of the head, whole": _unreduced(work), "working set of a layer": busy}
     if cpu and work.relative:  # whose gradient is summed last of all
         last |= {"attention mask": masks + mask(work), "source": work.read}

@@ -72,8 +72,9 @@ def residual(work: Work, *, cpu: bool) -> tuple[int, int, int]:
     gated = version < 7  # whose gate reads the input where sequences are split, and what it multiplies once more
     sums = 2 * work.forwards + 4 + (version in (5, 6)) + ((1 + gated) if remat == "full" else 0)
     gathers = 2 * work.forwards + 2 + gated + (2 if remat != "none" else 0)
-    gathers += gathered_apart(work, cpu)
-    if not cpu:  # forms mixtures of tokens, and gradients of what they are of, in part, and gathers each
+    if cpu:
+        gathers += sum(gathered_apart(work, cpu))
+    else:  # forms mixtures of tokens, and gradients of what they are of, in part, and gathers each
         gathers += 3 if version == 6 else MIXTURES[version] + 2 + gated
     low = work.ranks[1:] if version == 6 else work.ranks  # RWKV-6's shares of tokens are of whole sequences
     return sums, gathers, work.here.rows * work.here.length * sum(low) * work.compute

@@ -101,7 +101,7 @@ def _of_weights(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
                 again = [n for n in gathered if n not in weights or _gathered_again(work, n, table[n], cpu)]
                 found.append(Traffic("all-gather", fsdp, size(again) // depth, times, f"parameters {what}, recomputed"))
         elif gathered:
-            once = cpu and layout.pipeline > 1
+            once = cpu and (layout.pipeline > 1 or work.one_layer)
             reads = 2 if work.tied and layout.pipeline > 1 and not cpu else 1
             of_table = sum(size([n]) * (reads if n == "embed" else 1) for n in gathered)
             found.append(Traffic("all-gather", fsdp, of_table, 1 if once else times, f"parameters {what}, forward"))
@@ -122,7 +122,8 @@ def _of_weights(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
             found.append(Traffic("all-reduce", _summed_over(layout, part, replicas), total // layout.fsdp, times, f"gradients {what}"))
             mine = [n for n in rest if _part(n, table[n], work) == part]
             total = size(mine, master=True) // depth
-            over = (_over(layout, "tensor"), everyone) if part == "gate" else _one_by_one(_summed_over(layout, part, everyone), cpu)
+            apart, axes = part == "gate" and cpu, _summed_over(layout, part, everyone)
+            over = (_over(layout, "tensor"), everyone) if apart else (axes,) if experts else _one_by_one(axes, cpu)
             found += [Traffic("all-reduce", axes, total, times, f"gradients {what}") for axes in over]
     if zero in (1, 2):
         found.append(Traffic("all-gather", fsdp, size(parted, master=True), 1, "updated parameters"))
@@ -229,20 +230,22 @@ def _of_sublayers(work: Work, cpu: bool) -> list[Traffic]:
     # XLA:CPU sums the gradients of several projections of one input one by one.
     across = 1 if work.source else 0  # which reads the residual stream for its queries alone
     attention, feed = (1 if work.replicated else 3, 2 if work.gated else 1) if cpu else (1, work.reads - 1 - across)
-    projected = (1 if work.replicated else 2) if cpu else 1
+    projected = (0 if work.replicated else 2) if cpu else 1
     if across:  # reduced as a whole: every layer reads all of it
         found.append(Traffic("all-reduce", axes, projected * work.read, times, "gradients of the source"))
     sums = ((2 + across) * work.forwards + again + attention + across) * times + feed * (dense + shared) + work.forwards * shared + between
     if not work.layout.sequence:
-        return [*found, Traffic("all-reduce", axes, size, sums + mixed, "residual stream")]
+        return [*found, Traffic("all-reduce", axes, size, sums + 2 * mixed, "residual stream")]
     kept = work.reads if remat != "none" else 0
     gathers = (work.reads * work.forwards + 2 + across + kept) * times
+    if work.reads == 1:  # a mixture gathers what it is given itself
+        gathers += (work.forwards + (remat != "none")) * mixed
     gated = shared if work.shared_gate else 0  # reads its input again, but for the recomputed forward pass, which sums its product instead
     gathers += (work.forwards + 1 + (remat != "none")) * shared + (work.forwards - (remat != "none")) * gated
     sums += gated if remat == "full" else 0
-    if gathered_apart(work, cpu):
-        gathers += times if cpu else times + dense
-    gathers += times if work.read_apart and work.flow is None else 0  # a stage forms all of it again anyway
+    of_attention, of_feed = gathered_apart(work, cpu)
+    gathers += of_attention * times + of_feed * (dense + shared)
+    gathers += times if work.read_apart else 0
     found.append(Traffic("all-gather", axes, size, gathers, "residual stream"))
     sums -= work.forwards * mixed
     found += _of_mixtures(work)

@@ -182,6 +182,14 @@ class Work:
         return self.whole // (self.layout.tensor if self.layout.sequence else 1)
 
 
-def gathered_apart(work: Work, cpu: bool) -> bool:
-    """Whether a layer of a pipeline gathers a gradient over tensor devices for its input's and for a weight's apart."""
-    return work.written_out and (work.layout.remat != "full" or not cpu or work.layout.fsdp > 1)
+def gathered_apart(work: Work, cpu: bool) -> tuple[bool, bool]:
+    """Whether a layer of a pipeline gathers over tensor devices the gradient of what attention, and of what a feed-forward, gives once for its
+    input's gradient and once for its weight's.
+
+    Where devices sum weights' gradients; but XLA:CPU, where these devices split the gradient too, if the product's other operand is no larger.
+    """
+    layout, inner = work.layout, (work.heads * work.head_dim, work.mlp)
+    summing = layout.shards * layout.context
+    summed = layout.pipeline > 1 and summing > 1
+    split = cpu and layout.zero >= 2 and layout.fsdp == summing
+    return summed and not (split and inner[0] > work.embed), summed and not (split and inner[1] > work.embed)
