@@ -1,17 +1,15 @@
 """Optimizers as recipes: a frozen config each, from which an optax transformation is built."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import jax
 import optax
-from optax import contrib
 
-from lmx.core.params import ParamSpec, is_spec
+from lmx.core.params import is_spec
 from lmx.core.tree import Tree
-from lmx.train import factored, quantised
+from lmx.train import factored, orthogonal, quantised
 
 
 @dataclass(frozen=True)
@@ -125,18 +123,9 @@ class Muon(Recipe):
     """Decay of Muon's momentum (Nesterov's form)."""
 
     def update(self, rate: Callable, specs: Tree) -> optax.GradientTransformation:
-        numbers = jax.tree.map(_matrix, specs, is_leaf=is_spec)
-
-        def to_adams_size(updates: Tree, _) -> Tree:
-            def scaled(update, dims):
-                sides = (math.prod(update.shape[d] for d in side) for side in dims)
-                return 0.2 * math.sqrt(max(sides)) * update
-
-            return jax.tree.map(scaled, updates, numbers)
-
-        orthogonal = contrib.scale_by_muon(beta=self.momentum, weight_dimension_numbers=lambda _: numbers)
-        muon = optax.chain(orthogonal, optax.stateless(to_adams_size))
-        labels = jax.tree.map(lambda spec: "muon" if _is_matrix(spec) else "adam", specs, is_leaf=is_spec)
+        labels = jax.tree.map(lambda spec: "muon" if orthogonal.is_matrix(spec) else "adam", specs, is_leaf=is_spec)
+        matrices = jax.tree.map(lambda spec: spec if orthogonal.is_matrix(spec) else optax.MaskedNode(), specs, is_leaf=is_spec)
+        muon = orthogonal.scale_by_muon(matrices, self.momentum)
         return optax.chain(
             optax.partition({"muon": muon, "adam": optax.scale_by_adam(self.b1, self.b2)}, labels),
             optax.add_decayed_weights(self.weight_decay, decayed(specs)),
@@ -187,11 +176,3 @@ def check(recipe: Optimizer) -> None:
 def decayed(specs: Tree) -> Tree:
     """Which parameters weight decay applies to: tables and matrices, told from vectors by their dimensions beside `layers`."""
     return jax.tree.map(lambda spec: spec.inputs > 0 or "vocab" in spec.axes, specs, is_leaf=is_spec)
-
-
-def _is_matrix(spec: ParamSpec) -> bool:
-    return spec.inputs > 0 and bool(spec.layers)
-
-
-def _matrix(spec: ParamSpec) -> contrib.MuonDimensionNumbers | optax.MaskedNode:
-    return contrib.MuonDimensionNumbers(*spec.sides) if _is_matrix(spec) else optax.MaskedNode()

@@ -29,7 +29,7 @@ from lmx.parallel.layout import AXES, Layout, make_mesh
 from lmx.parallel.roofline import Time
 from lmx.parallel.traffic import Traffic, traffic
 from lmx.parallel.work import Work
-from lmx.train import optimizers
+from lmx.train import optimizers, orthogonal
 from lmx.train.experiment import (
     Experiment,
     asked_of_attention,
@@ -104,7 +104,7 @@ def plan(experiment: Experiment, *, chip: str = "h100", compiled: bool = False, 
     memory = cost.memory(found, specs, **state, rest=rest, fetched=(whole["layer"], whole["update"]), moving=moving, cpu=cpu)
     waiting = sum(cost.activations(found, cpu=cpu).values()) if "activations" in experiment.layout.offload else 0
     host = {"parameters": whole["parameters, host"], "optimizer": whole["optimizer, host"], "activations": waiting}
-    sent = traffic(found, specs, cpu=cpu)
+    sent = sorted([*traffic(found, specs, cpu=cpu), *_of_update(experiment, specs, found.master)], key=lambda t: -t.volume)
     source, length = columns(experiment)
     tokens = experiment.batch * length
     model = _flops_per_token(experiment.model, length, source) * tokens / experiment.layout.devices
@@ -128,13 +128,22 @@ MOVING: dict[type, dict[bool, tuple[float, float]]] = {
     optimizers.Muon: {True: (0.0, 2.1), False: (0.0, 2.1)},
 }
 """Numbers for each gradient that an update has beside gradients and state, on XLA:CPU (True) and on XLA:GPU: what it forms of its state before
-there are gradients, and all of it. Measured, but for Muon's on GPUs."""
+there are gradients, and all of it. Measured."""
 
 
 def _moving(experiment: Experiment, *, cpu: bool) -> tuple[float, float]:
-    if set(experiment.layout.offload) & {"optimizer", "params"}:  # layer by layer
-        return 0.0, 0.0
-    return MOVING.get(type(experiment.optimizer), {}).get(cpu, (0.0, 0.0))
+    return (0.0, 0.0) if _streamed(experiment) else MOVING.get(type(experiment.optimizer), {}).get(cpu, (0.0, 0.0))
+
+
+def _of_update(experiment: Experiment, specs: Tree, width: int) -> list[Traffic]:
+    if not isinstance(experiment.optimizer, optimizers.Muon):
+        return []
+    return orthogonal.traffic(specs, experiment.layout, width=width, streamed=_streamed(experiment))
+
+
+def _streamed(experiment: Experiment) -> bool:
+    """Whether layers are moved one at a time."""
+    return bool(set(experiment.layout.offload) & {"optimizer", "params"})
 
 
 def settled(experiment: Experiment) -> Experiment:

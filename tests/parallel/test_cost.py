@@ -196,6 +196,7 @@ CASES = {
         "length": 256,
     },
     "adam-8-bit": {"data": 8, "remat": "full", "optimizer": Adam8bit(), "length": 64},
+    "muon": {"fsdp": 4, "tensor": 2, "optimizer": Muon(), "length": 64},
     "rwkv-replicas-tensor": {"model": RECURRENT, "data": 2, "tensor": 4},
     "rwkv-5": {"model": EAGLE, "fsdp": 8},
     "rwkv-5-pipeline-full": {"model": EAGLE, "pipeline": 2, "tensor": 2, "fsdp": 2, "microbatches": 4, "remat": "full"},
