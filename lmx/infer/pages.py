@@ -58,9 +58,9 @@ class Pages:
 
     def __init__(self, count: int, size: int):
         if count < 2:
-            raise ValueError(f"pages.count={count} must be at least 2: page 0 is kept for padding")
+            raise ValueError(f"pages={count} must be at least 2: page 0 is kept for padding")
         if size < 1:
-            raise ValueError(f"pages.size={size} must be at least 1, the tokens of a page; use 16, say")
+            raise ValueError(f"page={size} must be at least 1, the tokens of a page; use 16, say")
         self.count, self.size = count, size
         self.readers = [0] * count
         self.filled = [0] * count
@@ -81,7 +81,7 @@ class Pages:
     def allocate(self, n: int) -> list[int]:
         """n pages with nothing in them and one reader each. Raises ValueError when there are not so many."""
         if n > self.available:
-            raise ValueError(f"{n} pages asked for and {self.available} available; raise pages.count={self.count}, or release some first")
+            raise ValueError(f"{n} pages asked for and {self.available} available; raise pages={self.count}, or release some first")
         return [self._take_one() for _ in range(n)]
 
     def _take_one(self) -> int:

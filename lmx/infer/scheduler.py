@@ -92,7 +92,7 @@ class Scheduler:
             if need > self.pages.count - 1:
                 raise ValueError(
                     f"a prompt of {len(request.prompt)} tokens and max_new_tokens={request.max_new_tokens} need {need} pages of {size} tokens,"
-                    f" and the pool has {self.pages.count - 1}; raise pages.count={self.pages.count}, or ask for fewer tokens"
+                    f" and the pool has {self.pages.count - 1}; raise pages={self.pages.count}, or ask for fewer tokens"
                 )
         sequence = Sequence(request, (request.priority, next(self._arrivals), 0), list(request.prompt), request.fingerprint)
         insort(self.waiting, sequence, key=_order)

@@ -337,7 +337,7 @@ def test_an_empty_stop_string_is_refused(writer):
     [
         ({"page": 0}, "page=0 must be at least 1"),
         ({"rows": 0}, "rows=0 must be at least 1"),
-        ({"pages": 1}, "pages.count=1 must be at least 2"),
+        ({"pages": 1}, "pages=1 must be at least 2"),
         ({"longest": 65}, "longest=65 .* model.context=64"),
         ({"longest": 0}, "longest=0"),
         ({"cache": "int16"}, "cache='int16'"),
