@@ -211,8 +211,8 @@ def test_written_in_place_a_page_is_no_longer_found():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: Pages(1, 16), r"pages\.count=1"),
-        (lambda: Pages(8, 0), r"pages\.size=0"),
+        (lambda: Pages(1, 16), r"pages=1"),
+        (lambda: Pages(8, 0), r"page=0"),
         (lambda: Pages(8, 2).allocate(8), "8 pages asked for and 7 available"),
         (lambda: Pages(8, 2).share([3]), "page 3 is free"),
         (lambda: Pages(8, 2).writable(3), "page 3 has no readers"),

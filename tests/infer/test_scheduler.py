@@ -338,7 +338,7 @@ def test_what_no_step_can_hold_is_refused_and_the_rest_goes_on():
     engine = Engine(scheduler)
     engine.add(Request((1,) * 9, 8))  # 16 tokens: all four pages
     for request, message in (
-        (Request((1,) * 9, 9), r"9 tokens and max_new_tokens=9 need 5 pages of 4 tokens, and the pool has 4; raise pages\.count=5"),
+        (Request((1,) * 9, 9), r"9 tokens and max_new_tokens=9 need 5 pages of 4 tokens, and the pool has 4; raise pages=5"),
         (Request((1,), 1, n=3), r"n=3 .* rows=2"),
         (Request((1,) * 9, 1, whole=9), "first 9 tokens .* chunk=8"),
     ):
