@@ -8,7 +8,7 @@ import optax
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from lmx.core.params import abstract, is_spec
+from lmx.core.params import ParamSpec, abstract, is_spec
 from lmx.core.tree import Tree, map_named, named_leaves
 from lmx.parallel import manual
 from lmx.parallel.offload import fetched, stored
@@ -66,12 +66,14 @@ def _move(transform: optax.GradientTransformation, part: Tree) -> tuple[Callable
 
 
 def _parts(specs: Tree) -> Iterator[Tree]:
-    """What is not a layer's, then each group of the stack: trees in which names are those of the whole."""
-    groups = specs["layers"]
-    none = ({},) * len(groups)
-    yield {name: value for name, value in specs.items() if name != "layers"} | {"layers": none}
-    for g, group in enumerate(groups):
-        yield {"layers": (*none[:g], group, *none[g + 1 :])}
+    """What is not a layer's, then each group of a stack (an encoder's too): trees in which names are those of the whole."""
+
+    def group(name: str, spec: ParamSpec) -> tuple[str, ...]:
+        words = name.split("/")
+        return tuple(words[: words.index("layers") + 2]) if spec.layers else ()
+
+    for one in sorted({group(name, spec) for name, spec in named_leaves(specs, is_leaf=is_spec).items()}):
+        yield map_named(lambda name, spec, one=one: spec if group(name, spec) == one else None, specs, is_leaf=is_spec)
 
 
 def _whole(move: Callable) -> Callable:

@@ -9,13 +9,18 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 import runs
+from lmx.core.params import initial_values, is_spec
 from lmx.core.tree import disagreement, named_leaves
+from lmx.models import transformer
+from lmx.models.config import EncoderDecoder, Transformer
 from lmx.parallel.feed import batch_sharding
 from lmx.parallel.layout import Layout
 from lmx.parallel.offload import HOST, copied, in_host
+from lmx.train import optimizers
 from lmx.train.experiment import check
 from lmx.train.optimizers import Adafactor, Adam8bit, AdamW, Muon
 from lmx.train.program import build
+from lmx.train.update import at_once, layer_by_layer
 from lmx.verify import BOUND, differences
 
 pytestmark = pytest.mark.usefixtures("scanned")
@@ -69,6 +74,23 @@ def test_state_stays_where_it_is_and_moves_as_it_would_on_the_device(precision, 
         assert np.isfinite(evaluated["loss"])
     apart = disagreement(*states)
     assert max(apart.values()) < 1e-6, {name: value for name, value in apart.items() if value >= 1e-6}
+
+
+@pytest.mark.parametrize("recipe", [AdamW(), Muon()], ids=lambda recipe: type(recipe).__name__)
+def test_layers_of_an_encoder_too_are_moved_one_at_a_time(recipe):
+    sizes = {"vocab": 16, "embed": 8, "heads": 2, "mlp": 8, "context": 8}
+    specs = transformer.specs(EncoderDecoder(**sizes, layers=2, encoder=Transformer(**sizes, layers=3, causal=False)))
+    params, gradients = (initial_values(jax.random.key(seed), specs) for seed in range(2))
+    parts = []
+
+    def made(part):
+        parts.append({bool(spec.layers) for spec in named_leaves(part, is_leaf=is_spec).values()})
+        return optimizers.build(recipe, 9, part)[0]
+
+    whole = optimizers.build(recipe, 9, specs)[0]
+    found, wanted = (jax.jit(move)(params, gradients, whole.init(params)) for move in (layer_by_layer(made, specs), at_once(whole)))
+    assert parts == [{False}, {True}, {True}]
+    assert max(disagreement(found, wanted).values()) < 1e-6
 
 
 @pytest.mark.parametrize(
