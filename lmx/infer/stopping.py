@@ -71,12 +71,10 @@ class Stopper:
         text = self.tokenizer.decode(self._ids[self._start :])
         if text.endswith(REPLACEMENT) and not whole:
             return ""
+        alone = self.tokenizer.decode(self._ids[self._read :])
         # Tokens that alone are no text (a space that is dropped, special ones) do not keep the space after them from being dropped.
-        if self.tokenizer.decode(self._ids[self._read :]):
-            self._start = self._read
-        text = text[len(known) :] if text.startswith(known) else self.tokenizer.decode(self._ids[self._read :])
-        self._read = len(self._ids)
-        return text
+        self._start, self._read = self._read if alone else self._start, len(self._ids)
+        return text[len(known) :] if text.startswith(known) else alone
 
     def _released(self, new: str) -> str:
         """What may be released with more text decoded; the end, where it completes a stop string."""

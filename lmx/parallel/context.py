@@ -42,14 +42,11 @@ def arrange(batch: dict[str, Array], execution: Execution) -> dict[str, Array]:
         raise ValueError(
             f"layout.exchange='ring' orders what is of tokens, [rows, length], and second dimensions are {lengths}; leave out what is not"
         )
-    for length in lengths.values():
-        if length % (2 * n):
-            raise ValueError(f"a length of {length} is not divisible by 2 x layout.context={n}; change data.length")
     return {name: a if a.ndim < 2 else _ordered(a, _zigzag(n)) for name, a in batch.items()}
 
 
 def as_read(a: Shaped[Array, "rows length ..."], execution: Execution) -> Shaped[Array, "rows length ..."]:
-    """The inverse of `arrange`, of one array: texts from their beginning to their end."""
+    """The inverse of `arrange`, of one array: texts from their beginning to their end. Raises ValueError for a length that does not divide."""
     n = ring_size(execution)
     return a if n == 1 else _ordered(a, np.argsort(_zigzag(n)))
 
@@ -73,6 +70,8 @@ def _zigzag(n: int) -> np.ndarray:
 
 
 def _ordered(a: Array, pieces: np.ndarray) -> Array:
+    if a.shape[1] % len(pieces):
+        raise ValueError(f"a length of {a.shape[1]} is not divisible by 2 x layout.context={len(pieces) // 2}; change data.length")
     return a.reshape(a.shape[0], len(pieces), -1)[:, pieces].reshape(a.shape)
 
 

@@ -205,6 +205,14 @@ def test_what_is_not_of_tokens_is_not_put_in_their_order():
         arrange(images, Execution(rules=rules(layout)))
 
 
+def test_an_order_that_does_not_divide_is_refused_both_ways():
+    execution, a = Execution(rules=rules(Layout(context=2))), jnp.zeros((2, 6, 4))
+    with jax.set_mesh(make_mesh(Layout(context=2))):
+        for order in (lambda a, _: arrange({"tokens": a}, execution), as_read):
+            with pytest.raises(ValueError, match="a length of 6 is not divisible by 2 x layout.context=2"):
+                order(a, execution)
+
+
 def test_a_call_by_a_peers_names_is_refused_a_rings_order():
     layout = Layout(context=2)
     with jax.set_mesh(make_mesh(layout)), pytest.raises(ValueError, match=r"layout.exchange=ring .* use alltoall"):
