@@ -114,7 +114,7 @@ class _Tensors(pickle.Unpickler):
 def _tensor(storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any) -> np.ndarray:
     """A tensor over a storage, which several may share."""
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    if 0 not in shape and not 0 <= offset <= last < len(storage):
-        raise pickle.UnpicklingError(f"a tensor of shape {shape} reaches beyond its {len(storage)} numbers")
+    if 0 not in shape and not 0 <= min((offset, *strides)) <= last < len(storage):
+        raise pickle.UnpicklingError(f"a tensor of shape {shape} and strides {strides} reaches beyond its {len(storage)} numbers")
     size = storage.dtype.itemsize
     return np.lib.stride_tricks.as_strided(storage[offset:], shape, [stride * size for stride in strides], writeable=False)

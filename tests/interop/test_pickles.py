@@ -79,3 +79,15 @@ def test_a_file_that_lacks_something_in_its_middle_is_refused(folder, tmp_path):
         (tmp_path / "pytorch_model.bin").write_bytes(data[:start] + data[stop:])
         with pytest.raises(ValueError, match=r"pytorch_model\.bin cannot be read \(.*; was it downloaded whole"):
             open_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("strides", [(-1, 3), (3, 1)])
+def test_a_tensor_that_reaches_out_of_its_storage_is_refused(tmp_path, strides):
+    path, (row, column) = tmp_path / "pytorch_model.bin", strides
+    storage = b"(S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\nI4\ntQ"
+    places = f"I0\n(I2\nI2\nt(I{row}\nI{column}\nt".encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"(S'w'\nctorch._utils\n_rebuild_tensor_v2\n(" + storage + places + b"tRd.")
+        archive.writestr("archive/data/0", bytes(16))
+    with pytest.raises(ValueError, match=r"a tensor of shape \(2, 2\) and strides .* reaches beyond its 4 numbers"):
+        unpickled(path)
