@@ -75,6 +75,11 @@ class Layout:
         """Into how many parts the batch is split."""
         return math.prod(getattr(self, axis) for axis in SHARDS)
 
+    @property
+    def streamed(self) -> bool:
+        """Whether an update moves layers one at a time, since what it reads of them waits in the host's memory."""
+        return "optimizer" in self.offload or "params" in self.offload
+
 
 def check(layout: Layout, sizes: dict[str, dict[str, int]], rows: int, microbatches: int, available: int) -> None:
     """Refuses a layout that does not fit, before anything is compiled.

@@ -132,18 +132,13 @@ there are gradients, and all of it. Measured."""
 
 
 def _moving(experiment: Experiment, *, cpu: bool) -> tuple[float, float]:
-    return (0.0, 0.0) if _streamed(experiment) else MOVING.get(type(experiment.optimizer), {}).get(cpu, (0.0, 0.0))
+    return (0.0, 0.0) if experiment.layout.streamed else MOVING.get(type(experiment.optimizer), {}).get(cpu, (0.0, 0.0))
 
 
 def _of_update(experiment: Experiment, specs: Tree, width: int) -> list[Traffic]:
     if not isinstance(experiment.optimizer, optimizers.Muon):
         return []
-    return orthogonal.traffic(specs, experiment.layout, width=width, streamed=_streamed(experiment))
-
-
-def _streamed(experiment: Experiment) -> bool:
-    """Whether layers are moved one at a time."""
-    return bool(set(experiment.layout.offload) & {"optimizer", "params"})
+    return orthogonal.traffic(specs, experiment.layout, width=width, streamed=experiment.layout.streamed)
 
 
 def settled(experiment: Experiment) -> Experiment:

@@ -101,8 +101,7 @@ def build(experiment: Experiment, mesh: Mesh | AbstractMesh | None = None) -> Pr
     exactly = {"xla_backend_optimization_level": 0} if on_cpu else None
     # XLA:CPU's concurrent scheduler runs collectives inside a branch and outside it in any order: devices then wait for each other for ever.
     in_turn = {"xla_cpu_enable_concurrency_optimized_scheduler": False} if on_cpu and layout.pipeline > 1 else None
-    streamed = "optimizer" in layout.offload or "params" in layout.offload
-    update = layer_by_layer(lambda part: recipe(part)[0], specs) if streamed else at_once(transform)
+    update = layer_by_layer(lambda part: recipe(part)[0], specs) if layout.streamed else at_once(transform)
     step = make_step(task, value_and_grad, update, rate, experiment.optimizer.clip)
     placed, on = batch_sharding(mesh, microbatches=True), partial(_on, mesh, precision)
     return Program(

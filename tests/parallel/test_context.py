@@ -209,7 +209,7 @@ def test_an_order_that_does_not_divide_is_refused_both_ways():
     execution, a = Execution(rules=rules(Layout(context=2))), jnp.zeros((2, 6, 4))
     with jax.set_mesh(make_mesh(Layout(context=2))):
         for order in (lambda a, _: arrange({"tokens": a}, execution), as_read):
-            with pytest.raises(ValueError, match="a length of 6 is not divisible by 2 x layout.context=2"):
+            with pytest.raises(ValueError, match=r"a length of 6 is not divisible by 2 x layout\.context=2"):
                 order(a, execution)
 
 
