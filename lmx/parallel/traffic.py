@@ -122,8 +122,8 @@ def _of_weights(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
             found.append(Traffic("all-reduce", _summed_over(layout, part, replicas), total // layout.fsdp, times, f"gradients {what}"))
             mine = [n for n in rest if _part(n, table[n], work) == part]
             total = size(mine, master=True) // depth
-            apart, axes = part == "gate" and cpu, _summed_over(layout, part, everyone)
-            over = (_over(layout, "tensor"), everyone) if apart else (axes,) if experts else _one_by_one(axes, cpu)
+            apart, summed = part == "gate" and cpu, _summed_over(layout, part, everyone)
+            over = (_over(layout, "tensor"), everyone) if apart else (summed,) if experts else _one_by_one(summed, cpu)
             found += [Traffic("all-reduce", axes, total, times, f"gradients {what}") for axes in over]
     if zero in (1, 2):
         found.append(Traffic("all-gather", fsdp, size(parted, master=True), 1, "updated parameters"))

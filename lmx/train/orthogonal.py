@@ -1,7 +1,8 @@
 """Muon's updates (Jordan et al., 2024): momentum with its singular values brought near 1, every matrix whole on one device meanwhile.
 
 Each layer's (and expert's) weight is a matrix. Where devices have parts of it, they trade before and after: parts of all matrices for all of
-some, by one all-to-all over each axis, as heads are traded for positions in attention. XLA by itself would gather every matrix for each product.
+some, by one all-to-all over each axis, as heads are traded for positions in attention. XLA by itself would gather every matrix for each
+product. Replicas (over data, context and so on) all do the same.
 """
 
 import math

@@ -132,10 +132,12 @@ there are gradients, and all of it. Measured."""
 
 
 def _moving(experiment: Experiment, *, cpu: bool) -> tuple[float, float]:
+    """Of `MOVING`, what there is at once: nothing to speak of where layers are moved one at a time."""
     return (0.0, 0.0) if experiment.layout.streamed else MOVING.get(type(experiment.optimizer), {}).get(cpu, (0.0, 0.0))
 
 
 def _of_update(experiment: Experiment, specs: Tree, width: int) -> list[Traffic]:
+    """What an optimizer sends by itself, of numbers of a width in bytes."""
     if not isinstance(experiment.optimizer, optimizers.Muon):
         return []
     return orthogonal.traffic(specs, experiment.layout, width=width, streamed=experiment.layout.streamed)
