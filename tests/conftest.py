@@ -11,7 +11,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(os.environ["JAX_PLATFORMS"] == "cpu")))
-os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # operations without their source lines: an eighth less of compiling
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # operations without their source lines: less to compile
 os.environ.setdefault("NPROC", "32")  # XLA's threads: with one a device, collectives of a pipeline may wait for each other for ever
 
 import jax

@@ -83,15 +83,14 @@ def traffic(specs: Tree, layout: Layout, *, width: int, streamed: bool) -> list[
     sizes, found = {a: getattr(layout, a) for a in AXES}, []
     for spec in filter(is_matrix, jax.tree.leaves(specs, is_leaf=is_spec)):
         place = partition(spec.axes, spec.shape, rules(Layout(), split=True), sizes)
-        layers, *local = (n // math.prod(sizes[a] for a in names(P(entry))) for n, entry in zip(spec.shape, place, strict=True))
-        times, at_once = (layers, 1) if streamed else (1, layers)
-        matrices = at_once * math.prod(local[: spec.sides[0][0] - 1])
+        local = [n // math.prod(sizes[a] for a in names(P(entry))) for n, entry in zip(spec.shape, place, strict=True)]
+        times = local[0] if streamed else 1
+        size, matrices = math.prod(local) // times * width, math.prod(local[: spec.sides[0][0]]) // times
         across = [axis for axis, _ in _split(spec, place)]
-        sent = at_once * math.prod(local) // matrices * _whole(matrices, math.prod(sizes[a] for a in across)) * width
+        sent = size // matrices * _whole(matrices, math.prod(sizes[a] for a in across))
         found += [Traffic("all-to-all", (axis,), sent, times, what) for axis in across for what in ("matrices to Muon", "and back")]
         if layout.zero == 0 and "fsdp" in across:  # all of them on every device: XLA forms both in part
-            whole = at_once * math.prod(local) * layout.fsdp * width
-            found += [Traffic("all-gather", ("fsdp",), whole, times, what) for what in ("Muon's updates", "and momentum")]
+            found += [Traffic("all-gather", ("fsdp",), size * layout.fsdp, times, what) for what in ("Muon's updates", "and momentum")]
     return found
 
 

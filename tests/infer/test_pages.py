@@ -33,7 +33,7 @@ class Machine(RuleBasedStateMachine):
         size, (index, offset) = self.pages.size, divmod(len(text.tokens), self.pages.size)
         shared = offset and self.pages.readers[text.pages[index]] > 1
         if (not offset or shared) and not self.pages.available:
-            with pytest.raises(ValueError, match=r"pages="):
+            with pytest.raises(ValueError, match=r"raise pages="):
                 self.pages.allocate(1)
             return False
         if not offset:

@@ -160,7 +160,7 @@ class World:
             return
         need = 0 if pages is None else -(-(len(prompt) + new - 1) // pages.size)
         if pages is not None and scheduler.window is None and need > pages.count - 1:
-            with pytest.raises(ValueError, match=r"pages="):
+            with pytest.raises(ValueError, match=r"raise pages="):
                 scheduler.add(request)
             return
         try:

@@ -19,6 +19,7 @@ from lmx.models.families import functions
 from lmx.models.losses import logits
 from lmx.models.sites import ablate, patch, steer
 from lmx.models.transformer import Source, forward
+from lmx.parallel.context import arrange, as_read
 from lmx.parallel.layout import Layout, make_mesh
 from lmx.parallel.rules import rules, shardings
 
@@ -29,7 +30,7 @@ MODELS = {
     "encoder": POST,
     "pair": EncoderDecoder(**vars(replace(SMALL, positions="relative")), encoder=replace(POST, norm_placement="pre", positions="relative")),
     "parallel": replace(SMALL, parallel=True, norm_placement="sandwich"),
-    "mixture": replace(SMALL, pattern=("global_dense", "global"), window=None, experts=4, expert_mlp=8),
+    "mixture": replace(SMALL, pattern=("global_dense", "global"), window=None, experts=4, expert_mlp=12),
     "rwkv": RWKV(vocab=17, layers=3, embed=16, mlp=12, rescale_every=2),
 }
 TOKENS = jax.random.randint(jax.random.key(1), (2, 8), 0, 17)
@@ -343,11 +344,19 @@ def test_generation_is_steered():
     assert generate(model, params, prompts, max_new_tokens=3, edits=edits) == [[best] * 3] * 2
 
 
+def in_order(execution: Execution, a):
+    """Values by token, and by query and key, as texts are read: every dimension of eight is one of tokens."""
+    for d in (d for d, n in enumerate(a.shape) if n == 8):
+        a = jnp.moveaxis(as_read(jnp.moveaxis(a, d, 0)[None], execution)[0], 0, d)
+    return a
+
+
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
         ("decoder", Layout(data=2, fsdp=2, tensor=2)),
         ("pair", Layout(fsdp=2, tensor=4, sequence=True)),
+        ("mixture", Layout(context=2, data=2, tensor=2)),
         ("mixture", Layout(context=2, data=2, tensor=2, exchange="alltoall")),
         ("rwkv", Layout(data=2, fsdp=2, tensor=2)),
     ],
@@ -361,14 +370,15 @@ def test_eight_devices_read_and_edit_what_one_does(name, layout):
     source = {"source": Source(jnp.tile(OTHERS, (2, 1)))} if name == "pair" else {}
     edits = {"layers/*/output": steer(jax.random.normal(jax.random.key(3), (2, 1, 1, 16)), layer=jnp.arange(2))}
     edits |= {"layers/1/attention/mixed": ablate(at=jnp.arange(16) < 4 if name == "rwkv" else (jnp.arange(4) == 2)[:, None])}
-    edits |= {
-        "layers/0/attention/key": patch(0.5, at=(jnp.arange(8) == 3)[:, None] if name == "rwkv" else (jnp.arange(8) == 3)[:, None, None])
-    }
+    third = jnp.arange(8) == 3
 
     @partial(jax.jit, static_argnums=2)
     def found(params, edits, execution):
-        output = run(model, params, tokens, taps=known, edits=edits, execution=execution, **source)
-        return output.taps | {"hidden": output.hidden}
+        placed = arrange({"tokens": tokens, "third": third[None]}, execution)
+        at = placed["third"][0, :, None] if name == "rwkv" else placed["third"][0, :, None, None]
+        edits = edits | {"layers/0/attention/key": patch(0.5, at=at)}
+        output = run(model, params, placed["tokens"], taps=known, edits=edits, execution=execution, **source)
+        return jax.tree.map(partial(in_order, execution), output.taps | {"hidden": output.hidden})
 
     one = found(params, edits, Execution())
     mesh, table = make_mesh(layout), functions(model).specs(model)

@@ -55,7 +55,9 @@ def test_numbers_do_not_depend_on_what_is_in_the_host(layout, once):
     assert max(found.values()) < BOUND, {name: value for name, value in found.items() if not value < BOUND}
 
 
-@pytest.mark.parametrize(("precision", "optimizer"), [("bf16", AdamW()), ("fp16", Muon()), ("fp32", Adafactor()), ("bf16", Adam8bit())])
+@pytest.mark.parametrize(
+    ("precision", "optimizer"), [("bf16", AdamW()), ("fp16", AdamW()), ("fp32", Muon()), ("fp32", Adafactor()), ("bf16", Adam8bit())]
+)
 def test_state_stays_where_it_is_and_moves_as_it_would_on_the_device(precision, optimizer):
     states = []
     for offload in ((), EVERYTHING):
