@@ -23,6 +23,10 @@ from lmx.kernels.wide import wide
 
 PRODUCT = "product"
 """What a rematerialisation policy calls the result of a product with a weight."""
+WHOLE = "whole"
+"""What a policy calls a weight's numbers that stay for the backward pass. In a layer that is formed again, what is formed a third time, to keep less of the
+layer at once, keeps these (`KEPT`): it would gather them a third time."""
+KEPT = jax.checkpoint_policies.save_only_these_names(WHOLE)
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 TILE = 64
 """Rows that a CPU multiplies at once with one expert's weight; 8 where experts have fewer (decoding)."""
@@ -36,11 +40,14 @@ class Split:
       value: the weight.
       whole: where it multiplies.
       parts: where its gradient goes.
+      stays: whether what a forward pass gathered is there for the backward pass. In a layer that is formed again, these two follow each
+        other: otherwise XLA:GPU gathers twice. In others, all layers would stay whole.
     """
 
     value: Array
     whole: P = flax.struct.field(pytree_node=False)
     parts: P = flax.struct.field(pytree_node=False)
+    stays: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,7 +59,7 @@ class Split:
 
     @property
     def T(self) -> "Split":  # noqa: N802, as of arrays
-        return Split(self.value.T, P(*reversed(self.whole)), P(*reversed(self.parts)))
+        return Split(self.value.T, P(*reversed(self.whole)), P(*reversed(self.parts)), self.stays)
 
 
 @flax.struct.dataclass
@@ -62,10 +69,12 @@ class Part:
     Attributes:
       value: the part.
       over: pairs of a dimension and the mesh axis that splits it.
+      stays: as of `Split`.
     """
 
     value: Array
     over: tuple[tuple[int, str], ...] = flax.struct.field(pytree_node=False)
+    stays: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
     def dtype(self):
@@ -169,6 +178,7 @@ def turned(weight: Array, inputs: int) -> Turned:
 
 
 Weight = Array | Split | Part | Narrow | Adapted | Twofold | Turned
+Read = tuple[Weight, Array | None]
 STAND_INS = (Split, Part, Narrow, Adapted, Twofold, Turned)
 
 
@@ -182,6 +192,21 @@ def values(weight: Weight, dtype) -> Array:
             numbers = jax.lax.all_gather(numbers, axis, axis=dimension, tiled=True)
         return numbers
     return weight.astype(dtype)
+
+
+def read(weight: Weight, dtype) -> tuple[Array, "Read"]:
+    """A weight's numbers as a forward pass takes them, and what it keeps for its backward pass to take them from (`again`)."""
+    numbers = values(weight, dtype)
+    if not (isinstance(weight, Split | Part) and weight.stays):
+        return numbers, (weight, None)
+    numbers = checkpoint_name(numbers, WHOLE)
+    return numbers, (weight, numbers)
+
+
+def again(kept: "Read", dtype) -> tuple[Array, Weight]:
+    """The numbers that a forward pass has `read`, for its backward pass, and the weight."""
+    weight, numbers = kept
+    return values(weight, dtype) if numbers is None else numbers, weight
 
 
 def gradient_of(weight: Weight, gradient: Array) -> Weight:
@@ -302,19 +327,21 @@ _whole.defvjp(lambda weight: (_whole(weight), weight), lambda weight, g: (gradie
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(inputs: int, x: Array, weight: Weight, bias: Array | None) -> Array:
-    y = _flat(x, inputs) @ _matrix(values(weight, x.dtype), inputs)
-    y = y.reshape(*x.shape[: x.ndim - inputs], *weight.shape[inputs:])
-    return y if bias is None else y + bias.astype(x.dtype)
+    return _linear_forward(inputs, x, weight, bias)[0]
 
 
 def _linear_forward(inputs, x, weight, bias):
-    return _linear(inputs, x, weight, bias), (x, weight, bias)
+    numbers, kept = read(weight, x.dtype)
+    y = _flat(x, inputs) @ _matrix(numbers, inputs)
+    y = y.reshape(*x.shape[: x.ndim - inputs], *weight.shape[inputs:])
+    return y if bias is None else y + bias.astype(x.dtype), (x, kept, bias)
 
 
 def _linear_backward(inputs, saved, g):
-    x, weight, bias = saved
+    x, kept, bias = saved
+    numbers, weight = again(kept, g.dtype)
     flat, g = _flat(x, inputs), _flat(g, len(weight.shape) - inputs)
-    dx = jax.lax.dot_general(g, _matrix(values(weight, g.dtype), inputs), (((g.ndim - 1,), (1,)), ((), ()))).reshape(x.shape)
+    dx = jax.lax.dot_general(g, _matrix(numbers, inputs), (((g.ndim - 1,), (1,)), ((), ()))).reshape(x.shape)
     d_weight = weight_gradient(flat, g, weight.dtype).reshape(weight.shape)
     d_bias = None if bias is None else sum_rows(g, bias.dtype).reshape(bias.shape)
     return dx, gradient_of(weight, d_weight), d_bias
@@ -343,7 +370,8 @@ def _narrow_values(weight: Array | Split) -> tuple[Array, Array]:
     if not isinstance(weight, Split):
         return quantised(weight, E4M3)
     numbers, scale = quantised(weight.value, E4M3)
-    return jax.lax.with_sharding_constraint(numbers, weight.whole), scale
+    numbers = jax.lax.with_sharding_constraint(numbers, weight.whole)
+    return checkpoint_name((numbers, scale), WHOLE) if weight.stays else (numbers, scale)
 
 
 def _scaled_dot(a: tuple[Array, Array], b: tuple[Array, Array], over, dtype, precision=None) -> Array:
@@ -357,16 +385,17 @@ def _narrow_linear(inputs: int, x: Array, weight: Narrow, bias: Array | None) ->
 
 
 def _narrow_forward(inputs, x, weight, bias):
-    flat, (numbers, scale) = quantised(_flat(x, inputs), E4M3), _narrow_values(weight.value)
-    y = _scaled_dot(flat, (_matrix(numbers, inputs), scale), ((flat[0].ndim - 1,), (0,)), x.dtype)
+    flat, numbers = quantised(_flat(x, inputs), E4M3), _narrow_values(weight.value)
+    y = _scaled_dot(flat, (_matrix(numbers[0], inputs), numbers[1]), ((flat[0].ndim - 1,), (0,)), x.dtype)
     y = y.reshape(*x.shape[: x.ndim - inputs], *weight.value.shape[inputs:])
-    return y if bias is None else y + bias.astype(x.dtype), (flat, jnp.zeros((0, *x.shape[x.ndim - inputs :]), x.dtype), weight, bias)
+    kept = weight, numbers if isinstance(weight.value, Split) and weight.value.stays else None
+    return y if bias is None else y + bias.astype(x.dtype), (flat, jnp.zeros((0, *x.shape[x.ndim - inputs :]), x.dtype), kept, bias)
 
 
 def _narrow_backward(inputs, saved, g):
-    flat, like, weight, bias = saved
+    flat, like, (weight, kept), bias = saved
     g = _flat(g, len(weight.value.shape) - inputs)
-    narrow, (numbers, scale) = quantised(g, E5M2), _narrow_values(weight.value)
+    narrow, (numbers, scale) = quantised(g, E5M2), _narrow_values(weight.value) if kept is None else kept
     # Gradients are accumulated in all of fp32: by default the units that multiply float8 keep fewer bits.
     product = partial(_scaled_dot, precision=jax.lax.Precision.HIGHEST)
     dx = product(narrow, (_matrix(numbers, inputs), scale), ((g.ndim - 1,), (1,)), like.dtype).reshape(*g.shape[:-1], *like.shape[1:])
@@ -381,16 +410,22 @@ _narrow_linear.defvjp(_narrow_forward, _narrow_backward)
 
 @jax.custom_vjp
 def _ragged(x: Array, weight: Weight, sizes: Array | None) -> Array:
-    return _by_expert(x, values(weight, x.dtype), sizes)
+    return _ragged_forward(x, weight, sizes)[0]
+
+
+def _ragged_forward(x, weight, sizes):
+    numbers, kept = read(weight, x.dtype)
+    return _by_expert(x, numbers, sizes), (x, kept, sizes)
 
 
 def _ragged_backward(saved, g):
-    x, weight, sizes = saved
-    dx = _by_expert(g, values(weight, g.dtype).swapaxes(1, 2), sizes)
+    x, kept, sizes = saved
+    numbers, weight = again(kept, g.dtype)
+    dx = _by_expert(g, numbers.swapaxes(1, 2), sizes)
     return dx, gradient_of(weight, _gradient_by_expert(x, g, sizes, weight.dtype)), None
 
 
-_ragged.defvjp(lambda x, weight, sizes: (_ragged(x, weight, sizes), (x, weight, sizes)), _ragged_backward)
+_ragged.defvjp(_ragged_forward, _ragged_backward)
 
 
 def _by_expert(x: Array, weight: Array, sizes: Array | None) -> Array:

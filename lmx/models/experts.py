@@ -30,7 +30,7 @@ from jaxtyping import Float, Int
 from lmx.core.execution import Execution
 from lmx.core.params import Normal, ParamSpec
 from lmx.core.tree import Tree
-from lmx.core.weights import Part, Split, linear, ragged
+from lmx.core.weights import KEPT, Part, Split, linear, ragged
 from lmx.kernels.wide import wide, widened
 from lmx.models import feedforward
 from lmx.models.config import Transformer
@@ -171,7 +171,8 @@ def _on_mesh(x: Array, routing: Routing, params: Tree, config: Transformer, exec
     of_params, over = _places(params, specs(config), place)
 
     def local(x, routing, params):
-        params = {name: Part(value, over[name]) if over[name] else value for name, value in params.items()}
+        stays = execution.remat != "none"
+        params = {name: Part(value, over[name], stays) if over[name] else value for name, value in params.items()}
         if gathered:
             x, routing = jax.tree.map(lambda a: jax.lax.all_gather(a, "tensor", axis=1, tiled=True), (x, routing))
         y = mix(x, routing, params, expert_axis=expert_axis)
@@ -254,7 +255,7 @@ def _feed(rows: Array, params: Tree, config: Transformer, sizes: Array | None = 
         hidden = activation(projected[0]) * projected[1] if config.gated else activation(projected[0])
         return ragged(hidden, params["down"], sizes)
 
-    return jax.checkpoint(rest)(*(ragged(rows, params[name], sizes) for name in (("gate", "up") if config.gated else ("up",))))
+    return jax.checkpoint(rest, policy=KEPT)(*(ragged(rows, params[name], sizes) for name in (("gate", "up") if config.gated else ("up",))))
 
 
 def _ranks(chosen: Array, count: int) -> tuple[Array, Array]:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from lmx.core.execution import Execution
 from lmx.core.products import shifted
 from lmx.core.tree import Tree
-from lmx.core.weights import whole
+from lmx.core.weights import KEPT, whole
 from lmx.kernels import devices
 from lmx.kernels.wide import widened
 from lmx.models.config import Transformer
@@ -75,5 +75,5 @@ def feedforward(
     projected = [checkpoint_name(y, "hidden") for y in projected]
     # For the backward pass a CPU keeps only the projections: the activation is cheaper to do again than to write and read.
     if devices.on_cpu() and not sites.asked("feedforward/hidden"):
-        return jax.checkpoint(lambda *projected: down(activated(*projected)))(*projected, *biases)
+        return jax.checkpoint(lambda *projected: down(activated(*projected)), policy=KEPT)(*projected, *biases)
     return down(sites("feedforward/hidden", jax.checkpoint(activated)(*projected, *biases)))

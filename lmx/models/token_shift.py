@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import flax.struct
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from lmx.core.execution import Execution
 from lmx.core.params import OfLayer, ParamSpec
 from lmx.core.tree import Tree
-from lmx.core.weights import PRODUCT, Weight, linear, whole
+from lmx.core.weights import KEPT, PRODUCT, Weight, linear, whole
 from lmx.kernels.wide import widened
 from lmx.models.config import RWKV
 from lmx.models.dropout import Dropout
@@ -92,7 +93,7 @@ def projected(
       own: gives the share of a token itself, from `more`.
     """
 
-    @jax.checkpoint
+    @partial(jax.checkpoint, policy=KEPT)
     def project(x: Array, before: Array, *more: Array) -> Array:
         return linear(move(mixture(x, before, own(*more)), names, INSIDE, execution.rules), weight)
 

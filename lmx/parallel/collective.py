@@ -20,7 +20,7 @@ from jaxtyping import Float
 from lmx.core.execution import Execution, Rules
 from lmx.core.products import weight_gradient
 from lmx.core.tree import Tree
-from lmx.core.weights import PRODUCT, Split, Weight, adapted, based, gradient_of, linear, values, whole
+from lmx.core.weights import PRODUCT, Split, Weight, adapted, again, based, gradient_of, linear, read, whole
 from lmx.parallel.manual import axes, manual, names
 from lmx.parallel.rules import partition
 
@@ -145,6 +145,10 @@ def _tokens(of_x: P) -> tuple[str, ...]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _into(static, x: Array, weights: tuple[Weight, ...]) -> tuple[Array, ...]:
+    return _into_forward(static, x, weights)[0]
+
+
+def _into_forward(static, x, weights):
     of_x, of_y, places = _into_places(static, x.shape, weights)
 
     def local(x, numbers):
@@ -155,12 +159,13 @@ def _into(static, x: Array, weights: tuple[Weight, ...]) -> tuple[Array, ...]:
                 found[k] = _put(jnp.zeros((jax.lax.axis_size(AXIS), *y.shape), y.dtype) if found[k] is None else found[k], which, y)
         return tuple(_joined(y).reshape(x.shape[0], -1, *w.shape[1:]) for y, w in zip(found, numbers, strict=True))
 
-    numbers = tuple(values(w, x.dtype) for w in weights)
-    return manual(local, (of_x, tuple(p.whole for p in places)), of_y)(x, numbers)
+    numbers, kept = zip(*(read(w, x.dtype) for w in weights), strict=True)
+    return manual(local, (of_x, tuple(p.whole for p in places)), of_y)(x, numbers), (x, kept)
 
 
 def _into_backward(static, saved, gs):
-    x, weights = saved
+    x, kept = saved
+    numbers, weights = zip(*(again(one, x.dtype) for one in kept), strict=True)
     of_x, of_y, places = _into_places(static, x.shape, weights)
 
     def local(x, gs, numbers):
@@ -174,13 +179,12 @@ def _into_backward(static, saved, gs):
         d_weights = (p.summed(t.reshape(w.shape), _tokens(of_x)) for p, t, w in zip(places, totals, numbers, strict=True))
         return dx, tuple(d_weights)
 
-    numbers = tuple(values(w, x.dtype) for w in weights)
     wholes, parts = (tuple(getattr(p, name) for p in places) for name in ("whole", "parts"))
     dx, d_weights = manual(local, (of_x, of_y, wholes), (of_x, parts))(x, gs, numbers)
     return dx, tuple(gradient_of(w, d) for w, d in zip(weights, d_weights, strict=True))
 
 
-_into.defvjp(lambda static, x, weights: (_into(static, x, weights), (x, weights)), _into_backward)
+_into.defvjp(_into_forward, _into_backward)
 
 
 def _out_places(static, x: Array, weight: Weight) -> tuple[P, P, _Places]:
@@ -193,17 +197,23 @@ def _out_places(static, x: Array, weight: Weight) -> tuple[P, P, _Places]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _out_of(static, x: Array, weight: Weight) -> Array:
+    return _out_of_forward(static, x, weight)[0]
+
+
+def _out_of_forward(static, x, weight):
     of_x, of_y, places = _out_places(static, x, weight)
 
     def local(x, w):
         cut, flat = _cut(x.reshape(*x.shape[:2], -1)), w.reshape(-1, w.shape[-1])
         return _sum_of_parts(lambda which: _taken(cut, which) @ flat)
 
-    return manual(local, (of_x, places.whole), of_y)(x, values(weight, x.dtype))
+    numbers, kept = read(weight, x.dtype)
+    return manual(local, (of_x, places.whole), of_y)(x, numbers), (x, kept)
 
 
 def _out_of_backward(static, saved, g):
-    x, weight = saved
+    x, kept = saved
+    numbers, weight = again(kept, x.dtype)
     of_x, of_y, places = _out_places(static, x, weight)
 
     def local(x, g, w):
@@ -214,8 +224,8 @@ def _out_of_backward(static, saved, g):
             total += weight_gradient(_taken(cut, which), part, weight.dtype)
         return _joined(dx).reshape(x.shape), places.summed(total.reshape(w.shape), _tokens(of_y))
 
-    dx, d_weight = manual(local, (of_x, of_y, places.whole), (of_x, places.parts))(x, g, values(weight, x.dtype))
+    dx, d_weight = manual(local, (of_x, of_y, places.whole), (of_x, places.parts))(x, g, numbers)
     return dx, gradient_of(weight, d_weight)
 
 
-_out_of.defvjp(lambda static, x, weight: (_out_of(static, x, weight), (x, weight)), _out_of_backward)
+_out_of.defvjp(_out_of_forward, _out_of_backward)

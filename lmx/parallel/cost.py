@@ -129,6 +129,8 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
     weights = _weights(work, specs, gradients=True, cpu=cpu)
     if layout.remat == "full" and layout.devices > 1 and not cpu:  # a layer's gradients are reduced in the next one's turn
         weights += layer_numbers(specs, layout) * work.master
+    if layout.ahead and not cpu:  # the next layer's
+        weights += layer_numbers(specs, layout) * work.compute
     if work.recurrent:
         return weights + recurrent.working(work, cpu=cpu)
     attention = _attending(work, here.length, scores, dense=work.dense, fused=work.fused, cpu=cpu)
@@ -305,6 +307,7 @@ def _of_a_pass(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
     masked = {"attention mask": mask(work)}
     busy = working(work, specs, cpu=cpu) + (grads if _copied(work, cpu) else largest)
     waiting = 0 if cpu else loss_kept(work)
+    early = work.master * table if layout.ahead and work.tied and not cpu else 0
     return [
         {**kept_here, **masked, "working set of a layer": _forward(work, specs) + read},
         {**kept_here, **masked, "head and loss": loss_working(work, cpu=cpu)},
@@ -314,7 +317,7 @@ def _of_a_pass(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
             "gradient of logits": waiting,
             "gradients": grads,
             "gradient of the head, whole": 0 if waiting else unreduced,
-            "working set of a layer": busy,
+            "working set of a layer": busy + early,
         },
     ]
 

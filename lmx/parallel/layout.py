@@ -76,6 +76,11 @@ class Layout:
         return math.prod(getattr(self, axis) for axis in SHARDS)
 
     @property
+    def ahead(self) -> bool:
+        """Whether a layer's parameters are gathered while the layer before is computed: `lmx.parallel.overlap` says why not always."""
+        return self.remat in ("sites", "full") and self.zero == 3 and self.fsdp > 1 and self.tensor == self.pipeline == 1
+
+    @property
     def streamed(self) -> bool:
         """Whether an update moves layers one at a time, since what it reads of them waits in the host's memory."""
         return "optimizer" in self.offload or "params" in self.offload

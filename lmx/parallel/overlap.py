@@ -9,8 +9,8 @@ from functools import lru_cache
 import jax
 from jax.sharding import AbstractMesh, Mesh, SingleDeviceSharding
 
-from lmx.core.execution import Remat
 from lmx.parallel import absent
+from lmx.parallel.layout import Layout
 
 Value = bool | int | str
 
@@ -23,6 +23,7 @@ GRADIENTS: tuple[dict[str, Value], ...] = (
     {"xla_gpu_pipeline_reduce_scatter": PIPELINED, "xla_gpu_enable_pipelined_reduce_scatter": True},
     {"xla_gpu_pipeline_all_reduce": PIPELINED, "xla_gpu_enable_pipelined_all_reduce": True},
 )
+PARAMETERS: dict[str, Value] = {"xla_gpu_pipeline_all_gather": PIPELINED, "xla_gpu_enable_pipelined_all_gather": True}
 """A backward scan sums one layer's gradients while it recomputes the layer before, not at the end of the trip. A sum is an all-reduce when
 XLA looks at loops and a reduce-scatter only later, so both are needed. Each option under its names, newest first.
 
@@ -43,9 +44,9 @@ gathers, behind which nothing of the last one's sums is hidden (30% of them wher
 """
 
 
-def options(mesh: Mesh | AbstractMesh, remat: Remat) -> dict[str, Value] | None:
-    """Compiler options of a step on a mesh, an abstract one being of absent GPUs; None where there is nothing to say: on CPUs, and on one
-    device."""
+def options(mesh: Mesh | AbstractMesh, layout: Layout) -> dict[str, Value] | None:
+    """Compiler options of a step on a layout's mesh, an abstract one being of absent GPUs; None where there is nothing to say: on CPUs, and on
+    one device."""
     if mesh.size == 1:
         return None
     if isinstance(mesh, Mesh):
@@ -56,7 +57,8 @@ def options(mesh: Mesh | AbstractMesh, remat: Remat) -> dict[str, Value] | None:
         return None
     if device.platform == "cpu":
         return None
-    wanted = (SCHEDULED, *GRADIENTS) if remat in ("sites", "full") else (SCHEDULED,)
+    gradients = GRADIENTS if layout.remat in ("sites", "full") else ()
+    wanted = (SCHEDULED, *gradients, *((PARAMETERS,) if layout.ahead else ()))
     chosen = (next(((name, value) for name, value in names.items() if known(device, name, value)), None) for names in wanted)
     return dict(filter(None, chosen))
 

@@ -98,8 +98,8 @@ def _of_weights(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
             weights = [n for n in gathered if _multiplies(table[n])]
             found.append(Traffic("all-gather", fsdp, size(weights) // depth, times, f"parameters {what}, backward"))
             if layout.remat != "none":
-                again = [n for n in gathered if n not in weights or _gathered_again(work, n, table[n], cpu)]
-                found.append(Traffic("all-gather", fsdp, size(again) // depth, times, f"parameters {what}, recomputed"))
+                rest = [n for n in gathered if n not in weights]
+                found.append(Traffic("all-gather", fsdp, size(rest) // depth, times, f"parameters {what}, recomputed"))
         elif gathered:
             once = cpu and (layout.pipeline > 1 or work.one_layer)
             reads = 2 if work.tied and layout.pipeline > 1 and not cpu else 1
@@ -165,20 +165,6 @@ def _is_expert(spec: ParamSpec) -> bool:
 
 def _at_ends(name: str) -> bool:
     return name.split("/")[0] in ("embed", "head", *TABLES)
-
-
-def _gathered_again(work: Work, name: str, spec: ParamSpec, cpu: bool) -> bool:
-    """Whether a weight's product is formed again in the backward pass, from a gather of its own.
-
-    The last product of a layer is not, unless a norm reads it; experts, whose gathers are the code's own, share them with the backward pass but
-    for one.
-    """
-    product = name.split("/")[-2]
-    if work.layout.remat != "full" or SITES.get(product, product) in work.layout.sites:
-        return False
-    if _is_expert(spec):
-        return "/up/" in f"/{name}/"
-    return not cpu and (not _is_last(name, work) or work.after)
 
 
 def _is_last(name: str, work: Work) -> bool:

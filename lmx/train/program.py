@@ -116,7 +116,7 @@ def build(experiment: Experiment, mesh: Mesh | AbstractMesh | None = None) -> Pr
                 in_shardings=(shardings, placed),
                 out_shardings=(shardings, None),
                 donate_argnums=0,
-                compiler_options=in_turn or overlap.options(mesh, layout.remat),
+                compiler_options=in_turn or overlap.options(mesh, layout),
             ),
         ),
         value_and_grad=on(jax.jit(value_and_grad, compiler_options=in_turn)),
