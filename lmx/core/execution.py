@@ -18,6 +18,8 @@ class Execution:
       rules: which mesh axes shard each logical axis, of activations and of weights where they multiply (`lmx.parallel.rules`), or None
         to constrain nothing.
       split: which mesh axes shard the gradient of each weight (ZeRO splits it further than `rules` does); None to leave that open.
+      rest: which mesh axes shard a layer's weights before they are gathered, where XLA must be told: it would gather what comes from the
+        host's memory in the type that it comes in. None where it sees that for itself.
       exchange: how attention sees the whole of a sequence that `rules` split: `"ring"` or `"alltoall"` (`lmx.parallel.context`).
       collective_matmul: whether products with what tensor devices split along the sequence gather and sum it a part at a time, each part
         on its way while another is multiplied (`lmx.parallel.collective`).
@@ -34,6 +36,7 @@ class Execution:
 
     rules: Rules | None = None
     split: Rules | None = None
+    rest: Rules | None = None
     exchange: Literal["ring", "alltoall"] = "ring"
     collective_matmul: bool = False
     precision: Precision = Precision()

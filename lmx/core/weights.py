@@ -24,9 +24,9 @@ from lmx.kernels.wide import wide
 PRODUCT = "product"
 """What a rematerialisation policy calls the result of a product with a weight."""
 WHOLE = "whole"
-"""What a policy calls a weight's numbers that stay for the backward pass. In a layer that is formed again, what is formed a third time, to keep less of the
-layer at once, keeps these (`KEPT`): it would gather them a third time."""
+"""What a policy calls a weight's numbers that stay for the backward pass (`Split.stays`)."""
 KEPT = jax.checkpoint_policies.save_only_these_names(WHOLE)
+"""What a `jax.checkpoint` within a layer keeps: without those it would gather them once more."""
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 TILE = 64
 """Rows that a CPU multiplies at once with one expert's weight; 8 where experts have fewer (decoding)."""
@@ -40,6 +40,7 @@ class Split:
       value: the weight.
       whole: where it multiplies.
       parts: where its gradient goes.
+      rest: where it is before, if that is to be said.
       stays: whether what a forward pass gathered is there for the backward pass. In a layer that is formed again, these two follow each
         other: otherwise XLA:GPU gathers twice. In others, all layers would stay whole.
     """
@@ -47,6 +48,7 @@ class Split:
     value: Array
     whole: P = flax.struct.field(pytree_node=False)
     parts: P = flax.struct.field(pytree_node=False)
+    rest: P | None = flax.struct.field(pytree_node=False, default=None)
     stays: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
@@ -59,7 +61,8 @@ class Split:
 
     @property
     def T(self) -> "Split":  # noqa: N802, as of arrays
-        return Split(self.value.T, P(*reversed(self.whole)), P(*reversed(self.parts)), self.stays)
+        whole, parts, rest = (None if place is None else P(*reversed(place)) for place in (self.whole, self.parts, self.rest))
+        return Split(self.value.T, whole, parts, rest, self.stays)
 
 
 @flax.struct.dataclass
@@ -185,7 +188,10 @@ STAND_INS = (Split, Part, Narrow, Adapted, Twofold, Turned)
 def values(weight: Weight, dtype) -> Array:
     """A weight's numbers as a product takes them."""
     if isinstance(weight, Split):
-        return jax.lax.with_sharding_constraint(weight.value.astype(dtype), weight.whole)
+        numbers = weight.value.astype(dtype)
+        if weight.rest is not None:
+            numbers = jax.lax.with_sharding_constraint(numbers, weight.rest)
+        return jax.lax.with_sharding_constraint(numbers, weight.whole)
     if isinstance(weight, Part):
         numbers = weight.value.astype(dtype)
         for dimension, axis in weight.over:

@@ -129,8 +129,10 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
     weights = _weights(work, specs, gradients=True, cpu=cpu)
     if layout.remat == "full" and layout.devices > 1 and not cpu:  # a layer's gradients are reduced in the next one's turn
         weights += layer_numbers(specs, layout) * work.master
-    if layout.ahead and not cpu:  # the next layer's
-        weights += layer_numbers(specs, layout) * work.compute
+    copies = int(_ahead(work, cpu))  # of the next layer's parameters
+    if work.recurrent and layout.remat in ("sites", "full") and not cpu:  # and of what each mixture of tokens multiplies, measured
+        copies += 4
+    weights += copies * layer_numbers(specs, layout) * work.compute
     if work.recurrent:
         return weights + recurrent.working(work, cpu=cpu)
     attention = _attending(work, here.length, scores, dense=work.dense, fused=work.fused, cpu=cpu)
@@ -162,6 +164,11 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
     if work.mixed and work.capacity is None:  # rows are padded before they are cut in tiles, for part of the time
         found += work.routed * work.embed * work.compute // 2
     return found + (work.period - 1) * (sum(kept(everything, cpu=cpu).values()) + attention // 2)
+
+
+def _ahead(work: Work, cpu: bool) -> bool:
+    """Whether a layer's parameters, and a table that is read twice, are there before their turn."""
+    return work.layout.ahead and not (cpu or work.one_layer)
 
 
 def _forms_again(work: Work) -> bool:
@@ -307,7 +314,7 @@ def _of_a_pass(work: Work, specs: Tree, *, cpu: bool) -> list[dict[str, int]]:
     masked = {"attention mask": mask(work)}
     busy = working(work, specs, cpu=cpu) + (grads if _copied(work, cpu) else largest)
     waiting = 0 if cpu else loss_kept(work)
-    early = work.master * table if layout.ahead and work.tied and not cpu else 0
+    early = table * (work.master + work.compute) if work.tied and _ahead(work, cpu) else 0
     return [
         {**kept_here, **masked, "working set of a layer": _forward(work, specs) + read},
         {**kept_here, **masked, "head and loss": loss_working(work, cpu=cpu)},

@@ -98,8 +98,11 @@ def placed(params: Tree, specs: Tree, execution: Execution) -> Tree:
         if isinstance(value, Adapted):
             down, up = adapted_specs(spec, value.scale.shape[-1])
             return value.replace(base=place(spec, value.base), down=place(down, value.down), up=place(up, value.up))
-        places = (partition(spec.axes, spec.shape, rules, sizes) for rules in (execution.rules, execution.split))
-        return Split(value, *places, stays=execution.remat != "none")
+        whole, parts, rest = (
+            None if rules is None else partition(spec.axes, spec.shape, rules, sizes)
+            for rules in (execution.rules, execution.split, execution.rest)
+        )
+        return Split(value, whole, parts, rest, stays=execution.remat != "none")
 
     return jax.tree.map(place, specs, params, is_leaf=is_spec)
 

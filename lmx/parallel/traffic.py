@@ -46,7 +46,7 @@ def traffic(work: Work, specs: Tree, *, cpu: bool = False) -> list[Traffic]:
     Args:
       cpu: as XLA:CPU compiles it. It does not turn an all-reduce of which each device needs a part into a reduce-scatter (where code asks
         for one itself, as head, embedding and experts do, it is one there too), sums the gradients of a sublayer's several projections one
-        by one, gathers weights once for recomputation and backward pass together, and tables once for all ticks of a pipeline.
+        by one, and gathers tables once for all ticks of a pipeline.
     """
     if work.layout.remat == "sites":  # what is kept saves products, and the gathers of their weights
         work = replace(work, layout=replace(work.layout, remat="full"))
@@ -94,7 +94,10 @@ def _of_weights(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
             found.append(Traffic("all-gather", fsdp, size(set(gathered) - set(last)), 1, f"parameters {what}"))
             found.append(Traffic("all-gather", fsdp, size(last), (work.forwards + 1) * times, f"parameters {what}, of the last product"))
         elif gathered and inner:
-            found.append(Traffic("all-gather", fsdp, size(gathered) // depth, work.forwards * times, f"parameters {what}, forward"))
+            forward = (
+                1 if work.one_layer else work.forwards * times
+            )  # which XLA:GPU sees to be the same all along, in a loop that only reads
+            found.append(Traffic("all-gather", fsdp, size(gathered) // depth, forward, f"parameters {what}, forward"))
             weights = [n for n in gathered if _multiplies(table[n])]
             found.append(Traffic("all-gather", fsdp, size(weights) // depth, times, f"parameters {what}, backward"))
             if layout.remat != "none":

@@ -5,13 +5,13 @@ import re
 
 import jax
 import pytest
-from runs import MODEL, experiment
 
 from lmx.models.config import RWKV
 from lmx.parallel.feed import batch_sharding
 from lmx.parallel.layout import Layout, make_mesh
 from lmx.train.planning import batch_structs
 from lmx.train.program import build
+from runs import MODEL, experiment
 
 FSDP, TENSOR = Layout(fsdp=4), Layout(fsdp=2, tensor=2)
 DENSE = dataclasses.replace(MODEL, mlp=40, bias=False)
@@ -36,5 +36,7 @@ def test_a_weight_is_gathered_for_the_forward_pass_and_once_for_the_backward_pas
     program = build(run, mesh)
     with jax.set_mesh(mesh):
         text = program.step.jitted.lower(program.abstract, batch_structs(run, batch_sharding(mesh, microbatches=True))).as_text()
-    asked = re.findall(r"(?:sdy\.sharding_constraint .* :|stablehlo\.all_gather.*->) tensor<(?:4x)?(?:16x40|40x16)x(?:bf16|f8E4M3FN)>", text)
+    asked = re.findall(
+        r"(?:sdy\.sharding_constraint .* :|stablehlo\.all_gather.*->) tensor<(?:4x)?(?:16x40|40x16)x(?:bf16|f8E4M3FN)>", text
+    )
     assert len(asked) == 2 * matrices
