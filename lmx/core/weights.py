@@ -18,7 +18,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from lmx.core.products import against, dot, sum_rows, weight_gradient
+from lmx.core.products import against, by_expert, gradient_by_expert, sum_rows, weight_gradient
 from lmx.kernels.wide import wide
 
 PRODUCT = "product"
@@ -28,8 +28,6 @@ WHOLE = "whole"
 KEPT = jax.checkpoint_policies.save_only_these_names(WHOLE)
 """What a `jax.checkpoint` within a layer keeps: without those it would gather them once more."""
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
-TILE = 64
-"""Rows that a CPU multiplies at once with one expert's weight; 8 where experts have fewer (decoding)."""
 
 
 @flax.struct.dataclass
@@ -40,7 +38,7 @@ class Split:
       value: the weight.
       whole: where it multiplies.
       parts: where its gradient goes.
-      rest: where it is before, if that is to be said.
+      rest: where its numbers are before they are gathered, if that is to be said.
       stays: whether what a forward pass gathered is there for the backward pass. In a layer that is formed again, these two follow each
         other: otherwise XLA:GPU gathers twice. In others, all layers would stay whole.
     """
@@ -188,16 +186,19 @@ STAND_INS = (Split, Part, Narrow, Adapted, Twofold, Turned)
 def values(weight: Weight, dtype) -> Array:
     """A weight's numbers as a product takes them."""
     if isinstance(weight, Split):
-        numbers = weight.value.astype(dtype)
-        if weight.rest is not None:
-            numbers = jax.lax.with_sharding_constraint(numbers, weight.rest)
-        return jax.lax.with_sharding_constraint(numbers, weight.whole)
+        return _gathered(weight.value.astype(dtype), weight)
     if isinstance(weight, Part):
         numbers = weight.value.astype(dtype)
         for dimension, axis in weight.over:
             numbers = jax.lax.all_gather(numbers, axis, axis=dimension, tiled=True)
         return numbers
     return weight.astype(dtype)
+
+
+def _gathered(numbers: Array, weight: Split) -> Array:
+    if weight.rest is not None:
+        numbers = jax.lax.with_sharding_constraint(numbers, weight.rest)
+    return jax.lax.with_sharding_constraint(numbers, weight.whole)
 
 
 def read(weight: Weight, dtype) -> tuple[Array, "Read"]:
@@ -376,7 +377,7 @@ def _narrow_values(weight: Array | Split) -> tuple[Array, Array]:
     if not isinstance(weight, Split):
         return quantised(weight, E4M3)
     numbers, scale = quantised(weight.value, E4M3)
-    numbers = jax.lax.with_sharding_constraint(numbers, weight.whole)
+    numbers = _gathered(numbers, weight)
     return checkpoint_name((numbers, scale), WHOLE) if weight.stays else (numbers, scale)
 
 
@@ -421,78 +422,17 @@ def _ragged(x: Array, weight: Weight, sizes: Array | None) -> Array:
 
 def _ragged_forward(x, weight, sizes):
     numbers, kept = read(weight, x.dtype)
-    return _by_expert(x, numbers, sizes), (x, kept, sizes)
+    return by_expert(x, numbers, sizes), (x, kept, sizes)
 
 
 def _ragged_backward(saved, g):
     x, kept, sizes = saved
     numbers, weight = again(kept, g.dtype)
-    dx = _by_expert(g, numbers.swapaxes(1, 2), sizes)
-    return dx, gradient_of(weight, _gradient_by_expert(x, g, sizes, weight.dtype)), None
+    dx = by_expert(g, numbers.swapaxes(1, 2), sizes)
+    return dx, gradient_of(weight, gradient_by_expert(x, g, sizes, weight.dtype)), None
 
 
 _ragged.defvjp(_ragged_forward, _ragged_backward)
-
-
-def _by_expert(x: Array, weight: Array, sizes: Array | None) -> Array:
-    if sizes is None:
-        return jax.lax.dot_general(x, weight, (((2,), (1,)), ((0,), (0,))))
-    # XLA:CPU's ragged_dot multiplies every row with every expert.
-    return jax.lax.platform_dependent(x, weight, sizes, cpu=in_tiles, default=jax.lax.ragged_dot)
-
-
-def _gradient_by_expert(x: Array, g: Array, sizes: Array | None, dtype) -> Array:
-    """`x^T g` of each expert's rows, `[experts, in, out]`."""
-    if sizes is None:
-        return jax.lax.dot_general(x, g, (((1,), (1,)), ((0,), (0,))), preferred_element_type=dtype)
-    numbers = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-    grouped = partial(jax.lax.ragged_dot_general, ragged_dot_dimension_numbers=numbers, preferred_element_type=dtype)
-    return jax.lax.platform_dependent(x, g, sizes, cpu=partial(gradient_in_tiles, dtype=dtype), default=grouped)
-
-
-def in_tiles(x: Array, weight: Array, sizes: Array) -> Array:
-    """`jax.lax.ragged_dot` as a loop over experts that have rows, and over tiles of their rows. A tile that reaches beyond its expert's
-    rows writes over the next one's, whose turn is still to come."""
-    tile, starts = _tile(x, sizes), jnp.cumsum(sizes) - sizes
-    padded = jnp.pad(x, ((0, tile), (0, 0)))
-
-    def expert(e: Array, y: Array) -> Array:
-        matrix = weight[e]
-
-        def step(i: Array, y: Array) -> Array:
-            rows = jax.lax.dynamic_slice_in_dim(padded, starts[e] + i * tile, tile)
-            return jax.lax.dynamic_update_slice_in_dim(y, rows @ matrix, starts[e] + i * tile, 0)
-
-        return jax.lax.fori_loop(0, -(-sizes[e] // tile), step, y)
-
-    y = _over_used(expert, sizes, jnp.zeros((padded.shape[0], weight.shape[2]), x.dtype))
-    return jnp.where(jnp.arange(len(x))[:, None] < sizes.sum(), y[: len(x)], 0)
-
-
-def gradient_in_tiles(x: Array, g: Array, sizes: Array, dtype) -> Array:
-    """`x^T g` of each expert's rows, `[experts, in, out]`, in the same way."""
-    tile, starts = _tile(x, sizes), jnp.cumsum(sizes) - sizes
-    x, g = (jnp.pad(a, ((0, tile), (0, 0))) for a in (x, g))
-
-    def expert(e: Array, gradients: Array) -> Array:
-        def step(i: Array, gradient: Array) -> Array:
-            a, b = (jax.lax.dynamic_slice_in_dim(z, starts[e] + i * tile, tile) for z in (x, g))
-            own = jnp.arange(tile)[:, None] < sizes[e] - i * tile
-            return gradient + dot(jnp.where(own, a, 0), b, 0, 0, dtype)
-
-        return gradients.at[e].set(jax.lax.fori_loop(0, -(-sizes[e] // tile), step, jnp.zeros(gradients.shape[1:], dtype)))
-
-    return _over_used(expert, sizes, jnp.zeros((len(sizes), x.shape[1], g.shape[1]), dtype))
-
-
-def _tile(x: Array, sizes: Array) -> int:
-    return TILE if len(x) >= TILE * len(sizes) else 8
-
-
-def _over_used(expert: Callable[[Array, Array], Array], sizes: Array, found: Array) -> Array:
-    """`found = expert(e, found)` for each expert that has rows, in order: the others' weights are not even read."""
-    used = jnp.argsort(sizes == 0, stable=True)
-    return jax.lax.fori_loop(0, (sizes > 0).sum(), lambda i, found: expert(used[i], found), found)
 
 
 def _flat(x: Array, last: int) -> Array:

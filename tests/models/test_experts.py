@@ -10,8 +10,9 @@ import numpy_experts
 import pytest
 
 from lmx.core.params import count, initial_values, is_spec
+from lmx.core.products import gradient_in_tiles, in_tiles
 from lmx.core.tree import map_named, named_leaves
-from lmx.core.weights import gradient_in_tiles, in_tiles, ragged
+from lmx.core.weights import ragged
 from lmx.infer import generate
 from lmx.models import experts, stack
 from lmx.models.config import Transformer, check
