@@ -333,7 +333,7 @@ def _copied(work: Work, cpu: bool) -> bool:
     """Whether there is another copy of all gradients: on XLA:CPU in another order, or parameters in the order in which they are gathered."""
     layout = work.layout
     again = layout.remat != "none"
-    if not cpu or (work.recurrent and layout.devices == 1) or (layout.context > 1 and again):
+    if not cpu or (work.recurrent and layout.devices == 1) or (layout.context > 1 and layout.exchange == "ring" and again):
         return False
     return not (again and work.dense) or (layout.zero == 3 and layout.fsdp > 1)
 

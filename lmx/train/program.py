@@ -76,7 +76,7 @@ def build(experiment: Experiment, mesh: Mesh | AbstractMesh | None = None) -> Pr
     execution = Execution(
         rules=None if plain else rules(layout),
         split=None if plain else rules(layout, split=layout.zero >= 2),
-        rest=rules(layout, split=True) if layout.zero == 3 else None,
+        rest=rules(layout, split=True) if layout.zero == 3 and ("params" in layout.offload or model.shared_layers) else None,
         exchange=layout.exchange,
         collective_matmul=layout.collective_matmul,
         precision=precision,

@@ -6,7 +6,7 @@ import re
 import jax
 import pytest
 
-from lmx.models.config import RWKV
+from lmx.models.config import RWKV, Transformer
 from lmx.parallel.feed import batch_sharding
 from lmx.parallel.layout import Layout, make_mesh
 from lmx.train.planning import batch_structs
@@ -30,18 +30,29 @@ CASES = {
 MATRIX = r"tensor<(?:4x)?(?:16x40|40x16)x(?:bf16|f8E4M3FN)>"
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-@pytest.mark.parametrize("name", CASES)
-def test_a_weight_is_gathered_for_the_forward_pass_and_once_for_the_backward_pass(name, remat, scanned):
-    model, layout, precision, matrices = CASES[name]
-    run = experiment(model=model, layout=dataclasses.replace(layout, remat=remat), precision=precision)
+def asked(model: Transformer | RWKV, layout: Layout, precision: str) -> tuple[int, int]:
+    """How often a step's program says that a matrix of a feed-forward, in the type that it multiplies in, is split over fsdp, and how often
+    that it is whole."""
+    run = experiment(model=model, layout=layout, precision=precision)
     mesh = make_mesh(layout)
     program = build(run, mesh)
     with jax.set_mesh(mesh):
         text = program.step.jitted.lower(program.abstract, batch_structs(run, batch_sharding(mesh, microbatches=True))).as_text()
     places = re.findall(rf"sdy\.sharding_constraint %\d+ <@mesh, (.*)> : {MATRIX}", text)
-    parts = [place for place in places if "fsdp" in place]
-    by_hand = len(re.findall(rf"stablehlo\.all_gather.*-> {MATRIX}", text))
-    assert len(places) - len(parts) + by_hand == 2 * matrices
-    # Told what is before, XLA does not gather numbers of the type that they rest in.
-    assert len(parts) == 2 * matrices - by_hand
+    parts = sum("fsdp" in place for place in places)
+    return parts, len(places) - parts + len(re.findall(rf"stablehlo\.all_gather.*-> {MATRIX}", text))
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_weight_is_gathered_for_the_forward_pass_and_once_for_the_backward_pass(name, remat, scanned):
+    model, layout, precision, matrices = CASES[name]
+    assert asked(model, dataclasses.replace(layout, remat=remat), precision) == (0, 2 * matrices)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_what_xla_would_gather_as_it_comes_is_said_to_be_split_in_the_type_that_it_multiplies_in(precision, scanned):
+    host = dataclasses.replace(FSDP, remat="full", offload=("optimizer", "params"))
+    shared = dataclasses.replace(DENSE, shared_layers=True)
+    assert asked(DENSE, host, precision) == asked(shared, FSDP, precision) == (6, 6)
+    assert asked(DENSE, dataclasses.replace(host, zero=2), precision)[0] == 0
