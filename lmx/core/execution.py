@@ -19,7 +19,7 @@ class Execution:
         to constrain nothing.
       split: which mesh axes shard the gradient of each weight (ZeRO splits it further than `rules` does); None to leave that open.
       rest: which mesh axes shard each weight before it is gathered, where XLA is to be told: what comes from the host's memory, and what
-        layers share, it would gather before it is in the type that it multiplies in.
+        layers share (on GPUs), it would gather before it is in the type that it multiplies in.
       exchange: how attention sees the whole of a sequence that `rules` split: `"ring"` or `"alltoall"` (`lmx.parallel.context`).
       collective_matmul: whether products with what tensor devices split along the sequence gather and sum it a part at a time, each part
         on its way while another is multiplied (`lmx.parallel.collective`).

@@ -51,8 +51,7 @@ def test_a_weight_is_gathered_for_the_forward_pass_and_once_for_the_backward_pas
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_what_xla_would_gather_as_it_comes_is_said_to_be_split_in_the_type_that_it_multiplies_in(precision, scanned):
+def test_what_comes_from_the_host_is_said_to_be_split_in_the_type_that_it_multiplies_in(precision, scanned):
     host = dataclasses.replace(FSDP, remat="full", offload=("optimizer", "params"))
-    shared = dataclasses.replace(DENSE, shared_layers=True)
-    assert asked(DENSE, host, precision) == asked(shared, FSDP, precision) == (6, 6)
+    assert asked(DENSE, host, precision) == (6, 6)
     assert asked(DENSE, dataclasses.replace(host, zero=2), precision)[0] == 0
