@@ -33,8 +33,6 @@ TABLES = ("positions", "block_positions", "token_types")
 """Tables that are added to the tokens'."""
 BETWEEN = ("embed_projection/weight", "transform/weight")
 """Matrices outside the layers, which multiply the residual stream as it is between sublayers."""
-SITES = {"up": "hidden", "gate": "hidden"}
-"""Where `remat` sites keeps the products that are not called as the site is."""
 
 
 def traffic(work: Work, specs: Tree, *, cpu: bool = False) -> list[Traffic]:
@@ -89,10 +87,8 @@ def _of_weights(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
         depth, mine = (layers if inner else 1), [n for n in names if n in parted]
         times = work.depth * work.ticks if inner else work.ticks
         gathered = [n for n in mine if zero == 3 or _is_expert(table[n])] if zero >= 2 else []
-        if gathered and inner and work.one_layer and cpu:  # which takes out of its loops what is the same all along, but for one product
-            last = [n for n in gathered if layout.remat != "none" and not work.after and _is_last(n, work)]
-            found.append(Traffic("all-gather", fsdp, size(set(gathered) - set(last)), 1, f"parameters {what}"))
-            found.append(Traffic("all-gather", fsdp, size(last), (work.forwards + 1) * times, f"parameters {what}, of the last product"))
+        if gathered and inner and work.one_layer and cpu:  # which takes out of its loops what is the same all along
+            found.append(Traffic("all-gather", fsdp, size(gathered), 1, f"parameters {what}"))
         elif gathered and inner:
             forward = (
                 1 if work.one_layer else work.forwards * times
@@ -168,11 +164,6 @@ def _is_expert(spec: ParamSpec) -> bool:
 
 def _at_ends(name: str) -> bool:
     return name.split("/")[0] in ("embed", "head", *TABLES)
-
-
-def _is_last(name: str, work: Work) -> bool:
-    """Whether a weight is that of the last product of a repeat of the pattern, which no gate reads (until RWKV-7, one did)."""
-    return f"/{work.period - 1}/feedforward/{'value' if work.recurrent == 7 else 'down'}/" in f"/{name}/"
 
 
 def _sliced(spec: ParamSpec, work: Work) -> bool:
