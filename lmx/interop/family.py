@@ -5,11 +5,11 @@ Whatever the table does not know is refused by name, for a model that is almost 
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from operator import attrgetter
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 
@@ -267,8 +267,7 @@ class Family:
         encoder = {name.removeprefix("encoder."): value for name, value in ours.items() if name.startswith("encoder.")}
         ours = {name: value for name, value in ours.items() if not name.startswith("encoder.")}
         made = EncoderDecoder(**ours, encoder=Transformer(**encoder)) if encoder else self.kind(**ours)
-        for part in (made, *([made.encoder] if encoder else [])):
-            _check_numbers(part, self.model_type)
+        _check_numbers(made, self.model_type, "model")
         return made
 
     def write(self, config: Transformer) -> dict[str, Any]:
@@ -325,17 +324,21 @@ class Family:
         return found
 
 
-def _check_numbers(config: Transformer, family: str) -> None:
-    """Raises ValueError for what should be a number, or whether or not, and is neither (a string, an infinity)."""
-    for one in fields(config):
-        kinds = set(get_args(one.type)) if isinstance(one.type, UnionType) else {one.type}
-        value = getattr(config, one.name)
+def _check_numbers(record: Any, family: str, name: str) -> None:
+    """Raises ValueError for what should be a number, or whether or not, and is neither (a string, an infinity), in a config or what it holds."""
+    for one in fields(record):
+        value, at = getattr(record, one.name), f"{name}.{one.name}"
+        if is_dataclass(value):
+            _check_numbers(value, family, at)
+        several = get_origin(one.type) is tuple and isinstance(value, tuple)
+        kinds = set(get_args(one.type)) - {Ellipsis} if several or isinstance(one.type, UnionType) else {one.type}
         if not kinds <= {int, float, bool, NoneType} or value is None:
             continue
-        whole = isinstance(value, int) and (bool in kinds or not isinstance(value, bool))
-        if not whole and not (float in kinds and isinstance(value, float) and math.isfinite(value)):
-            named = " or ".join(sorted(kind.__name__ for kind in kinds - {NoneType}))
-            raise ValueError(f"config.json of a {family} says {value!r} for model.{one.name}, which is {named}")
+        for number in value if several else [value]:
+            whole = isinstance(number, int) and (bool in kinds or not isinstance(number, bool))
+            if not whole and not (float in kinds and isinstance(number, float) and math.isfinite(number)):
+                named = " or ".join(sorted(kind.__name__ for kind in kinds - {NoneType}))
+                raise ValueError(f"config.json of a {family} says {number!r} for {at}, which is {named}")
 
 
 class Reader:

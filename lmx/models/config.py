@@ -1,5 +1,6 @@
 """What a model is: one frozen value."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -291,6 +292,10 @@ def _check_transformer(config: Transformer) -> None:
             f"rope turns pairs of a head's {config.head_size} dimensions, so {config.rope_size} of them (model.rope_dims, else "
             "model.head_dim) must be even and no more"
         )
+    for knob in ("rope_theta", "local_rope_theta"):
+        value = getattr(config, knob)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"model.{knob}={value} must be above 0, and finite")
     if config.rope_scaling is not None:
         check_scaling(config.rope_scaling, config.rope_size)
     if config.positions == "relative":

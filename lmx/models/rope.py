@@ -39,8 +39,10 @@ class RopeScaling:
 
 def check_scaling(scaling: RopeScaling, dims: int) -> None:
     """Refuses what is no scaling of that many dimensions. Raises ValueError."""
-    if not scaling.factor > 0:
-        raise ValueError(f"model.rope_scaling.factor={scaling.factor} must be above 0")
+    for name in ("factor", "low", "high", "attention", "short_factors", "long_factors"):
+        value = getattr(scaling, name)
+        if value is not None and not all(0 < number < math.inf for number in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"model.rope_scaling.{name}={value} must be above 0, and finite")
     if scaling.kind != "linear" and scaling.original_context < 1:
         raise ValueError(f"model.rope_scaling.kind={scaling.kind} needs model.rope_scaling.original_context, the context of training")
     if scaling.kind in ("yarn", "llama3") and not scaling.low < scaling.high:

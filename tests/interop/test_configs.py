@@ -105,6 +105,15 @@ def test_published_configs_are_read_and_said_again(name):
         ("llama", LLAMA | {"num_hidden_layers": 2.5}, "says 2.5 for model.layers, which is int"),
         ("llama", LLAMA | {"rms_norm_eps": float("inf")}, "says inf for model.norm_epsilon"),
         ("llama", LLAMA | {"tie_word_embeddings": "no"}, "says 'no' for model.tied, which is bool"),
+        ("llama", LLAMA | {"rope_theta": "1e4"}, "says '1e4' for model.rope_theta, which is float"),
+        ("llama", LLAMA | {"rope_scaling": "linear"}, "rope_scaling='linear' .*known is settings by name"),
+        ("llama", LLAMA | {"rope_scaling": {"type": "linear"}}, "factor=None of a llama .*known is a number"),
+        ("llama", LLAMA | {"rope_scaling": {"type": "linear", "factor": float("inf")}}, "says inf for model.rope_scaling.factor"),
+        ("llama", LLAMA | {"rope_scaling": {"type": "yarn", "factor": 4, "truncate": "no"}}, "'no' for model.rope_scaling.truncate, which is bool"),
+        ("llama", LLAMA | {"rope_scaling": {"type": "yarn", "factor": 4, "attention_factor": "x"}}, "'x' for model.rope_scaling.attention"),
+        ("llama", LLAMA | {"rope_scaling": {"type": "longrope", "short_factor": [1.0, "a"], "long_factor": [1.0, 1.0]}},
+         "says 'a' for model.rope_scaling.short_factors, which is float"),
+        ("phi3", LLAMA | {"partial_rotary_factor": "x"}, "partial_rotary_factor='x' .*known is a number up to 1"),
     ],
 )  # fmt: skip
 def test_what_a_family_has_no_place_for_is_refused_by_name(kind, theirs, message):

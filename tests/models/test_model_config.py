@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 
 from lmx.models.config import Transformer, check
+from lmx.models.rope import RopeScaling
 
 GOOD = {"vocab": 24}
 
@@ -40,6 +41,12 @@ def test_models_are_let_through(knobs):
         ({"heads": 4, "kv_heads": 3}, "model.kv_heads", "3"),
         ({"heads": 4, "kv_heads": 8}, "model.kv_heads", "8"),
         ({"embed": 12, "heads": 4}, "model.head_dim", "3"),
+        ({"rope_theta": -1.0}, "model.rope_theta", "-1.0"),
+        ({"local_rope_theta": float("inf")}, "model.local_rope_theta", "inf"),
+        ({"rope_scaling": RopeScaling(factor=float("nan"))}, "model.rope_scaling.factor", "nan"),
+        ({"rope_scaling": RopeScaling("llama3", 8.0, 64, low=0.0, high=4.0)}, "model.rope_scaling.low", "0.0"),
+        ({"rope_scaling": RopeScaling("yarn", 4.0, 64, attention=-1.0)}, "model.rope_scaling.attention", "-1.0"),
+        ({"rope_scaling": RopeScaling("longrope", 4.0, 64, short_factors=(1.0, 0.0))}, "model.rope_scaling.short_factors", "0.0"),
         ({"pattern": ()}, "model.pattern", "empty"),
         ({"window": 4}, "model.window", "4"),
         ({"pattern": ("local",)}, "model.window", "None"),

@@ -36,7 +36,11 @@ def rope_to_ours(theta: float = 10_000.0, partial: float = 1.0, old: tuple[str, 
     names."""
 
     def read(reader: Reader, ours: dict[str, Any]) -> dict[str, Any]:
-        given = dict(reader.take("rope_parameters", None) or reader.take("rope_scaling", None) or {})
+        name = "rope_parameters" if reader.take("rope_parameters", None) else "rope_scaling"
+        given = reader.take(name, None) or {}
+        if not isinstance(given, dict):
+            raise reader.refused(name, given, "settings by name")
+        given = dict(given)
         reader.take("rope_scaling", None)
         base, share = (
             given.pop(new, None) or reader.take(name, None) or default
@@ -45,7 +49,9 @@ def rope_to_ours(theta: float = 10_000.0, partial: float = 1.0, old: tuple[str, 
         reader.take(old[0], None), reader.take(old[1], None)
         kind = given.pop("rope_type", given.pop("type", "default"))
         given.pop("type", None)
-        found: dict[str, Any] = {"rope_theta": float(base)}
+        if not isinstance(share, int | float) or not 0 < share <= 1:
+            raise reader.refused("partial_rotary_factor", share, "a number up to 1")
+        found: dict[str, Any] = {"rope_theta": _floating(base)}
         head = ours.get("head_dim") or ours["embed"] // ours["heads"]
         if int(head * share) != head:
             found["rope_dims"] = int(head * share)
@@ -66,10 +72,15 @@ def _scaling(kind: str, given: dict[str, Any], reader: Reader, context: int) -> 
     original = outside or inside or (0 if kind == "linear" else context)
     made: dict[str, Any] = {"kind": kind, "original_context": original}
     factor = given.pop("factor", None)
-    made["factor"] = float(context / original if factor is None else factor)
+    if factor is None and not (isinstance(original, int) and original > 0):
+        raise reader.refused("factor", factor, "a number")
+    made["factor"] = _floating(context / original if factor is None else factor)
     low, high = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ("beta_slow", "beta_fast")
     if kind in ("llama3", "yarn"):
-        made |= {"low": float(given.pop(low, None) or 1), "high": float(given.pop(high, None) or (4 if kind == "llama3" else 32))}
+        default = {"low": 1.0, "high": 4.0 if kind == "llama3" else 32.0}
+        said = {ours: given.pop(name, None) for ours, name in (("low", low), ("high", high))}
+        # transformers reads 0 as nothing said, of yarn.
+        made |= {ours: default[ours] if n is None or (n == 0 and kind == "yarn") else _floating(n) for ours, n in said.items()}
     if kind == "yarn":
         made["truncate"] = given.pop("truncate", True)
         one, all_ = given.pop("mscale", None), given.pop("mscale_all_dim", None)
@@ -81,6 +92,11 @@ def _scaling(kind: str, given: dict[str, Any], reader: Reader, context: int) -> 
     if given:
         raise reader.refused("rope_parameters", given, f"no such entries with rope_type {kind}")
     return RopeScaling(**made)
+
+
+def _floating(number: Any) -> Any:
+    """A number as a float; anything else as it is, to be refused by name."""
+    return float(number) if isinstance(number, int) and not isinstance(number, bool) else number
 
 
 def rope_to_theirs(config: Transformer) -> dict[str, Any]:
