@@ -179,7 +179,9 @@ def turned(weight: Array, inputs: int) -> Turned:
 
 
 Weight = Array | Split | Part | Narrow | Adapted | Twofold | Turned
-Read = tuple[Weight, Array | None]
+Numbers = Array | tuple[Array, Array]
+"""Of a `Narrow` weight its float8 numbers and their scale."""
+Read = tuple[Weight, Numbers | None]
 STAND_INS = (Split, Part, Narrow, Adapted, Twofold, Turned)
 
 
@@ -201,19 +203,23 @@ def _gathered(numbers: Array, weight: Split) -> Array:
     return jax.lax.with_sharding_constraint(numbers, weight.whole)
 
 
-def read(weight: Weight, dtype) -> tuple[Array, "Read"]:
+def read(weight: Weight, dtype) -> tuple[Numbers, Read]:
     """A weight's numbers as a forward pass takes them, and what it keeps for its backward pass to take them from (`again`)."""
-    numbers = values(weight, dtype)
-    if not (isinstance(weight, Split | Part) and weight.stays):
+    numbers, placed = _numbers(weight, dtype), weight.value if isinstance(weight, Narrow) else weight
+    if not (isinstance(placed, Split | Part) and placed.stays):
         return numbers, (weight, None)
     numbers = checkpoint_name(numbers, WHOLE)
     return numbers, (weight, numbers)
 
 
-def again(kept: "Read", dtype) -> tuple[Array, Weight]:
+def again(kept: Read, dtype) -> tuple[Numbers, Weight]:
     """The numbers that a forward pass has `read`, for its backward pass, and the weight."""
     weight, numbers = kept
-    return values(weight, dtype) if numbers is None else numbers, weight
+    return _numbers(weight, dtype) if numbers is None else numbers, weight
+
+
+def _numbers(weight: Weight, dtype) -> Numbers:
+    return _narrow_values(weight.value) if isinstance(weight, Narrow) else values(weight, dtype)
 
 
 def gradient_of(weight: Weight, gradient: Array) -> Weight:
@@ -377,8 +383,7 @@ def _narrow_values(weight: Array | Split) -> tuple[Array, Array]:
     if not isinstance(weight, Split):
         return quantised(weight, E4M3)
     numbers, scale = quantised(weight.value, E4M3)
-    numbers = _gathered(numbers, weight)
-    return checkpoint_name((numbers, scale), WHOLE) if weight.stays else (numbers, scale)
+    return _gathered(numbers, weight), scale
 
 
 def _scaled_dot(a: tuple[Array, Array], b: tuple[Array, Array], over, dtype, precision=None) -> Array:
@@ -392,17 +397,17 @@ def _narrow_linear(inputs: int, x: Array, weight: Narrow, bias: Array | None) ->
 
 
 def _narrow_forward(inputs, x, weight, bias):
-    flat, numbers = quantised(_flat(x, inputs), E4M3), _narrow_values(weight.value)
-    y = _scaled_dot(flat, (_matrix(numbers[0], inputs), numbers[1]), ((flat[0].ndim - 1,), (0,)), x.dtype)
+    flat, ((numbers, scale), kept) = quantised(_flat(x, inputs), E4M3), read(weight, x.dtype)
+    y = _scaled_dot(flat, (_matrix(numbers, inputs), scale), ((flat[0].ndim - 1,), (0,)), x.dtype)
     y = y.reshape(*x.shape[: x.ndim - inputs], *weight.value.shape[inputs:])
-    kept = weight, numbers if isinstance(weight.value, Split) and weight.value.stays else None
     return y if bias is None else y + bias.astype(x.dtype), (flat, jnp.zeros((0, *x.shape[x.ndim - inputs :]), x.dtype), kept, bias)
 
 
 def _narrow_backward(inputs, saved, g):
-    flat, like, (weight, kept), bias = saved
+    flat, like, kept, bias = saved
+    (numbers, scale), weight = again(kept, g.dtype)
     g = _flat(g, len(weight.value.shape) - inputs)
-    narrow, (numbers, scale) = quantised(g, E5M2), _narrow_values(weight.value) if kept is None else kept
+    narrow = quantised(g, E5M2)
     # Gradients are accumulated in all of fp32: by default the units that multiply float8 keep fewer bits.
     product = partial(_scaled_dot, precision=jax.lax.Precision.HIGHEST)
     dx = product(narrow, (_matrix(numbers, inputs), scale), ((g.ndim - 1,), (1,)), like.dtype).reshape(*g.shape[:-1], *like.shape[1:])

@@ -130,7 +130,7 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
     if layout.remat == "full" and layout.devices > 1 and not cpu:  # a layer's gradients are reduced in the next one's turn
         weights += layer_numbers(specs, layout) * work.master
     copies = int(_ahead(work, cpu))  # of the next layer's parameters
-    if work.recurrent and layout.remat in ("sites", "full") and not cpu:  # and of what each mixture of tokens multiplies, measured
+    if work.recurrent and layout.formed_again and not cpu:  # and of what each mixture of tokens multiplies, measured
         copies += 4
     weights += copies * layer_numbers(specs, layout) * work.compute
     if work.recurrent:
@@ -139,7 +139,7 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
     if work.source:
         attention = max(attention, _attending(work, work.source, work.across, dense=work.dense_across, fused=False, cpu=cpu))
     # What enters and what comes back, both whole, and the gradient through each projection before they are summed.
-    again = layout.tensor > 1 and layout.remat in ("sites", "full") and not cpu
+    again = layout.tensor > 1 and layout.formed_again and not cpu
     feed = ((5 if work.gated else 3) + (not cpu and not again)) * tokens * here.mlp * work.compute + (4 if work.gated else 3) * work.whole
     if work.mixed:
         dense = feed if work.mixed < work.depth else 0
@@ -150,7 +150,7 @@ def working(work: Work, specs: Tree, *, cpu: bool = False) -> int:
         weights = max(weights, 5 * work.whole)  # what is gathered, and formed again, before gradients are there
     found = max(attention + work.whole, feed) + weights
     if layout.collective_matmul and not cpu:  # parts that came by, which the backward pass's second way round finds again
-        found += (8 if layout.remat in ("sites", "full") else 2) * (work.whole + work.read)
+        found += (8 if layout.formed_again else 2) * (work.whole + work.read)
     everything = replace(work, layout=replace(layout, remat="none"))
     anew = {name: size for name, size in kept(everything, mixture=work.mixed > 0, cpu=cpu).items() if layout.remat != "none"}
     if not cpu:

@@ -76,9 +76,14 @@ class Layout:
         return math.prod(getattr(self, axis) for axis in SHARDS)
 
     @property
+    def formed_again(self) -> bool:
+        """Whether a backward pass begins a layer by forming its products again, of what remat keeps."""
+        return self.remat in ("sites", "full")
+
+    @property
     def ahead(self) -> bool:
         """Whether a layer's parameters are gathered while the layer before is computed: `lmx.parallel.overlap` says why not always."""
-        return self.remat in ("sites", "full") and self.zero == 3 and self.fsdp > 1 and self.tensor == self.pipeline == 1
+        return self.formed_again and self.zero == 3 and self.fsdp > 1 and self.tensor == self.pipeline == 1
 
     @property
     def streamed(self) -> bool:

@@ -66,8 +66,11 @@ def options(mesh: Mesh | AbstractMesh, layout: Layout) -> dict[str, Value] | Non
         return None
     if device.platform == "cpu":
         return None
-    gradients = GRADIENTS if layout.remat in ("sites", "full") else ()
-    wanted = (SCHEDULED, *gradients, *((PARAMETERS,) if layout.ahead else ()))
+    wanted = [SCHEDULED]
+    if layout.formed_again:
+        wanted += GRADIENTS
+    if layout.ahead:
+        wanted.append(PARAMETERS)
     chosen = (next(((name, value) for name, value in names.items() if known(device, name, value)), None) for names in wanted)
     return dict(filter(None, chosen))
 

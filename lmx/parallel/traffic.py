@@ -90,15 +90,14 @@ def _of_weights(work: Work, specs: Tree, cpu: bool) -> list[Traffic]:
         if gathered and inner and work.one_layer and cpu:  # which takes out of its loops what is the same all along
             found.append(Traffic("all-gather", fsdp, size(gathered), 1, f"parameters {what}"))
         elif gathered and inner:
-            forward = (
-                1 if work.one_layer else work.forwards * times
-            )  # which XLA:GPU sees to be the same all along, in a loop that only reads
+            # In a loop that only reads, XLA:GPU sees that one layer is the same all along.
+            forward = 1 if work.one_layer else work.forwards * times
             found.append(Traffic("all-gather", fsdp, size(gathered) // depth, forward, f"parameters {what}, forward"))
             weights = [n for n in gathered if _multiplies(table[n])]
             found.append(Traffic("all-gather", fsdp, size(weights) // depth, times, f"parameters {what}, backward"))
             if layout.remat != "none":
-                rest = [n for n in gathered if n not in weights]
-                found.append(Traffic("all-gather", fsdp, size(rest) // depth, times, f"parameters {what}, recomputed"))
+                vectors = [n for n in gathered if n not in weights]
+                found.append(Traffic("all-gather", fsdp, size(vectors) // depth, times, f"parameters {what}, recomputed"))
         elif gathered:
             once = cpu and (layout.pipeline > 1 or work.one_layer)
             reads = 2 if work.tied and layout.pipeline > 1 and not cpu else 1

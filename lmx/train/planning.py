@@ -369,7 +369,7 @@ def _besides(experiment: Experiment, work: Work) -> float:
     again = {"none": 0.0, "dots": scores, "sites": forward, "full": forward}[layout.remat] + (forward if layout.pipeline > 1 else 0.0)
     routed = work.routed * work.microbatches * layout.devices // (layout.tensor * layout.pipeline)
     rows = routed * (1 if work.capacity is not None else work.here.experts) - tokens * work.choices
-    passes = 3 + (layout.remat in ("sites", "full")) + (layout.pipeline > 1)
+    passes = 3 + layout.formed_again + (layout.pipeline > 1)
     return again + passes * 2.0 * max(rows, 0) * work.mixtures * work.embed * work.expert_mlp * (3 if work.gated else 2)
 
 

@@ -72,7 +72,8 @@ def build(experiment: Experiment, mesh: Mesh | AbstractMesh | None = None) -> Pr
     on_cpu = on_cpus(mesh)
     depth = SHALLOW if on_cpu else DEEP if mesh.size == 1 else 0
     unroll = model.layers if model.layers <= depth and not layout.ordered else 1
-    plain, told = layout.ordered > 0, "params" in layout.offload or (model.shared_layers and not on_cpu)
+    plain = layout.ordered > 0
+    told = "params" in layout.offload or (model.shared_layers and not on_cpu)
     execution = Execution(
         rules=None if plain else rules(layout),
         split=None if plain else rules(layout, split=layout.zero >= 2),

@@ -36,12 +36,10 @@ def rope_to_ours(theta: float = 10_000.0, partial: float = 1.0, old: tuple[str, 
     names."""
 
     def read(reader: Reader, ours: dict[str, Any]) -> dict[str, Any]:
-        name = "rope_parameters" if reader.take("rope_parameters", None) else "rope_scaling"
-        given = reader.take(name, None) or {}
-        if not isinstance(given, dict):
-            raise reader.refused(name, given, "settings by name")
-        given = dict(given)
-        reader.take("rope_scaling", None)
+        now, before = (reader.take(name, None) for name in ("rope_parameters", "rope_scaling"))
+        if not isinstance(now or before or {}, dict):
+            raise reader.refused("rope_parameters" if now else "rope_scaling", now or before, "settings by name")
+        given = dict(now or before or {})
         base, share = (
             given.pop(new, None) or reader.take(name, None) or default
             for new, name, default in zip(("rope_theta", "partial_rotary_factor"), old, (theta, partial), strict=True)
@@ -50,7 +48,7 @@ def rope_to_ours(theta: float = 10_000.0, partial: float = 1.0, old: tuple[str, 
         kind = given.pop("rope_type", given.pop("type", "default"))
         given.pop("type", None)
         if not isinstance(share, int | float) or not 0 < share <= 1:
-            raise reader.refused("partial_rotary_factor", share, "a number up to 1")
+            raise reader.refused(old[1], share, "a number up to 1")
         found: dict[str, Any] = {"rope_theta": _floating(base)}
         head = ours.get("head_dim") or ours["embed"] // ours["heads"]
         if int(head * share) != head:
